@@ -1,0 +1,1 @@
+"""Adapters and hosts: one module a DiT family."""

@@ -1,0 +1,1 @@
+"""Pipelines: text and noise in, video out."""

@@ -1,0 +1,1 @@
+"""Triton kernels: one module an op, kernel first, then its launcher."""
