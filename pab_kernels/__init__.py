@@ -1,0 +1,1 @@
+"""Kernel-accelerated Pyramid Attention Broadcast for video diffusion transformers."""

@@ -1,0 +1,475 @@
+"""The public ops: checks, choice of backend, and a fake for each, so that torch.compile can trace them.
+
+`BACKENDS` is the one table of backends: the first that supports a call serves it. `backend=` forces one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pab_kernels import reference
+from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
+
+try:
+    from pab_kernels import _C
+except ImportError:  # built without nvcc
+    _C = None
+
+log = logging.getLogger(__name__)
+
+MAX_FRAMES = 128
+"""Longest sequence along T that the temporal kernels take."""
+MAX_CHANNELS = 4608
+"""Widest row that the Triton pass takes."""
+MAX_BRANCHES = 4
+"""Most branch outputs that one pass adds."""
+CUDA_HEAD_DIMS = (64, 72, 96, 128)
+"""Head dimensions compiled into the CUDA temporal kernel."""
+
+
+# Backends
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves an op, and why those before it in the table do not."""
+
+    backend: str
+    reason: str
+
+
+def _no_triton(x: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if x.device.type != "cuda":
+        return f"triton needs a CUDA tensor, got one on {x.device.type}"
+    if x.dtype == torch.float64:
+        return "triton kernels do not take float64"
+    return None
+
+
+def _no_triton_pass(x: Tensor) -> str | None:
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"triton takes at most {MAX_CHANNELS} channels, got {x.shape[-1]}"
+    return _no_triton(x)
+
+
+def _no_triton_temporal(qkv: Tensor) -> str | None:
+    if qkv.shape[1] > MAX_FRAMES:
+        return f"triton takes at most {MAX_FRAMES} frames, got {qkv.shape[1]}"
+    return _no_triton(qkv)
+
+
+def _no_cuda_temporal(qkv: Tensor) -> str | None:
+    frames, head_dim = qkv.shape[1], qkv.shape[-1]
+    if _C is None:
+        return "the CUDA kernels were left out of this build"
+    if qkv.device.type != "cuda":
+        return f"cuda needs a CUDA tensor, got one on {qkv.device.type}"
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"cuda takes float16 and bfloat16, got {qkv.dtype}"
+    if head_dim not in CUDA_HEAD_DIMS:
+        return f"cuda takes head_dim {CUDA_HEAD_DIMS}, got {head_dim}"
+    if frames > MAX_FRAMES:
+        return f"cuda takes at most {MAX_FRAMES} frames, got {frames}"
+    return None
+
+
+def _serves_all(x: Tensor) -> str | None:
+    return None
+
+
+BACKENDS: dict[str, tuple[tuple[str, Callable[[Tensor], str | None]], ...]] = {
+    "residual_norm_modulate": (("triton", _no_triton_pass), ("reference", _serves_all)),
+    "temporal_attention": (
+        ("cuda", _no_cuda_temporal),
+        ("triton", _no_triton_temporal),
+        ("reference", _serves_all),
+    ),
+    "attention": (("sdpa", _serves_all), ("reference", _serves_all)),
+}
+
+
+def choose(op: str, x: Tensor) -> Choice:
+    """The backend that serves `op` for a first argument like `x`."""
+    refusals: list[str] = []
+    for name, refusal in BACKENDS[op]:
+        why_not = refusal(x)
+        if why_not is None:
+            return Choice(name, "; ".join(refusals) or "first choice")
+        refusals.append(why_not)
+    raise AssertionError(f"the last backend of {op} serves everything")
+
+
+@functools.cache
+def _announce(op: str, choice: Choice) -> None:
+    """Say a fallback once: the cache keeps each message from repeating."""
+    log.info("%s runs on the %s backend: %s", op, choice.backend, choice.reason)
+
+
+def _resolve(op: str, x: Tensor, backend: str | None) -> str:
+    if backend is None:
+        choice = choose(op, x)
+        if choice.backend != BACKENDS[op][0][0]:
+            _announce(op, choice)
+        return choice.backend
+    names = [name for name, _ in BACKENDS[op]]
+    if backend not in names:
+        raise ValueError(f"backend: got {backend!r}, must be one of {', '.join(names)}")
+    # No refusal is asked: Triton's interpreter runs on the CPU. What a forced backend cannot do, its launcher refuses.
+    return backend
+
+
+# The pass between two GEMMs
+
+
+def residual_norm_modulate(
+    x: Tensor,
+    branches: Sequence[Tensor] = (),
+    gates: Sequence[Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    embed: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Add branch outputs to the residual stream in place, then normalise and modulate it.
+
+    ``x += sum(gate * branch) + embed``; where `shift` and `scale` are given, also
+    ``out = layer_norm(x) * (1 + scale) + shift`` without affine weights (adaLN of DiT, arXiv:2212.09748).
+    Sums and norm are float32 (float64 for float64 input on the reference), and the norm sees the sum before it is
+    rounded to the dtype of x.
+
+    Parameters
+    ----------
+    x : Tensor
+        Residual stream [G, N, C]; any strides for G and N, stride 1 for C. Written in place where there is
+        something to add.
+    branches : sequence of Tensor
+        At most 4 of [G, N, C], dtype of x: outputs just computed, or slots.
+    gates : sequence of (Tensor or None), optional
+        For each branch its gate [G, C], or None for none. All None by default.
+    shift, scale : Tensor, optional
+        Modulation [G, C]: every row of group g uses row g. Both or neither.
+    embed : Tensor, optional
+        Position embedding [P, C], P dividing N: row n of each group adds ``embed[n // (N // P)]``.
+    eps : float
+        Added to the variance.
+    out : Tensor, optional
+        Where the modulated rows go, [G, N, C]; only with `shift` and `scale`. Must not overlap x.
+    backend : {"triton", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        `out` [G, N, C], or x itself where there is no modulation.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("x", check_tensor("x", x))
+    check_shape("x", x, ("G", "N", "C"))
+    check_last_contiguous("x", x)
+    groups, rows, channels = x.shape
+    gates = [None] * len(branches) if gates is None else list(gates)
+    if len(branches) > MAX_BRANCHES:
+        raise ValueError(f"branches: got {len(branches)}, must be at most {MAX_BRANCHES}")
+    if len(gates) != len(branches):
+        raise ValueError(f"gates: got {len(gates)} for {len(branches)} branches, must be one each")
+    if (shift is None) != (scale is None):
+        raise ValueError("shift, scale: got one of them, must be both or neither")
+    if out is not None and shift is None:
+        raise ValueError("out: got a tensor without shift and scale, must be None where nothing is modulated")
+    named: list[tuple[str, Tensor | None, tuple[int | str, ...]]] = [
+        *((f"branches[{i}]", branch, (groups, rows, channels)) for i, branch in enumerate(branches)),
+        *((f"gates[{i}]", gate, (groups, channels)) for i, gate in enumerate(gates)),
+        ("shift", shift, (groups, channels)),
+        ("scale", scale, (groups, channels)),
+        ("embed", embed, ("P", channels)),
+        ("out", out, (groups, rows, channels)),
+    ]
+    for name, value, shape in named:
+        if value is None:
+            continue
+        check_shape(name, check_tensor(name, value), shape)
+        check_like(name, value, x, "x")
+        check_last_contiguous(name, value)
+    if embed is not None and (embed.shape[0] == 0 or rows % embed.shape[0]):
+        raise ValueError(f"embed: has {embed.shape[0]} rows, must divide the {rows} rows of x")
+    if shift is not None and out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() > 0:
+        name = _resolve("residual_norm_modulate", x, backend)
+        torch.ops.pab.residual_norm_modulate(x, list(branches), gates, shift, scale, embed, float(eps), out, name)
+    return x if out is None else out
+
+
+def _residual_norm_modulate(
+    x: Tensor,
+    branches: list[Tensor],
+    gates: list[Tensor | None],
+    shift: Tensor | None,
+    scale: Tensor | None,
+    embed: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    backend: str,
+) -> None:
+    if backend == "triton":
+        from pab_kernels.triton_ops.residual_norm_modulate import residual_norm_modulate_triton
+
+        residual_norm_modulate_triton(x, branches, gates, shift, scale, embed, eps, out)
+    else:
+        reference.residual_norm_modulate_ref(x, branches, gates, shift, scale, embed=embed, eps=eps, out=out)
+
+
+# Temporal attention
+
+
+def temporal_attention(
+    qkv: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention along T for every (batch, token, head), straight from the QKV GEMM's output.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        [B, T, S, 3, H, D], any strides but 1 for D. D is even.
+    q_weight, k_weight : Tensor, optional
+        RMSNorm weights [D] of queries and keys, dtype of qkv; None for no norm.
+    rope : (cos, sin), optional
+        Rotary tables, each [T, D / 2] float32, applied after the norm to the interleaved pairs (2i, 2i + 1)
+        (arXiv:2104.09864).
+    eps : float
+        Of the RMSNorm.
+    softmax_scale : float, optional
+        Factor on the scores, D**-0.5 by default.
+    out : Tensor, optional
+        Contiguous [B, T, S, H * D], dtype of qkv.
+    backend : {"cuda", "triton", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        [B, T, S, H * D] in the dtype of qkv; softmax and sums are float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("qkv", check_tensor("qkv", qkv))
+    check_shape("qkv", qkv, ("B", "T", "S", 3, "H", "D"))
+    check_last_contiguous("qkv", qkv)
+    batch, frames, tokens, _, heads, head_dim = qkv.shape
+    if head_dim % 2:
+        raise ValueError(f"qkv: head_dim is {head_dim}, must be even")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_shape(name, check_tensor(name, weight), (head_dim,))
+            check_like(name, weight, qkv, "qkv")
+            check_last_contiguous(name, weight)
+    cos, sin = (None, None) if rope is None else rope
+    for name, table in (("rope[0]", cos), ("rope[1]", sin)):
+        if table is not None:
+            check_shape(name, check_tensor(name, table), (frames, head_dim // 2))
+            if table.dtype != torch.float32 or table.device != qkv.device or not table.is_contiguous():
+                raise ValueError(
+                    f"{name}: is {table.dtype} on {table.device}, must be contiguous float32 on {qkv.device}"
+                )
+    shape = (batch, frames, tokens, heads * head_dim)
+    out = _output("out", out, shape, qkv, "qkv")
+    if out.numel() > 0:
+        scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+        name = _resolve("temporal_attention", qkv, backend)
+        torch.ops.pab.temporal_attention(qkv, q_weight, k_weight, cos, sin, float(eps), scale, out, name)
+    return out
+
+
+def _output(name: str, out: Tensor | None, shape: tuple[int, ...], model: Tensor, model_name: str) -> Tensor:
+    """`out` after its checks, or a fresh contiguous tensor."""
+    if out is None:
+        return model.new_empty(shape)
+    check_shape(name, check_tensor(name, out), shape)
+    check_like(name, out, model, model_name)
+    if not out.is_contiguous():
+        raise ValueError(f"{name}: strides are {out.stride()}, must be contiguous")
+    return out
+
+
+def _temporal_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    softmax_scale: float,
+    out: Tensor,
+    backend: str,
+) -> None:
+    if backend == "cuda":
+        _C.temporal_attention(
+            qkv=qkv.data_ptr(),
+            qkv_strides=qkv.stride()[:5],
+            shape=tuple(qkv.shape),
+            dtype=str(qkv.dtype).removeprefix("torch."),
+            q_weight=0 if q_weight is None else q_weight.data_ptr(),
+            k_weight=0 if k_weight is None else k_weight.data_ptr(),
+            cos=0 if cos is None else cos.data_ptr(),
+            sin=0 if sin is None else sin.data_ptr(),
+            eps=eps,
+            softmax_scale=softmax_scale,
+            out=out.data_ptr(),
+            device=qkv.device.index,
+            stream=torch.cuda.current_stream(qkv.device).cuda_stream,
+        )
+    elif backend == "triton":
+        from pab_kernels.triton_ops.temporal_attention import temporal_attention_triton
+
+        temporal_attention_triton(qkv, q_weight, k_weight, cos, sin, eps, softmax_scale, out)
+    else:
+        reference.temporal_attention_ref(
+            qkv,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            rope=None if cos is None or sin is None else (cos, sin),
+            eps=eps,
+            softmax_scale=softmax_scale,
+            out=out,
+        )
+
+
+# Attention
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_len: Tensor | None = None,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of all queries on all keys: spatial, full 3D and cross.
+
+    Parameters
+    ----------
+    q : Tensor
+        Queries [B, Lq, H, D], any strides but 1 for D.
+    k, v : Tensor
+        Keys and values [B, Lk, H, D], likewise.
+    kv_len : Tensor, optional
+        int32 [B] on the device: row b attends to its first ``kv_len[b]`` keys. A length of 0 gives zeros. Keys and
+        values beyond must be finite.
+    softmax_scale : float, optional
+        Factor on the scores, D**-0.5 by default.
+    backend : {"sdpa", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        [B, Lq, H * D] in the dtype of q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("q", check_tensor("q", q))
+    check_shape("q", q, ("B", "Lq", "H", "D"))
+    check_shape("k", check_tensor("k", k), (q.shape[0], "Lk", *q.shape[2:]))
+    check_shape("v", check_tensor("v", v), tuple(k.shape))
+    for name, value in (("k", k), ("v", v)):
+        check_like(name, value, q, "q")
+        check_last_contiguous(name, value)
+    check_last_contiguous("q", q)
+    if kv_len is not None:
+        check_shape("kv_len", check_tensor("kv_len", kv_len), (q.shape[0],))
+        if kv_len.dtype != torch.int32 or kv_len.device != q.device:
+            raise ValueError(f"kv_len: is {kv_len.dtype} on {kv_len.device}, must be torch.int32 on {q.device}")
+    if k.shape[1] == 0 or q.numel() == 0:
+        return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, _resolve("attention", q, backend))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference.attention_ref(q, k, v, kv_len=kv_len, softmax_scale=softmax_scale)
+    mask = None
+    if kv_len is not None:
+        # SDPA gives NaN to a row without keys: let it see one key, whose value is zero.
+        mask = torch.arange(k.shape[1], device=k.device) < kv_len[:, None].clamp(min=1)
+        mask = mask[:, None, None, :]
+        v = v * (kv_len > 0)[:, None, None, None].to(v.dtype)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=softmax_scale
+    )
+    # The fused backends lay their output out like q, so that this is a view.
+    return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+# Registration
+
+
+def _register(
+    schema: str,
+    mutates: tuple[str, ...],
+    implementation: Callable[..., Tensor | None],
+    fake: Callable[..., Tensor | None],
+) -> None:
+    """Make `torch.ops.pab.<name>`."""
+    name = schema.partition("(")[0]
+    op = torch.library.custom_op(f"pab::{name}", implementation, mutates_args=mutates, schema=schema.removeprefix(name))
+    op.register_fake(fake)
+
+
+def _writes_only(*args: object) -> None:
+    """Fake of an op that writes into the tensors it is given: nothing to do."""
+
+
+_register(
+    "residual_norm_modulate(Tensor(a!) x, Tensor[] branches, Tensor?[] gates, Tensor? shift, Tensor? scale, "
+    "Tensor? embed, float eps, Tensor(b!)? out, str backend) -> ()",
+    ("x", "out"),
+    _residual_norm_modulate,
+    _writes_only,
+)
+_register(
+    "temporal_attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
+    "float softmax_scale, Tensor(a!) out, str backend) -> ()",
+    ("out",),
+    _temporal_attention,
+    _writes_only,
+)
+_register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? kv_len, float softmax_scale, str backend) -> Tensor",
+    (),
+    _attention,
+    lambda q, k, v, kv_len, softmax_scale, backend: q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3]),
+)

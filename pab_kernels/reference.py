@@ -1,0 +1,103 @@
+"""Plain PyTorch versions of every op: eager, obvious, and the truth that the kernels are tested against.
+
+All of them compute in at least float32 and round once, to the dtype of their output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Float64 stays float64, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def residual_norm_modulate_ref(
+    x: Tensor,
+    branches: Sequence[Tensor] = (),
+    gates: Sequence[Tensor | None] = (),
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    embed: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The pass between two GEMMs. See `pab_kernels.ops.residual_norm_modulate`."""
+    total = _wide(x)
+    for branch, gate in zip(branches, gates, strict=True):
+        total = total + (_wide(branch) if gate is None else _wide(gate)[:, None, :] * _wide(branch))
+    if embed is not None:
+        total = total + _wide(embed).repeat_interleave(x.shape[1] // embed.shape[0], dim=0)
+    if branches or embed is not None:
+        x.copy_(total)
+    if shift is None or scale is None:
+        return x
+    centred = total - total.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = normed * (1 + _wide(scale)[:, None, :]) + _wide(shift)[:, None, :]
+    if out is None:
+        return y.to(x.dtype)
+    return out.copy_(y)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) * weight, in float32 or wider."""
+    x = _wide(x)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x if weight is None else x * _wide(weight)
+
+
+def rotate_pairs_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding on interleaved pairs (2i, 2i + 1) of the last dimension; cos, sin end in D / 2."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def temporal_attention_ref(
+    qkv: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Self-attention along T. See `pab_kernels.ops.temporal_attention`."""
+    batch, frames, tokens, _, heads, head_dim = qkv.shape
+    q, k, v = _wide(qkv).permute(3, 0, 2, 4, 1, 5)  # each [B, S, H, T, D]
+    if q_weight is not None:
+        q = rms_norm_ref(q, q_weight, eps)
+    if k_weight is not None:
+        k = rms_norm_ref(k, k_weight, eps)
+    if rope is not None:
+        cos, sin = (_wide(table) for table in rope)
+        q, k = rotate_pairs_ref(q, cos, sin), rotate_pairs_ref(k, cos, sin)
+    weights = torch.softmax(q @ k.mT * (head_dim**-0.5 if softmax_scale is None else softmax_scale), dim=-1)
+    y = (weights @ v).permute(0, 3, 1, 2, 4).reshape(batch, frames, tokens, heads * head_dim)
+    return y.to(qkv.dtype) if out is None else out.copy_(y)
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_len: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of any queries on any keys. See `pab_kernels.ops.attention`."""
+    wide_q, wide_k, wide_v = (_wide(t).transpose(1, 2) for t in (q, k, v))  # [B, H, L, D]
+    scores = wide_q @ wide_k.mT * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    if kv_len is not None:
+        beyond = torch.arange(k.shape[1], device=k.device) >= kv_len[:, None]
+        scores = scores.masked_fill(beyond[:, None, None, :], float("-inf"))
+    # A row without any key gives zeros, not NaN.
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if kv_len is not None else scores.softmax(-1)
+    y = (weights @ wide_v).transpose(1, 2)
+    return y.reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
