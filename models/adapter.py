@@ -1,0 +1,149 @@
+"""What an adapter is, and the tools they share: plain-class checks and weights fused in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pab_kernels.branches import Linear
+from pab_kernels.executor import BlockStack
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a host's forward, in the executor's terms.
+
+    `latents` is what the host was given, `shape` (B, T, S, C) the residual stream, `text` what the text projection
+    reads. `embed` [T, C] is a temporal position embedding, where the family has one. `extra` is the adapter's own.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    text: Tensor
+    shape: tuple[int, int, int, int]
+    embed: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """`blocks` [G, 6, C] is added to every block's table; `shift` and `scale` [G, C] are those of the final norm."""
+
+    blocks: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+class Adapter(Protocol):
+    """Maps one DiT family onto the executor. It calls the host's own modules and has no maths of its own."""
+
+    host: nn.Module
+    stack: BlockStack
+
+    def bind(self, *args: Any, **kwargs: Any) -> Call:
+        """Read the host's forward arguments; ValueError for what is not supported."""
+
+    def embed(self, call: Call) -> Tensor:
+        """The residual stream [B, T, S, C], contiguous and the caller's to overwrite."""
+
+    def modulate(self, call: Call) -> Modulation:
+        """Modulation from the timestep."""
+
+    def project_text(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Text [B, L, C] for the cross-attention's keys and values, and their count kv_len [B] (None: all)."""
+
+    def output(self, h: Tensor, call: Call) -> Any:
+        """What the host's forward returns, from the normalised and modulated stream."""
+
+    def check_weights(self) -> None:
+        """Raise ValueError if the host's parameters were moved or replaced since the adapter was made."""
+
+    def restore(self) -> None:
+        """Give the host its own separate parameters back, bit for bit."""
+
+
+def plain(root: nn.Module, path: str, *classes: type) -> Any:
+    """The submodule at `path`, if it is exactly one of `classes` and has no hooks.
+
+    A wrapped linear (LoRA, quantisation), an offloading hook or another class would be skipped over silently.
+
+    Raises
+    ------
+    TypeError
+        Naming the path, what is there and what must be.
+    """
+    module: Any = root
+    walked = []
+    for name in path.split("."):
+        walked.append(name)
+        if not hasattr(module, name):
+            raise TypeError(f"{type(root).__name__}.{'.'.join(walked)}: missing, so the host's structure is unknown")
+        module = getattr(module, name)
+    if classes and type(module) not in classes:
+        wanted = " or ".join(cls.__name__ for cls in classes)
+        raise TypeError(f"{type(root).__name__}.{path}: is a {type(module).__name__}, must be a plain {wanted}")
+    check_no_hooks(module, f"{type(root).__name__}.{path}")
+    return module
+
+
+def check_no_hooks(module: Any, path: str) -> None:
+    """Raise TypeError if `module` has forward hooks or a replaced forward: the executor would skip them over."""
+    if isinstance(module, nn.Module):
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        if hooked:
+            raise TypeError(f"{path}: has a forward hook or a replaced forward, must have none")
+
+
+def linear_of(root: nn.Module, path: str) -> Linear:
+    """Weight and bias of the plain nn.Linear at `path`."""
+    module = plain(root, path, nn.Linear)
+    if module.bias is None:
+        raise TypeError(f"{type(root).__name__}.{path}: has no bias, must have one")
+    return Linear(module.weight.detach(), module.bias.detach())
+
+
+class WeightFuser:
+    """Fuses linears into one weight and makes the host's parameters views of it, so that memory is not doubled."""
+
+    def __init__(self) -> None:
+        self._views: list[tuple[nn.Parameter, Tensor, int]] = []
+
+    def fuse(self, root: nn.Module, paths: Sequence[str]) -> Linear:
+        """One Linear whose outputs are those of the linears at `paths`, one after the other."""
+        modules = [plain(root, path, nn.Linear) for path in paths]
+        for module, path in zip(modules, paths, strict=True):
+            if module.bias is None:
+                raise TypeError(f"{type(root).__name__}.{path}: has no bias, must have one")
+        return Linear(
+            self._fuse([module.weight for module in modules]), self._fuse([module.bias for module in modules])
+        )
+
+    def _fuse(self, parameters: list[nn.Parameter]) -> Tensor:
+        fused = torch.cat([parameter.detach() for parameter in parameters])
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.shape[0]
+            parameter.data = fused[start:end]
+            self._views.append((parameter, fused, fused[start:end].data_ptr()))
+            start = end
+        return fused
+
+    def check(self) -> None:
+        """Raise ValueError if a parameter no longer lies in its fused weight."""
+        for parameter, fused, pointer in self._views:
+            if parameter.data_ptr() != pointer or parameter.dtype != fused.dtype:
+                raise ValueError(
+                    "the host's weights were moved, cast or replaced after accelerate(): leave the handle, "
+                    "change the model, then accelerate it again"
+                )
+
+    def restore(self) -> None:
+        """Give every parameter its own storage again."""
+        for parameter, _, pointer in self._views:
+            if parameter.data_ptr() == pointer:
+                parameter.data = parameter.data.clone()
+        self._views.clear()

@@ -1,0 +1,217 @@
+"""The branches of a DiT block, each written straight into the tensor that keeps it, and `fused_pab_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pab_kernels import ops
+from pab_kernels.checks import check_like, check_shape, check_tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weight [out, in] and bias [out] of ``y = x @ weight.T + bias``."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """Weights of self-attention along one kind of sequence.
+
+    `sequence` says which tokens see each other: those of a frame, those of a position, or all of them.
+    `q_norm` and `k_norm` are RMSNorm weights [D]; `rope` is (cos, sin), each [T, D / 2] float32.
+    """
+
+    qkv: Linear  # [3C, C], rows ordered q, k, v, then heads
+    proj: Linear  # [C, C]
+    heads: int
+    sequence: Literal["spatial", "temporal", "full"]
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm_eps: float = 1e-6
+    rope: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Weights of attention on the text."""
+
+    q: Linear  # [C, C]
+    kv: Linear  # [2C, C], rows ordered k, v, then heads
+    proj: Linear  # [C, C]
+    heads: int
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """Keys and values of the text [B, L, H, D] for one block, and how many of each row count (int32 [B], None: all)."""
+
+    k: Tensor
+    v: Tensor
+    kv_len: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Weights of ``down(gelu_tanh(up(x)))``."""
+
+    up: Linear  # [4C, C]
+    down: Linear  # [C, 4C]
+
+
+@dataclass
+class Slot:
+    """Where one branch of one block keeps its output between steps.
+
+    `value` [B, T, S, C] is the ungated output, written by the out-projection itself; `gate` [G, C] is the gate of the
+    step that wrote it (None where the branch has no gate). `valid` tells whether the current run has written it.
+    """
+
+    value: Tensor
+    gate: Tensor | None = None
+    valid: bool = False
+
+    def read(self) -> Tensor:
+        """`value`, or ValueError if the current run has not written it: never stale data."""
+        if not self.valid:
+            raise ValueError("slot: not written in this run, a broadcast must follow a compute step")
+        return self.value
+
+
+def linear(x: Tensor, weights: Linear, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` for x [..., in]; into `out` [..., features] (contiguous) where given."""
+    if out is None:
+        return F.linear(x, weights.weight, weights.bias)
+    flat = out.view(-1, out.shape[-1])
+    torch.addmm(weights.bias, x.reshape(-1, x.shape[-1]), weights.weight.t(), out=flat)
+    return out
+
+
+def self_attention(h: Tensor, weights: SelfAttention, out: Tensor) -> Tensor:
+    """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C]."""
+    batch, frames, tokens, channels = h.shape
+    qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
+    if weights.sequence == "temporal":
+        y = ops.temporal_attention(
+            qkv, q_weight=weights.q_norm, k_weight=weights.k_norm, rope=weights.rope, eps=weights.norm_eps
+        )
+    else:
+        q, k, v = qkv.flatten(0, 1).unbind(2) if weights.sequence == "spatial" else qkv.flatten(1, 2).unbind(2)
+        y = ops.attention(q, k, v)
+    return linear(y, weights.proj, out)
+
+
+def text_kv(text: Tensor, weights: CrossAttention, kv_len: Tensor | None) -> TextKV:
+    """Keys and values of the projected text [B, L, C] for one block."""
+    batch, length, channels = text.shape
+    kv = linear(text, weights.kv).view(batch, length, 2, weights.heads, channels // weights.heads)
+    return TextKV(kv[:, :, 0], kv[:, :, 1], kv_len)
+
+
+def cross_attention(x: Tensor, weights: CrossAttention, text: TextKV, out: Tensor) -> Tensor:
+    """Query GEMM, attention on the text and out-projection of x [B, T, S, C], into `out` [B, T, S, C]."""
+    batch, channels = x.shape[0], x.shape[-1]
+    q = linear(x, weights.q).view(batch, -1, weights.heads, channels // weights.heads)
+    y = ops.attention(q, text.k, text.v, kv_len=text.kv_len)
+    return linear(y, weights.proj, out)
+
+
+def mlp(h: Tensor, weights: Mlp, out: Tensor) -> Tensor:
+    """``down(gelu_tanh(up(h)))`` of h [..., C], into `out` [..., C]."""
+    if h.device.type == "cuda":
+        # cuBLASLt applies the bias and tanh-GELU in the GEMM's epilogue.
+        up = torch._addmm_activation(weights.up.bias, h.reshape(-1, h.shape[-1]), weights.up.weight.t(), use_gelu=True)
+    else:
+        up = F.gelu(linear(h, weights.up), approximate="tanh")
+    return linear(up, weights.down, out)
+
+
+def fused_pab_attention(
+    x: Tensor,
+    weights: SelfAttention | CrossAttention,
+    modulation: tuple[Tensor, Tensor, Tensor] | None,
+    slot: Slot,
+    *,
+    kind: Literal["spatial", "temporal", "cross"],
+    broadcast: bool,
+    text: TextKV | None = None,
+    regate: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One attention branch of a DiT block with Pyramid Attention Broadcast, added to the residual stream in place.
+
+    On a compute call: norm and modulate, QKV (or query) GEMM, attention, projection straight into the slot, gate and
+    residual. On a broadcast call: only the gated slot is added, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor
+        Residual stream [B, T, S, C], contiguous; written in place.
+    weights : SelfAttention or CrossAttention
+        The block's weights, dtype of x.
+    modulation : (shift, scale, gate) or None
+        Each [G, C], where G is B or B * T. None for no norm and no gate, as cross-attention of these models has.
+    slot : Slot
+        Keeps the branch's output: `value` [B, T, S, C], and `gate` [G, C] where there is modulation.
+    kind : {"spatial", "temporal", "cross"}
+    broadcast : bool
+        False computes and writes the slot, True reads it.
+    text : TextKV, optional
+        Keys and values of the text, needed to compute cross-attention; see `text_kv`.
+    regate : bool
+        Broadcast with the gate of this call instead of the one of the call that wrote the slot (Open-Sora-Plan 1.2).
+    eps : float
+        Of the LayerNorm.
+
+    Returns
+    -------
+    Tensor
+        x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong argument, named; or a broadcast from a slot that has not been written.
+    """
+    check_shape("x", check_tensor("x", x), ("B", "T", "S", "C"))
+    if not x.is_contiguous():
+        raise ValueError(f"x: strides are {x.stride()}, must be contiguous")
+    check_shape("slot.value", slot.value, tuple(x.shape))
+    check_like("slot.value", slot.value, x, "x")
+    if kind not in ("spatial", "temporal", "cross"):
+        raise ValueError(f"kind: got {kind!r}, must be spatial, temporal or cross")
+    if (kind == "cross") != isinstance(weights, CrossAttention):
+        raise TypeError(f"weights: got {type(weights).__name__}, does not fit kind {kind!r}")
+    if isinstance(weights, SelfAttention) and (kind == "temporal") != (weights.sequence == "temporal"):
+        raise ValueError(f"weights.sequence: got {weights.sequence!r}, does not fit kind {kind!r}")
+    shift, scale, gate = modulation or (None, None, None)
+    if gate is not None and slot.gate is None:
+        raise ValueError("slot.gate: got None, must be a tensor [G, C] because modulation has a gate")
+    if gate is not None and gate.shape[0] not in (x.shape[0], x.shape[0] * x.shape[1]):
+        raise ValueError(f"modulation: has {gate.shape[0]} rows, must be B or B * T of x {list(x.shape)}")
+    rows = x.view(1 if gate is None else gate.shape[0], -1, x.shape[-1])
+
+    if broadcast:
+        value = slot.read()
+        applied = gate if regate else slot.gate
+    else:
+        h = ops.residual_norm_modulate(rows, shift=shift, scale=scale, eps=eps).view(x.shape)
+        if isinstance(weights, CrossAttention):
+            if text is None:
+                raise ValueError("text: got None, must be a TextKV to compute cross-attention")
+            value = cross_attention(h, weights, text, slot.value)
+        else:
+            value = self_attention(h, weights, slot.value)
+        if gate is not None and slot.gate is not None:
+            slot.gate.copy_(gate)
+        slot.valid = True
+        applied = gate
+    ops.residual_norm_modulate(rows, [value.view(rows.shape)], [applied])
+    return x

@@ -1,0 +1,253 @@
+"""Runs the blocks of one denoising call for one `StepVariant`, with the fused ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pab_kernels import ops
+from pab_kernels.branches import (
+    CrossAttention,
+    Mlp,
+    SelfAttention,
+    TextKV,
+    cross_attention,
+    mlp,
+    self_attention,
+    text_kv,
+)
+from pab_kernels.cache import BroadcastCache, SlotKey
+from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.schedule import StepVariant
+
+
+@dataclass(frozen=True)
+class Block:
+    """One DiT block: self-attention, maybe cross-attention, MLP, each a gated (cross: plain) residual branch.
+
+    `table` [6, C] is added to the timestep's modulation: shift, scale and gate of attention, then of the MLP
+    (adaLN-single, arXiv:2310.00426). `index` counts the blocks of one kind.
+    """
+
+    kind: Literal["spatial", "temporal"]
+    index: int
+    table: Tensor
+    attention: SelfAttention
+    cross: CrossAttention | None
+    mlp: Mlp
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """What the executor runs: the blocks in order, and what is particular to a family.
+
+    A temporal position embedding is added to the stream before the block at `embed_before`. With `regate` a broadcast
+    attention takes the gate of the current call instead of the one of the call that wrote the slot.
+    """
+
+    blocks: tuple[Block, ...]
+    embed_before: int = -1
+    regate: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of attention that these blocks have."""
+        present = {block.kind for block in self.blocks} | {"cross" for block in self.blocks if block.cross}
+        return tuple(kind for kind in KINDS if kind in present)
+
+    def slot_keys(self, config: PABConfig) -> tuple[SlotKey, ...]:
+        """The slots that `config` can ever broadcast."""
+        keys = []
+        for position, block in enumerate(self.blocks):
+            if block.index in config.blocks(block.kind):
+                keys.append(SlotKey(block.kind, position))
+            if block.cross is not None and block.index in config.blocks("cross"):
+                keys.append(SlotKey("cross", position))
+            if block.index in config.mlp_blocks(block.kind):
+                keys.append(SlotKey("mlp", position))
+        return tuple(keys)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The slots that one `StepVariant` reads and writes."""
+
+    reads: frozenset[SlotKey]
+    writes: frozenset[SlotKey]
+
+
+class Executor:
+    """Runs all blocks for one variant, reading and writing the slots of its cache.
+
+    Parameters
+    ----------
+    stack : BlockStack
+        Its weights give dtype and device.
+    config : PABConfig
+    shape : (B, T, S, C)
+        Of the residual stream, and so of every slot.
+    groups : int
+        Rows G of the modulation, B or B * T.
+
+    Raises
+    ------
+    torch.cuda.OutOfMemoryError
+        The slots do not fit; see `BroadcastCache`.
+    """
+
+    def __init__(self, stack: BlockStack, config: PABConfig, shape: tuple[int, int, int, int], groups: int) -> None:
+        self.stack = stack
+        self.shape = shape
+        self.groups = groups
+        table = stack.blocks[0].table
+        self.cache = BroadcastCache(stack.slot_keys(config), shape, groups, table.dtype, table.device)
+        self.tables = torch.stack([block.table for block in stack.blocks])  # [blocks, 6, C]
+        self._traffic: dict[StepVariant, Traffic] = {}
+
+    def text_kv(self, text: Tensor, kv_len: Tensor | None = None) -> list[TextKV | None]:
+        """Keys and values of the projected text [B, L, C] for every block, None where there is no cross-attention."""
+        return [None if block.cross is None else text_kv(text, block.cross, kv_len) for block in self.stack.blocks]
+
+    def traffic(self, variant: StepVariant) -> Traffic:
+        """The slots that `variant` reads and writes."""
+        if variant not in self._traffic:
+            reads, writes = set(), set()
+            for key in self.cache:
+                block = self.stack.blocks[key.position]
+                if key.branch == "mlp":
+                    decision = variant.mlp(block.kind)
+                    if block.index in decision.broadcast:
+                        reads.add(key)
+                    elif block.index in decision.keep:
+                        writes.add(key)
+                else:
+                    (reads if getattr(variant, key.branch) else writes).add(key)
+            self._traffic[variant] = Traffic(frozenset(reads), frozenset(writes))
+        return self._traffic[variant]
+
+    def step(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: list[TextKV | None],
+        final: tuple[Tensor, Tensor],
+        variant: StepVariant,
+        embed: Tensor | None = None,
+        final_eps: float = 1e-6,
+    ) -> Tensor:
+        """Run every block, and the final norm and modulation.
+
+        Parameters
+        ----------
+        x : Tensor
+            Residual stream [B, T, S, C], contiguous; used up.
+        modulation : Tensor
+            [G, 6, C] from the timestep, G is B or B * T.
+        text : list of TextKV
+            From `text_kv`.
+        final : (shift, scale)
+            [G, C] each.
+        variant : StepVariant
+        embed : Tensor, optional
+            [T, C], the temporal position embedding.
+        final_eps : float
+            Of the final LayerNorm.
+
+        Returns
+        -------
+        Tensor
+            [B, T, S, C], normalised and modulated for the final projection.
+        """
+        traffic = self.traffic(variant)
+        tables = self.tables[:, None] + modulation  # [blocks, G, 6, C]
+        stream = _Stream(x, modulation.shape[0])
+        for position, block in enumerate(self.stack.blocks):
+            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables[position].unbind(1)
+            if position == self.stack.embed_before:
+                stream.embed = embed
+
+            key = SlotKey(block.kind, position)
+            slot = self.cache.get(key)
+            if slot is not None and key in traffic.reads:
+                stream.add(slot.value, gate if self.stack.regate else slot.gate)
+            else:
+                h = stream.norm_modulate(shift, scale, block.norm_eps)
+                out = stream.scratch() if slot is None else slot.value
+                stream.add(self_attention(h, block.attention, out), gate)
+                if slot is not None and slot.gate is not None:
+                    slot.gate.copy_(gate)
+
+            if block.cross is not None:
+                key = SlotKey("cross", position)
+                slot = self.cache.get(key)
+                if slot is not None and key in traffic.reads:
+                    stream.add(slot.value, None)
+                else:
+                    kv = text[position]
+                    assert kv is not None
+                    out = stream.scratch() if slot is None else slot.value
+                    stream.add(cross_attention(stream.flush(), block.cross, kv, out), None)
+
+            key = SlotKey("mlp", position)
+            slot = self.cache.get(key)
+            if slot is not None and key in traffic.reads:
+                stream.add(slot.value, slot.gate)
+            else:
+                h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps)
+                keeps = slot is not None and key in traffic.writes
+                out = slot.value if slot is not None and keeps else stream.scratch()
+                stream.add(mlp(h, block.mlp, out), mlp_gate)
+                if slot is not None and slot.gate is not None and keeps:
+                    slot.gate.copy_(mlp_gate)
+        return stream.norm_modulate(*final, final_eps)
+
+
+class _Stream:
+    """The residual stream with the branch outputs not added yet, so that each addition rides on the next pass."""
+
+    def __init__(self, x: Tensor, groups: int) -> None:
+        self.x = x
+        self.rows = x.view(groups, -1, x.shape[-1])
+        self.embed: Tensor | None = None
+        self._branches: list[Tensor] = []
+        self._gates: list[Tensor | None] = []
+        self._scratch = torch.empty_like(x)
+        self._modulated = torch.empty_like(x)
+
+    def scratch(self) -> Tensor:
+        """Where a branch without a slot goes: one tensor, since every computed branch follows a pass that used it."""
+        return self._scratch
+
+    def add(self, branch: Tensor, gate: Tensor | None) -> None:
+        if len(self._branches) == ops.MAX_BRANCHES:
+            self.flush()
+        self._branches.append(branch.view(self.rows.shape))
+        self._gates.append(gate)
+
+    def flush(self) -> Tensor:
+        """Add what is pending; the stream [B, T, S, C]."""
+        self._pass(None, None, 0.0)
+        return self.x
+
+    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """Add what is pending; the stream normalised and modulated, [B, T, S, C]."""
+        self._pass(shift, scale, eps)
+        return self._modulated
+
+    def _pass(self, shift: Tensor | None, scale: Tensor | None, eps: float) -> None:
+        if self._branches or self.embed is not None or shift is not None:
+            ops.residual_norm_modulate(
+                self.rows,
+                self._branches,
+                self._gates,
+                shift,
+                scale,
+                embed=self.embed,
+                eps=eps,
+                out=None if shift is None else self._modulated.view(self.rows.shape),
+            )
+        self._branches, self._gates, self.embed = [], [], None

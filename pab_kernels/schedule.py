@@ -1,0 +1,148 @@
+"""Which branch is computed and which is broadcast, for every denoising call of a run. Pure: no torch, no tensors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from pab_kernels.config import KINDS, NO_BLOCKS, Blocks, MlpWindow, PABConfig
+
+
+@dataclass(frozen=True)
+class MlpVariant:
+    """For the MLPs of one block kind: which blocks read their slot, and which write it."""
+
+    broadcast: Blocks = NO_BLOCKS
+    keep: Blocks = NO_BLOCKS
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """What one denoising call does. `spatial`, `temporal` and `cross` are True where that branch is broadcast."""
+
+    spatial: bool = False
+    temporal: bool = False
+    cross: bool = False
+    mlp_spatial: MlpVariant = MlpVariant()
+    mlp_temporal: MlpVariant = MlpVariant()
+
+    def mlp(self, kind: str) -> MlpVariant:
+        """The MLP decisions for blocks of `kind` ("spatial" or "temporal")."""
+        return self.mlp_spatial if kind == "spatial" else self.mlp_temporal
+
+    def __str__(self) -> str:
+        names = [kind for kind in KINDS if getattr(self, kind)]
+        names += [f"mlp_{kind}" for kind in ("spatial", "temporal") if len(self.mlp(kind).broadcast)]
+        return "broadcast " + "+".join(names) if names else "compute"
+
+
+class Schedule(Sequence[StepVariant]):
+    """The plan of one run: one `StepVariant` a denoising call.
+
+    Parameters
+    ----------
+    config : PABConfig
+    timesteps : iterable of float
+        The timestep of every denoising call that will really happen, in order (PNDM: 159 for 150 steps).
+        ``int()`` of each is compared with the thresholds.
+
+    Raises
+    ------
+    ValueError
+        No timesteps, or one that is not finite.
+
+    Warns
+    -----
+    UserWarning
+        A timestep-keyed MLP window whose key does not occur: it would do nothing.
+    """
+
+    def __init__(self, config: PABConfig, timesteps: Iterable[float]) -> None:
+        self.config = config
+        self.timesteps = tuple(float(t) for t in timesteps)
+        if not self.timesteps:
+            raise ValueError("timesteps: got none, must be at least one")
+        for t in self.timesteps:
+            if not math.isfinite(t):
+                raise ValueError(f"timesteps: got {t}, must be finite")
+        ints = [int(t) for t in self.timesteps]
+        flags = {kind: _flags(config, kind, ints) for kind in KINDS}
+        mlp = {kind: _mlp_variants(config, kind, ints) for kind in ("spatial", "temporal")}
+        self._steps = tuple(
+            StepVariant(
+                **{kind: flags[kind][i] for kind in KINDS},
+                mlp_spatial=mlp["spatial"][i],
+                mlp_temporal=mlp["temporal"][i],
+            )
+            for i in range(len(ints))
+        )
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, index: int) -> StepVariant: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[StepVariant, ...]: ...
+    def __getitem__(self, index: int | slice) -> StepVariant | tuple[StepVariant, ...]:
+        return self._steps[index]
+
+    def broadcast_count(self, kind: str) -> int:
+        """Number of calls on which attention of `kind` is broadcast."""
+        return sum(getattr(step, kind) for step in self._steps)
+
+    def saved_share(self, kinds: Sequence[str] = KINDS) -> float:
+        """Share of the attention calls of `kinds` that are broadcast, 0 to 1."""
+        return sum(map(self.broadcast_count, kinds)) / (len(kinds) * len(self))
+
+
+def _broadcasts(threshold: tuple[float, float], every: int, call: int, timestep: int) -> bool:
+    return threshold[0] < timestep < threshold[1] and call % every != 0
+
+
+def _flags(config: PABConfig, kind: str, timesteps: Sequence[int]) -> list[bool]:
+    if not getattr(config, f"{kind}_broadcast"):
+        return [False] * len(timesteps)
+    threshold, every = getattr(config, f"{kind}_threshold"), getattr(config, f"{kind}_range")
+    return [_broadcasts(threshold, every, i, t) for i, t in enumerate(timesteps)]
+
+
+def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> list[MlpVariant]:
+    if not config.mlp_broadcast:
+        return [MlpVariant()] * len(timesteps)
+    if config.mlp_threshold is not None and config.mlp_range is not None:
+        blocks = config.mlp_blocks(kind)
+        return [
+            MlpVariant(broadcast=blocks)
+            if _broadcasts(config.mlp_threshold, config.mlp_range, i, t)
+            else MlpVariant(keep=blocks)
+            for i, t in enumerate(timesteps)
+        ]
+    windows = config.mlp_windows(kind)
+    _warn_missing(kind, windows, timesteps)
+    return [_keyed_mlp_variant(windows, timesteps, t) for t in timesteps]
+
+
+def _keyed_mlp_variant(windows: Sequence[MlpWindow], timesteps: Sequence[int], timestep: int) -> MlpVariant:
+    """The original's rule: the first window, in the order given, whose steps include this timestep decides."""
+    keep = frozenset(index for window in windows if window.timestep == timestep for index in window.block)
+    for window in windows:
+        if window.timestep in timesteps:
+            start = timesteps.index(window.timestep)
+            if timestep in timesteps[start : start + 1 + window.skip_count]:
+                return MlpVariant(broadcast=frozenset(window.block) - keep, keep=keep)
+    return MlpVariant(keep=keep)
+
+
+def _warn_missing(kind: str, windows: Sequence[MlpWindow], timesteps: Sequence[int]) -> None:
+    missing = [window.timestep for window in windows if window.timestep not in timesteps]
+    if missing:
+        nearest = ", ".join(f"{key} (nearest {min(timesteps, key=lambda t: abs(t - key))})" for key in missing)
+        warnings.warn(
+            f"mlp_{kind}_broadcast_config: these keys are not among the run's timesteps and do nothing: {nearest}. "
+            "mlp_threshold and mlp_range do not depend on exact timesteps.",
+            stacklevel=4,
+        )

@@ -1,0 +1,128 @@
+"""Replays a recorded denoising run of the original and measures how far this runtime strays from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LatteTransformer3DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pab_kernels.config import PABConfig
+from pab_kernels.runtime import accelerate
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded run: weights, inputs, and the latents after every step without PAB and with it.
+
+    `base` and `pab` are [steps, 1, C, T, H, W] float32; `inputs` holds the `in.*` tensors under their short names.
+    """
+
+    family: str
+    model_config: dict[str, Any]
+    pab_config: PABConfig
+    dt: float
+    cfg_scale: float
+    state: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    base: Tensor
+    pab: Tensor
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recording:
+        """Read a recording.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file is not a recording; the message says what is missing.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from error
+        missing = [key for key in ("model", "model_config", "pab", "dt", "cfg_scale", "loop") if key not in metadata]
+        missing += [key for key in ("in.x", "in.y", "in.timesteps", "out.base", "out.pab") if key not in tensors]
+        if missing:
+            raise ValueError(f"{path}: not a recording, it has no {', '.join(missing)}")
+        if metadata["loop"] != "cfg-euler":
+            raise ValueError(f"{path}: loop is {metadata['loop']!r}, must be cfg-euler")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        return cls(
+            family=metadata["model"],
+            model_config=json.loads(metadata["model_config"]),
+            pab_config=PABConfig.from_dict(json.loads(metadata["pab"])),
+            dt=float(metadata["dt"]),
+            cfg_scale=float(metadata["cfg_scale"]),
+            state=part("state."),
+            inputs=part("in."),
+            base=tensors["out.base"],
+            pab=tensors["out.pab"],
+        )
+
+
+def replay(
+    recording: Recording, config: PABConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Run the recorded loop through this runtime; latents after every step [steps, 1, C, T, H, W] float32 on the CPU.
+
+    Raises
+    ------
+    ValueError
+        The recording's family is not supported.
+    """
+    if recording.family not in _FAMILIES:
+        raise ValueError(f"model: the recording is of {recording.family!r}, must be one of {', '.join(_FAMILIES)}")
+    build, arguments = _FAMILIES[recording.family]
+    host = build(recording).to(device=device, dtype=dtype).eval()
+    given = arguments({key: value.to(device) for key, value in recording.inputs.items()}, dtype)
+    timesteps = recording.inputs["timesteps"]
+    latents = recording.inputs["x"].to(device, torch.float32)
+    steps = []
+    with accelerate(host, config) as handle, torch.no_grad():
+        handle.begin(timesteps)
+        for t in timesteps.to(device):
+            v = host(torch.cat([latents, latents]).to(dtype), timestep=t.expand(2), **given)
+            v = v if isinstance(v, Tensor) else v[0]
+            cond, uncond = v[:, : latents.shape[1]].float().chunk(2)
+            latents = latents + recording.dt * (uncond + recording.cfg_scale * (cond - uncond))
+            steps.append(latents.cpu())
+    return torch.stack(steps)
+
+
+def worst_error(steps: Tensor, recorded: Tensor) -> float:
+    """The largest over steps of ||out - recorded|| / ||recorded||; NaN anywhere gives infinity."""
+    errors = (steps - recorded).flatten(1).norm(dim=1) / recorded.flatten(1).norm(dim=1)
+    return float("inf") if errors.isnan().any() else float(errors.max())
+
+
+def _latte(recording: Recording) -> nn.Module:
+    host = LatteTransformer3DModel(**recording.model_config)
+    host.load_state_dict(recording.state)
+    return host
+
+
+def _latte_arguments(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    return {"encoder_hidden_states": inputs["y"].to(dtype), "return_dict": False}
+
+
+_FAMILIES: dict[
+    str, tuple[Callable[[Recording], nn.Module], Callable[[dict[str, Tensor], torch.dtype], dict[str, Any]]]
+] = {"latte": (_latte, _latte_arguments)}
