@@ -1,9 +1,40 @@
 """Kernel-accelerated Pyramid Attention Broadcast for video diffusion transformers."""
 
-from pab_kernels.branches import CrossAttention, Linear, Mlp, SelfAttention, Slot, TextKV, fused_pab_attention, text_kv
-from pab_kernels.config import PABConfig
-from pab_kernels.runtime import PABHandle, accelerate
-from pab_kernels.schedule import Schedule, StepVariant
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pab_kernels.branches import (
+        CrossAttention,
+        Linear,
+        Mlp,
+        SelfAttention,
+        Slot,
+        TextKV,
+        fused_pab_attention,
+        text_kv,
+    )
+    from pab_kernels.config import PABConfig
+    from pab_kernels.runtime import PABHandle, Report, accelerate
+    from pab_kernels.schedule import Schedule, StepVariant
+
+_HOMES = {
+    "branches": (
+        "CrossAttention",
+        "Linear",
+        "Mlp",
+        "SelfAttention",
+        "Slot",
+        "TextKV",
+        "fused_pab_attention",
+        "text_kv",
+    ),
+    "config": ("PABConfig",),
+    "runtime": ("PABHandle", "Report", "accelerate"),
+    "schedule": ("Schedule", "StepVariant"),
+}
 
 __all__ = [
     "CrossAttention",
@@ -11,6 +42,7 @@ __all__ = [
     "Mlp",
     "PABConfig",
     "PABHandle",
+    "Report",
     "Schedule",
     "SelfAttention",
     "Slot",
@@ -20,3 +52,11 @@ __all__ = [
     "fused_pab_attention",
     "text_kv",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that settings and schedules load without torch."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"pab_kernels.{module}"), name)
+    raise AttributeError(f"module 'pab_kernels' has no attribute {name!r}")

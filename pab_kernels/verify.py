@@ -91,7 +91,8 @@ def replay(
     if recording.family not in _FAMILIES:
         raise ValueError(f"model: the recording is of {recording.family!r}, must be one of {', '.join(_FAMILIES)}")
     build, arguments = _FAMILIES[recording.family]
-    host = build(recording).to(device=device, dtype=dtype).eval()
+    # nn.Module's own cast: diffusers' warns about modules to keep in float32, of which there are none here.
+    host = nn.Module.to(build(recording), device=device, dtype=dtype).eval()
     given = arguments({key: value.to(device) for key, value in recording.inputs.items()}, dtype)
     timesteps = recording.inputs["timesteps"]
     latents = recording.inputs["x"].to(device, torch.float32)

@@ -1,0 +1,51 @@
+"""What this installation has: versions, GPU, and which backend serves each op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from pab_kernels import ops
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter, and the compiled part's own account."""
+    found = {"python": platform.python_version()}
+    for name in ("pab-kernels", "torch", "triton", "diffusers", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["cuda kernels"] = "left out of this build" if ops._C is None else _built(ops._C.build_info())
+    return found
+
+
+def _built(info: dict[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in info.items())
+
+
+def gpu() -> str:
+    """The GPU that torch sees, or why there is none."""
+    if not torch.cuda.is_available():
+        return "none: torch was built for the CPU" if torch.version.cuda is None else "none: torch sees no CUDA GPU"
+    properties = torch.cuda.get_device_properties(0)
+    return (
+        f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
+        f"CUDA {torch.version.cuda}"
+    )
+
+
+def backends() -> dict[str, ops.Choice]:
+    """The backend of each op for the shapes of Open-Sora and Latte, in the dtype that suits the device."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return {
+        "residual_norm_modulate": ops.choose("residual_norm_modulate", empty(1, 1, 1152)),
+        "temporal_attention": ops.choose("temporal_attention", empty(1, 16, 1, 3, 16, 72)),
+        "attention": ops.choose("attention", empty(1, 1, 16, 72)),
+    }

@@ -1,0 +1,107 @@
+"""Schedule: the original's decisions, and its laws."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.pipelines.samplers import family_timesteps
+from pab_kernels.schedule import Schedule, StepVariant
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "goldens" / "schedules.json").read_text())
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["name"])
+def test_recorded_decisions(case):
+    schedule = Schedule(PABConfig.from_dict(case["config"]), case["timesteps"])
+    for kind in KINDS:
+        assert [int(getattr(step, kind)) for step in schedule] == case["broadcast"][kind]
+        assert schedule.broadcast_count(kind) == sum(case["broadcast"][kind])
+
+
+def test_recorded_timesteps_of_open_sora():
+    case = next(case for case in RECORDED if case["name"].startswith("open-sora 1.2 246"))
+    assert family_timesteps("open_sora", 30) == pytest.approx(case["timesteps"], abs=1e-9)
+
+
+def test_pndm_is_planned_over_its_159_calls():
+    assert len(Schedule(PABConfig(), family_timesteps("open_sora_plan_v110", 150))) == 159
+
+
+@given(
+    st.lists(st.floats(0, 1000), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.tuples(st.integers(0, 500), st.integers(501, 1000)),
+)
+def test_laws_of_one_kind(timesteps, every, threshold):
+    config = PABConfig(spatial_broadcast=True, spatial_threshold=threshold, spatial_range=every)
+    flags = [step.spatial for step in Schedule(config, timesteps)]
+    assert not flags[0], "a broadcast needs a compute step before it"
+    longest = run = 0
+    for flag, t in zip(flags, timesteps, strict=True):
+        run = run + 1 if flag else 0
+        longest = max(longest, run)
+        assert not flag or threshold[0] < int(t) < threshold[1]
+    assert longest <= every - 1
+    assert not any(step.temporal or step.cross for step in Schedule(config, timesteps))
+
+
+def test_entering_the_window_off_phase_broadcasts_at_once():
+    config = PABConfig(spatial_broadcast=True, spatial_threshold=(100, 800), spatial_range=3)
+    assert [step.spatial for step in Schedule(config, [900, 790, 700, 600])] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("bad", [[], [float("nan")], [1.0, float("inf")]])
+def test_bad_timesteps(bad):
+    with pytest.raises(ValueError, match="timesteps"):
+        Schedule(PABConfig(), bad)
+
+
+def keyed(windows):
+    return PABConfig(mlp_broadcast=True, mlp_spatial_broadcast_config=windows, mlp_temporal_broadcast_config=windows)
+
+
+def test_mlp_windows_keep_at_the_key_and_broadcast_after():
+    schedule = Schedule(keyed({680: {"block": [0], "skip_count": 2}}), range(720, 600, -20))
+    assert [sorted(step.mlp_spatial.keep) for step in schedule] == [[], [], [0], [], [], []]
+    assert [sorted(step.mlp_spatial.broadcast) for step in schedule] == [[], [], [], [0], [0], []]
+
+
+def test_mlp_window_at_the_end_of_the_run_is_cut_off():
+    schedule = Schedule(keyed({620: {"block": [1], "skip_count": 5}}), [640, 620, 600])
+    assert [sorted(step.mlp_temporal.broadcast) for step in schedule] == [[], [], [1]]
+
+
+def test_mlp_key_inside_another_window_computes_again():
+    windows = {680: {"block": [0, 1], "skip_count": 3}, 660: {"block": [1], "skip_count": 1}}
+    schedule = Schedule(keyed(windows), [680, 660, 640, 620])
+    assert [sorted(step.mlp_spatial.broadcast) for step in schedule] == [[], [0], [0, 1], [0, 1]]
+    assert [sorted(step.mlp_spatial.keep) for step in schedule] == [[0, 1], [1], [], []]
+
+
+def test_missing_mlp_keys_warn_with_the_nearest_timesteps():
+    with pytest.warns(UserWarning, match=r"681 \(nearest 680\)"):
+        Schedule(keyed({681: {"block": [0], "skip_count": 2}}), range(720, 600, -20))
+
+
+def test_mlp_free_of_exact_timesteps():
+    config = PABConfig(mlp_broadcast=True, mlp_threshold=(100, 700), mlp_range=2, mlp_block=(1, 3))
+    schedule = Schedule(config, [720, 700, 680, 660, 640, 620])
+    assert [1 in step.mlp_spatial.broadcast for step in schedule] == [False, False, False, True, False, True]
+    assert all(0 not in step.mlp_spatial.broadcast and 3 not in step.mlp_temporal.broadcast for step in schedule)
+    assert all((1 in step.mlp_temporal.keep) != (1 in step.mlp_temporal.broadcast) for step in schedule)
+
+
+def test_variants_are_few_and_hashable():
+    schedule = Schedule(PABConfig.preset("latte"), family_timesteps("latte", 50))
+    assert len(set(schedule)) <= 8
+    assert StepVariant() in set(schedule)
+    assert str(StepVariant(spatial=True, cross=True)) == "broadcast spatial+cross"
+
+
+def test_saved_share():
+    schedule = Schedule(PABConfig.preset("latte"), family_timesteps("latte", 50))
+    assert schedule.saved_share() == pytest.approx(68 / 150)
