@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +17,19 @@ from pab_kernels.executor import BlockStack
 class Call:
     """One call of a host's forward, in the executor's terms.
 
-    `latents` is what the host was given, `shape` (B, T, S, C) the residual stream, `text` what the text projection
-    reads. `embed` [T, C] is a temporal position embedding, where the family has one. `extra` is the adapter's own.
+    `tensors` are what changes from step to step, among them the host's "latents" and "timestep"; `text` is what the
+    text projection reads, `text_mask` [B, L] (None: all) which of it counts. `shape` (B, T, S, C) is that of the
+    residual stream, `latent_size` (H, W) that of the latents, `groups` the rows of the modulation (B or B * T).
+    `options` are the adapter's own.
     """
 
-    latents: Tensor
-    timestep: Tensor
+    tensors: dict[str, Tensor]
     text: Tensor
     shape: tuple[int, int, int, int]
-    embed: Tensor | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    latent_size: tuple[int, int]
+    groups: int
+    text_mask: Tensor | None = None
+    options: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,26 @@ class Adapter(Protocol):
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the host's forward arguments; ValueError for what is not supported."""
 
+    def prepare(self, call: Call) -> None:
+        """Make tables that depend on the shape alone, so that the methods below need no host work."""
+
     def embed(self, call: Call) -> Tensor:
         """The residual stream [B, T, S, C], contiguous and the caller's to overwrite."""
+
+    def frame_embed(self, call: Call) -> Tensor | None:
+        """Temporal position embedding [T, C], or None."""
 
     def modulate(self, call: Call) -> Modulation:
         """Modulation from the timestep."""
 
-    def project_text(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Text [B, L, C] for the cross-attention's keys and values, and their count kv_len [B] (None: all)."""
+    def project_text(self, text: Tensor) -> Tensor:
+        """Text [B, L, C] for the cross-attention's keys and values."""
 
-    def output(self, h: Tensor, call: Call) -> Any:
-        """What the host's forward returns, from the normalised and modulated stream."""
+    def project_out(self, h: Tensor, call: Call) -> Tensor:
+        """The prediction [B, C_out, T, H, W], from the normalised and modulated stream [B, T, S, C]."""
+
+    def wrap(self, sample: Tensor, call: Call) -> Any:
+        """What the host's forward returns."""
 
     def check_weights(self) -> None:
         """Raise ValueError if the host's parameters were moved or replaced since the adapter was made."""

@@ -9,6 +9,7 @@ from diffusers import LatteTransformer3DModel
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import Tensor
@@ -38,6 +39,8 @@ class LatteAdapter:
         self.host: Any = host
         self._signature = inspect.signature(type(host).forward)
         self._fuser = WeightFuser()
+        self._size: tuple[int, int] | None = None
+        self._positions: Tensor
         config = host.config
         for key, allowed in (
             ("norm_type", "ada_norm_single"),
@@ -47,7 +50,8 @@ class LatteAdapter:
         ):
             if config[key] != allowed:
                 raise ValueError(f"host.config.{key}: got {config[key]!r}, must be {allowed!r}")
-        for name in ("pos_embed", "adaln_single", "caption_projection", "norm_out", "proj_out"):
+        plain(host, "pos_embed", PatchEmbed)
+        for name in ("pos_embed.proj", "adaln_single", "caption_projection", "norm_out", "proj_out"):
             plain(host, name)
         blocks = []
         try:
@@ -123,8 +127,7 @@ class LatteAdapter:
         if not given["enable_temporal_attentions"]:
             raise ValueError("enable_temporal_attentions: got False, must be True")
         return Call(
-            latents=latents,
-            timestep=timestep,
+            tensors={"latents": latents, "timestep": timestep.expand(batch)},
             text=text,
             shape=(
                 batch,
@@ -132,38 +135,68 @@ class LatteAdapter:
                 height // patch * (width // patch),
                 config.num_attention_heads * config.attention_head_dim,
             ),
-            embed=self.host.temp_pos_embed[0].to(latents.dtype) if frames > 1 else None,
-            extra={"return_dict": given["return_dict"]},
+            latent_size=(height, width),
+            groups=batch,
+            options=(given["return_dict"],),
         )
 
+    def prepare(self, call: Call) -> None:
+        """The 2D position table of this latent size; the host makes it anew at every call of another size."""
+        patches = self.host.pos_embed
+        size = (call.latent_size[0] // patches.patch_size, call.latent_size[1] // patches.patch_size)
+        if size == self._size:
+            return
+        if size == (patches.height, patches.width):
+            self._positions = patches.pos_embed
+        else:
+            table = get_2d_sincos_pos_embed(
+                patches.pos_embed.shape[-1],
+                size,
+                base_size=patches.base_size,
+                interpolation_scale=patches.interpolation_scale,
+                device=patches.pos_embed.device,
+                output_type="pt",
+            )
+            self._positions = table.float()[None]
+        self._size = size
+
     def embed(self, call: Call) -> Tensor:
-        """Patches and their 2D positions; the temporal positions follow before the first temporal block."""
-        frames = rearrange(call.latents, "b c t h w -> (b t) c h w")
-        return self.host.pos_embed(frames).view(call.shape).contiguous()
+        """Patches and their 2D positions."""
+        frames = rearrange(call.tensors["latents"], "b c t h w -> (b t) c h w")
+        patches = self.host.pos_embed.proj(frames)
+        return (patches.flatten(2).mT + self._positions).to(patches.dtype).contiguous().view(call.shape)
+
+    def frame_embed(self, call: Call) -> Tensor | None:
+        """The sincos table over frames; a single frame has none."""
+        return self.host.temp_pos_embed[0].to(self.host.dtype) if call.shape[1] > 1 else None
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""
+        batch = call.shape[0]
         timestep, embedded = self.host.adaln_single(
-            call.timestep.expand(call.shape[0]), batch_size=call.shape[0], hidden_dtype=self.host.dtype
+            call.tensors["timestep"], batch_size=batch, hidden_dtype=self.host.dtype
         )
         final = self.host.scale_shift_table + embedded[:, None]  # [B, 2, C]: shift, scale
-        return Modulation(timestep.view(call.shape[0], 6, -1), final[:, 0], final[:, 1])
+        return Modulation(timestep.view(batch, 6, -1), final[:, 0], final[:, 1])
 
-    def project_text(self, call: Call) -> tuple[Tensor, None]:
-        """The caption projection; all tokens count."""
-        return self.host.caption_projection(call.text), None
+    def project_text(self, text: Tensor) -> Tensor:
+        """The caption projection."""
+        return self.host.caption_projection(text)
 
-    def output(self, h: Tensor, call: Call) -> Any:
-        """The final projection, and the patches put back together: [B, C_out, T, H, W]."""
+    def project_out(self, h: Tensor, call: Call) -> Tensor:
+        """The final projection, and the patches put back together."""
         patch = self.host.config.patch_size
-        sample = rearrange(
+        return rearrange(
             self.host.proj_out(h),
             "b t (h w) (p q c) -> b c t (h p) (w q)",
-            h=call.latents.shape[-2] // patch,
+            h=call.latent_size[0] // patch,
             p=patch,
             q=patch,
         )
-        return Transformer2DModelOutput(sample=sample) if call.extra["return_dict"] else (sample,)
+
+    def wrap(self, sample: Tensor, call: Call) -> Any:
+        """A tuple, or diffusers' output class where return_dict is set."""
+        return Transformer2DModelOutput(sample=sample) if call.options[0] else (sample,)
 
     def check_weights(self) -> None:
         """Raise ValueError if the host's parameters were moved or replaced."""

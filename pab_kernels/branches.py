@@ -51,10 +51,12 @@ class CrossAttention:
 
 @dataclass(frozen=True)
 class TextKV:
-    """Keys and values of the text [B, L, H, D] for one block, and how many of each row count (int32 [B], None: all)."""
+    """Keys and values of the text for one block, side by side in `kv` [B, L, 2, H, D].
 
-    k: Tensor
-    v: Tensor
+    `kv_len` (int32 [B], None: all) is how many of each row count.
+    """
+
+    kv: Tensor
     kv_len: Tensor | None = None
 
 
@@ -108,18 +110,17 @@ def self_attention(h: Tensor, weights: SelfAttention, out: Tensor) -> Tensor:
     return linear(y, weights.proj, out)
 
 
-def text_kv(text: Tensor, weights: CrossAttention, kv_len: Tensor | None) -> TextKV:
-    """Keys and values of the projected text [B, L, C] for one block."""
-    batch, length, channels = text.shape
-    kv = linear(text, weights.kv).view(batch, length, 2, weights.heads, channels // weights.heads)
-    return TextKV(kv[:, :, 0], kv[:, :, 1], kv_len)
+def text_kv(text: Tensor, weights: CrossAttention, kv_len: Tensor | None = None, out: Tensor | None = None) -> TextKV:
+    """Keys and values of the projected text [B, L, C] for one block; `out` [B, L, 2C] holds them where given."""
+    return TextKV(linear(text, weights.kv, out).unflatten(-1, (2, weights.heads, -1)), kv_len)
 
 
 def cross_attention(x: Tensor, weights: CrossAttention, text: TextKV, out: Tensor) -> Tensor:
     """Query GEMM, attention on the text and out-projection of x [B, T, S, C], into `out` [B, T, S, C]."""
     batch, channels = x.shape[0], x.shape[-1]
     q = linear(x, weights.q).view(batch, -1, weights.heads, channels // weights.heads)
-    y = ops.attention(q, text.k, text.v, kv_len=text.kv_len)
+    k, v = text.kv.unbind(2)
+    y = ops.attention(q, k, v, kv_len=text.kv_len)
     return linear(y, weights.proj, out)
 
 

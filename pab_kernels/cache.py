@@ -49,12 +49,22 @@ class BroadcastCache:
     ) -> None:
         keys = tuple(keys)
         self._slots: dict[SlotKey, Slot] = {}
+        self.positions: dict[str, Tensor] = {}
+        """For each branch the positions of its blocks, int64 on the device."""
+        self.gates: dict[str, Tensor] = {}
+        """For each gated branch the gates of all its slots [slots, G, C], in the order of `positions`."""
         try:
-            for key in keys:
-                gate = None if key.branch == "cross" else torch.empty(groups, shape[-1], dtype=dtype, device=device)
-                self._slots[key] = Slot(torch.empty(shape, dtype=dtype, device=device), gate)
+            for branch in dict.fromkeys(key.branch for key in keys):
+                own = [key for key in keys if key.branch == branch]
+                self.positions[branch] = torch.tensor([key.position for key in own], device=device)
+                if branch != "cross":
+                    self.gates[branch] = torch.empty(len(own), groups, shape[-1], dtype=dtype, device=device)
+                for i, key in enumerate(own):
+                    value = torch.empty(shape, dtype=dtype, device=device)
+                    self._slots[key] = Slot(value, self.gates[branch][i] if branch in self.gates else None)
         except torch.cuda.OutOfMemoryError as error:
             self._slots.clear()
+            self.gates.clear()
             size = len(keys) * torch.Size(shape).numel() * dtype.itemsize / 2**30
             raise torch.cuda.OutOfMemoryError(
                 f"the broadcast cache needs {size:.1f} GiB: {len(keys)} slots of {list(shape)} {dtype}. "
@@ -78,8 +88,8 @@ class BroadcastCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots and their gates."""
-        tensors: list[Tensor] = [t for slot in self._slots.values() for t in (slot.value, slot.gate) if t is not None]
-        return sum(t.nbytes for t in tensors)
+        values = sum(slot.value.nbytes for slot in self._slots.values())
+        return values + sum(gates.nbytes for gates in self.gates.values())
 
     def invalidate(self) -> None:
         """Forget every slot's content: a new run begins."""

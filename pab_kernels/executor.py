@@ -108,9 +108,29 @@ class Executor:
         self.tables = torch.stack([block.table for block in stack.blocks])  # [blocks, 6, C]
         self._traffic: dict[StepVariant, Traffic] = {}
 
-    def text_kv(self, text: Tensor, kv_len: Tensor | None = None) -> list[TextKV | None]:
-        """Keys and values of the projected text [B, L, C] for every block, None where there is no cross-attention."""
-        return [None if block.cross is None else text_kv(text, block.cross, kv_len) for block in self.stack.blocks]
+    def text_kv(
+        self, text: Tensor, kv_len: Tensor | None = None, out: list[TextKV | None] | None = None
+    ) -> list[TextKV | None]:
+        """Keys and values of the projected text for every block, None where there is no cross-attention.
+
+        Parameters
+        ----------
+        text : Tensor
+            [B, L, C].
+        kv_len : Tensor, optional
+            int32 [B], None: all count.
+        out : list of TextKV, optional
+            An earlier result for the same B and L, to be overwritten: a captured graph reads it where it lies.
+        """
+        result: list[TextKV | None] = []
+        for position, block in enumerate(self.stack.blocks):
+            if block.cross is None:
+                result.append(None)
+                continue
+            earlier = None if out is None else out[position]
+            kv = None if earlier is None else earlier.kv.flatten(2)
+            result.append(text_kv(text, block.cross, kv_len, kv))
+        return result
 
     def traffic(self, variant: StepVariant) -> Traffic:
         """The slots that `variant` reads and writes."""
@@ -164,6 +184,10 @@ class Executor:
         """
         traffic = self.traffic(variant)
         tables = self.tables[:, None] + modulation  # [blocks, G, 6, C]
+        for kind, gates in self.cache.gates.items():
+            if kind != "mlp" and not getattr(variant, kind):
+                # All blocks of a kind write their slots on the same steps, so their gates are kept in one launch.
+                torch.index_select(tables[:, :, 2], 0, self.cache.positions[kind], out=gates)
         stream = _Stream(x, modulation.shape[0])
         for position, block in enumerate(self.stack.blocks):
             shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables[position].unbind(1)
@@ -178,8 +202,6 @@ class Executor:
                 h = stream.norm_modulate(shift, scale, block.norm_eps)
                 out = stream.scratch() if slot is None else slot.value
                 stream.add(self_attention(h, block.attention, out), gate)
-                if slot is not None and slot.gate is not None:
-                    slot.gate.copy_(gate)
 
             if block.cross is not None:
                 key = SlotKey("cross", position)

@@ -1,5 +1,7 @@
 """fused_pab_attention: one branch on its own, computed and broadcast."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,9 +47,9 @@ def expected_self(x, weights, shift, scale):
 
 @pytest.mark.parametrize("groups", [B, B * T])
 @pytest.mark.parametrize("sequence", ["spatial", "temporal", "full"])
-def test_self_attention(sequence, groups):
+def test_self_attention(sequence: Any, groups: int):
     torch.manual_seed(0)
-    kind = "temporal" if sequence == "temporal" else "spatial"
+    kind: Any = "temporal" if sequence == "temporal" else "spatial"
     weights, (shift, scale, gate), cache = self_weights(sequence), modulation(groups), slot(groups)
     x = torch.randn(B, T, S, C)
     y = expected_self(x, weights, shift, scale)

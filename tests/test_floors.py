@@ -13,7 +13,7 @@ FLOORS = [
     ["triton_ops/*.py"],
     ["pab_kernels/ops.py"],
     ["pab_kernels/branches.py"],
-    ["pab_kernels/cache.py", "pab_kernels/executor.py"],
+    ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
     ["models/*.py", "models/hosts/*.py"],
     ["pab_kernels/runtime.py"],
     ["pab_kernels/demo/*.py", "pab_kernels/pipelines/*.py"],

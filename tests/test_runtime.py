@@ -37,7 +37,7 @@ class Pipeline:
 
     def __init__(self, model: nn.Module) -> None:
         self.transformer = model
-        self.scheduler = DDIMScheduler()
+        self.scheduler: Any = DDIMScheduler()
 
     def __call__(self, steps: int = 6, fail_at: int = -1, seed: int = 0, skip: int = 0, **shape) -> Tensor:
         self.scheduler.set_timesteps(steps)
