@@ -94,6 +94,7 @@ BACKENDS: dict[str, tuple[tuple[str, Callable[[Tensor], str | None]], ...]] = {
         ("triton", _no_triton_temporal),
         ("reference", _serves_all),
     ),
+    "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
     "attention": (("sdpa", _serves_all), ("reference", _serves_all)),
 }
 
@@ -286,19 +287,8 @@ def temporal_attention(
     batch, frames, tokens, _, heads, head_dim = qkv.shape
     if head_dim % 2:
         raise ValueError(f"qkv: head_dim is {head_dim}, must be even")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            check_shape(name, check_tensor(name, weight), (head_dim,))
-            check_like(name, weight, qkv, "qkv")
-            check_last_contiguous(name, weight)
+    _check_norm_rope(qkv, q_weight, k_weight, rope, frames)
     cos, sin = (None, None) if rope is None else rope
-    for name, table in (("rope[0]", cos), ("rope[1]", sin)):
-        if table is not None:
-            check_shape(name, check_tensor(name, table), (frames, head_dim // 2))
-            if table.dtype != torch.float32 or table.device != qkv.device or not table.is_contiguous():
-                raise ValueError(
-                    f"{name}: is {table.dtype} on {table.device}, must be contiguous float32 on {qkv.device}"
-                )
     shape = (batch, frames, tokens, heads * head_dim)
     out = _output("out", out, shape, qkv, "qkv")
     if out.numel() > 0:
@@ -360,6 +350,100 @@ def _temporal_attention(
             softmax_scale=softmax_scale,
             out=out,
         )
+
+
+# Norm and rotary embedding of queries and keys
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    pair_stride: int = 1,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """RMSNorm, then rotary embedding, of the queries and keys in the QKV GEMM's output, in place.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        [B, N, 3, H, D], any strides but 1 for D; q and k are overwritten, v is left alone.
+    q_weight, k_weight : Tensor, optional
+        RMSNorm weights [D], dtype of qkv; None for no norm.
+    rope : (cos, sin), optional
+        Rotary tables, each [N, D / 2] float32 (arXiv:2104.09864).
+    pair_stride : int
+        Distance s between the channels of a pair: they lie in groups of 2s, channel i < s of a group pairs with
+        i + s, and the tables run over groups, then i. 1 is interleaved pairs, D / 2 is half against half.
+    eps : float
+        Of the RMSNorm.
+    backend : {"triton", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        qkv.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("qkv", check_tensor("qkv", qkv))
+    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
+    check_last_contiguous("qkv", qkv)
+    head_dim = qkv.shape[-1]
+    _check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1])
+    if pair_stride < 1 or head_dim % (2 * pair_stride):
+        raise ValueError(f"pair_stride: got {pair_stride}, twice of it must divide the head_dim {head_dim}")
+    if qkv.numel() > 0 and not (q_weight is None and k_weight is None and rope is None):
+        cos, sin = (None, None) if rope is None else rope
+        name = _resolve("qk_norm_rope", qkv, backend)
+        torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), name)
+    return qkv
+
+
+def _check_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    positions: int,
+) -> None:
+    head_dim = qkv.shape[-1]
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_shape(name, check_tensor(name, weight), (head_dim,))
+            check_like(name, weight, qkv, "qkv")
+            check_last_contiguous(name, weight)
+    for i, table in enumerate(rope or ()):
+        name = f"rope[{i}]"
+        check_shape(name, check_tensor(name, table), (positions, head_dim // 2))
+        if table.dtype != torch.float32 or table.device != qkv.device or not table.is_contiguous():
+            raise ValueError(f"{name}: is {table.dtype} on {table.device}, must be contiguous float32 on {qkv.device}")
+
+
+def _qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pair_stride: int,
+    eps: float,
+    backend: str,
+) -> None:
+    if backend == "triton":
+        from pab_kernels.triton_ops.qk_norm_rope import qk_norm_rope_triton
+
+        qk_norm_rope_triton(qkv, q_weight, k_weight, cos, sin, pair_stride, eps)
+    else:
+        rope = None if cos is None or sin is None else (cos, sin)
+        reference.qk_norm_rope_ref(qkv, q_weight, k_weight, rope, pair_stride=pair_stride, eps=eps)
 
 
 # Attention
@@ -465,6 +549,13 @@ _register(
     "float softmax_scale, Tensor(a!) out, str backend) -> ()",
     ("out",),
     _temporal_attention,
+    _writes_only,
+)
+_register(
+    "qk_norm_rope(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int pair_stride, "
+    "float eps, str backend) -> ()",
+    ("qkv",),
+    _qk_norm_rope,
     _writes_only,
 )
 _register(

@@ -52,10 +52,36 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x * _wide(weight)
 
 
-def rotate_pairs_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding on interleaved pairs (2i, 2i + 1) of the last dimension; cos, sin end in D / 2."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+def rotate_pairs_ref(x: Tensor, cos: Tensor, sin: Tensor, pair_stride: int = 1) -> Tensor:
+    """Rotary embedding on the pairs (i, i + pair_stride) of the last dimension D; cos, sin end in D / 2.
+
+    With `pair_stride` s the channels lie in groups of 2s, and channel i < s of a group pairs with channel i + s.
+    """
+    groups = (-1, 2, pair_stride)
+    first, second = x.unflatten(-1, groups).unbind(-2)
+    cos, sin = (table.unflatten(-1, (-1, pair_stride)) for table in (cos, sin))
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+
+
+def qk_norm_rope_ref(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    pair_stride: int = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    """RMSNorm and rotary embedding of queries and keys, in place. See `pab_kernels.ops.qk_norm_rope`."""
+    for part, weight in ((qkv[:, :, 0], q_weight), (qkv[:, :, 1], k_weight)):
+        wide = _wide(part)
+        if weight is not None:
+            wide = rms_norm_ref(wide, weight, eps)
+        if rope is not None:
+            cos, sin = (_wide(table)[:, None] for table in rope)
+            wide = rotate_pairs_ref(wide, cos, sin, pair_stride)
+        part.copy_(wide)
+    return qkv
 
 
 def temporal_attention_ref(
