@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from diffusers import LatteTransformer3DModel
 from torch import nn
 
 from pab_kernels.models.adapter import Adapter
+from pab_kernels.models.hosts import OpenSoraPlanV110, OpenSoraPlanV120
 from pab_kernels.models.latte import LatteAdapter
+from pab_kernels.models.open_sora import OpenSoraAdapter
+from pab_kernels.models.open_sora_plan import OpenSoraPlanV110Adapter, OpenSoraPlanV120Adapter
+
+_BY_CLASS: dict[type, Callable[[Any], Adapter]] = {
+    LatteTransformer3DModel: LatteAdapter,
+    OpenSoraPlanV110: OpenSoraPlanV110Adapter,
+    OpenSoraPlanV120: OpenSoraPlanV120Adapter,
+}
 
 
 def adapter_for(host: nn.Module) -> Adapter:
     """The adapter of the family that `host` belongs to.
+
+    diffusers' Latte and our Open-Sora-Plan hosts are known by their class, STDiT3 by its structure.
 
     Raises
     ------
@@ -19,6 +33,9 @@ def adapter_for(host: nn.Module) -> Adapter:
     ValueError
         An option of the host is not supported.
     """
-    if type(host) is LatteTransformer3DModel:
-        return LatteAdapter(host)
-    raise TypeError(f"host: got a {type(host).__name__}, must be a LatteTransformer3DModel")
+    if type(host) in _BY_CLASS:
+        return _BY_CLASS[type(host)](host)
+    if hasattr(host, "spatial_blocks") and hasattr(host, "temporal_blocks"):
+        return OpenSoraAdapter(host)
+    known = ", ".join(cls.__name__ for cls in _BY_CLASS)
+    raise TypeError(f"host: got a {type(host).__name__}, must be a STDiT3 or one of {known}")

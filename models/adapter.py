@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pab_kernels.branches import Linear
+from pab_kernels.branches import Linear, Rope
 from pab_kernels.executor import BlockStack
 
 
@@ -17,14 +17,16 @@ from pab_kernels.executor import BlockStack
 class Call:
     """One call of a host's forward, in the executor's terms.
 
-    `tensors` are what changes from step to step, among them the host's "latents" and "timestep"; `text` is what the
-    text projection reads, `text_mask` [B, L] (None: all) which of it counts. `shape` (B, T, S, C) is that of the
+    `tensors` are what changes from step to step, among them the host's "latents" and "timestep"; `text` [B, L, C_text]
+    is what the text projection reads, `text_mask` [B, L] (None: all) which of it counts, `text_sources` the caller's
+    own tensors that both come from: as long as they are the same, so is the text. `shape` (B, T, S, C) is that of the
     residual stream, `latent_size` (H, W) that of the latents, `groups` the rows of the modulation (B or B * T).
     `options` are the adapter's own.
     """
 
     tensors: dict[str, Tensor]
     text: Tensor
+    text_sources: tuple[Tensor, ...]
     shape: tuple[int, int, int, int]
     latent_size: tuple[int, int]
     groups: int
@@ -42,7 +44,10 @@ class Modulation:
 
 
 class Adapter(Protocol):
-    """Maps one DiT family onto the executor. It calls the host's own modules and has no maths of its own."""
+    """Maps one DiT family onto the executor. It calls the host's own modules and has no maths of its own.
+
+    Tables keep their address while the shape stays the same: captured graphs read them.
+    """
 
     host: nn.Module
     stack: BlockStack
@@ -58,6 +63,9 @@ class Adapter(Protocol):
 
     def frame_embed(self, call: Call) -> Tensor | None:
         """Temporal position embedding [T, C], or None."""
+
+    def rope(self, call: Call) -> Rope | None:
+        """Rotary tables, or None."""
 
     def modulate(self, call: Call) -> Modulation:
         """Modulation from the timestep."""

@@ -21,12 +21,17 @@ class Linear:
     bias: Tensor
 
 
+Rope = tuple[Tensor, Tensor]
+"""Rotary tables (cos, sin), each [positions, D / 2] float32; positions are frames, or all tokens of a video."""
+
+
 @dataclass(frozen=True)
 class SelfAttention:
     """Weights of self-attention along one kind of sequence.
 
     `sequence` says which tokens see each other: those of a frame, those of a position, or all of them.
-    `q_norm` and `k_norm` are RMSNorm weights [D]; `rope` is (cos, sin), each [T, D / 2] float32.
+    `q_norm` and `k_norm` are RMSNorm weights [D]. With `rotary` queries and keys are rotated by the step's tables;
+    `pair_stride` is that of `ops.qk_norm_rope`.
     """
 
     qkv: Linear  # [3C, C], rows ordered q, k, v, then heads
@@ -36,7 +41,8 @@ class SelfAttention:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     norm_eps: float = 1e-6
-    rope: tuple[Tensor, Tensor] | None = None
+    rotary: bool = False
+    pair_stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,17 +102,23 @@ def linear(x: Tensor, weights: Linear, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def self_attention(h: Tensor, weights: SelfAttention, out: Tensor) -> Tensor:
+def self_attention(h: Tensor, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
     """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C]."""
     batch, frames, tokens, channels = h.shape
     qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
+    if weights.rotary and rope is None:
+        raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
+    norm_rope = {
+        "q_weight": weights.q_norm,
+        "k_weight": weights.k_norm,
+        "rope": rope if weights.rotary else None,
+        "eps": weights.norm_eps,
+    }
     if weights.sequence == "temporal":
-        y = ops.temporal_attention(
-            qkv, q_weight=weights.q_norm, k_weight=weights.k_norm, rope=weights.rope, eps=weights.norm_eps
-        )
+        y = ops.temporal_attention(qkv, **norm_rope)
     else:
-        q, k, v = qkv.flatten(0, 1).unbind(2) if weights.sequence == "spatial" else qkv.flatten(1, 2).unbind(2)
-        y = ops.attention(q, k, v)
+        qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
+        y = ops.attention(*ops.qk_norm_rope(qkv, pair_stride=weights.pair_stride, **norm_rope).unbind(2))
     return linear(y, weights.proj, out)
 
 
@@ -143,6 +155,7 @@ def fused_pab_attention(
     kind: Literal["spatial", "temporal", "cross"],
     broadcast: bool,
     text: TextKV | None = None,
+    rope: Rope | None = None,
     regate: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
@@ -166,6 +179,8 @@ def fused_pab_attention(
         False computes and writes the slot, True reads it.
     text : TextKV, optional
         Keys and values of the text, needed to compute cross-attention; see `text_kv`.
+    rope : (cos, sin), optional
+        Rotary tables, each [T, D / 2] float32 ([T * S, D / 2] for full attention), needed where weights are rotary.
     regate : bool
         Broadcast with the gate of this call instead of the one of the call that wrote the slot (Open-Sora-Plan 1.2).
     eps : float
@@ -209,7 +224,7 @@ def fused_pab_attention(
                 raise ValueError("text: got None, must be a TextKV to compute cross-attention")
             value = cross_attention(h, weights, text, slot.value)
         else:
-            value = self_attention(h, weights, slot.value)
+            value = self_attention(h, weights, slot.value, rope)
         if gate is not None and slot.gate is not None:
             slot.gate.copy_(gate)
         slot.valid = True

@@ -12,6 +12,7 @@ from pab_kernels import ops
 from pab_kernels.branches import (
     CrossAttention,
     Mlp,
+    Rope,
     SelfAttention,
     TextKV,
     cross_attention,
@@ -157,6 +158,7 @@ class Executor:
         final: tuple[Tensor, Tensor],
         variant: StepVariant,
         embed: Tensor | None = None,
+        rope: Rope | None = None,
         final_eps: float = 1e-6,
     ) -> Tensor:
         """Run every block, and the final norm and modulation.
@@ -174,6 +176,8 @@ class Executor:
         variant : StepVariant
         embed : Tensor, optional
             [T, C], the temporal position embedding.
+        rope : (cos, sin), optional
+            Rotary tables of the rotary blocks.
         final_eps : float
             Of the final LayerNorm.
 
@@ -201,7 +205,7 @@ class Executor:
             else:
                 h = stream.norm_modulate(shift, scale, block.norm_eps)
                 out = stream.scratch() if slot is None else slot.value
-                stream.add(self_attention(h, block.attention, out), gate)
+                stream.add(self_attention(h, block.attention, out, rope), gate)
 
             if block.cross is not None:
                 key = SlotKey("cross", position)

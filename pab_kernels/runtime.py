@@ -62,8 +62,8 @@ class _Run:
     index: int = 0
     broken: bool = False
     latents_shape: torch.Size | None = None
-    text: tuple[Tensor, int] | None = None
-    """The text that the keys and values were made from, and its version."""
+    text: tuple[tuple[Tensor, int], ...] = ()
+    """The tensors that the text's keys and values were made from, and their versions."""
     clock: list[tuple[StepVariant, Any, Any]] = field(default_factory=list)
 
 
@@ -136,7 +136,7 @@ class PABHandle:
             self._adapter.restore()
             self._workspace = None
             if self._run is not None:
-                self._run.text = None
+                self._run.text = ()
 
     def begin(self, timesteps: Iterable[float] | Tensor) -> Schedule:
         """Begin a run: plan it over `timesteps`, one for each call that will happen, and forget every slot.
@@ -216,6 +216,7 @@ class PABHandle:
                 (modulation.shift, modulation.scale),
                 variant,
                 embed=self._adapter.frame_embed(now),
+                rope=self._adapter.rope(now),
             )
             return self._adapter.project_out(h, now)
 
@@ -280,7 +281,11 @@ class PABHandle:
         For graphs the text is padded to a multiple of `TEXT_PADDING` with its length on the device, so that a prompt
         of another length replays the graphs there are.
         """
-        if run.text is not None and run.text[0] is call.text and run.text[1] == call.text._version:
+        sources = tuple((tensor, tensor._version) for tensor in call.text_sources)
+        if len(run.text) == len(sources) and all(
+            old is new and old_version == version
+            for (old, old_version), (new, version) in zip(run.text, sources, strict=True)
+        ):
             return
         text, kv_len = _pack(call.text, call.text_mask)
         if self._why_eager() is None:
@@ -295,7 +300,7 @@ class PABHandle:
         projected = self._adapter.project_text(text)
         workspace.text = workspace.executor.text_kv(projected, kv_len, out=workspace.text if same else None)
         workspace.kv_len, workspace.text_shape = kv_len, text.shape
-        run.text = (call.text, call.text._version)
+        run.text = sources
 
     def _now(self) -> Any:
         if next(self.transformer.parameters()).device.type != "cuda":

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LatteTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pab_kernels.config import PABConfig
+from pab_kernels.models.checkpoints import CLASSES
 from pab_kernels.runtime import accelerate
 
 
@@ -88,12 +87,11 @@ def replay(
     ValueError
         The recording's family is not supported.
     """
-    if recording.family not in _FAMILIES:
-        raise ValueError(f"model: the recording is of {recording.family!r}, must be one of {', '.join(_FAMILIES)}")
-    build, arguments = _FAMILIES[recording.family]
+    if recording.family not in CLASSES:
+        raise ValueError(f"model: the recording is of {recording.family!r}, must be one of {', '.join(CLASSES)}")
     # nn.Module's own cast: diffusers' warns about modules to keep in float32, of which there are none here.
-    host = nn.Module.to(build(recording), device=device, dtype=dtype).eval()
-    given = arguments({key: value.to(device) for key, value in recording.inputs.items()}, dtype)
+    host = nn.Module.to(_host(recording), device=device, dtype=dtype).eval()
+    given = _arguments(recording, device, dtype)
     timesteps = recording.inputs["timesteps"]
     latents = recording.inputs["x"].to(device, torch.float32)
     steps = []
@@ -114,16 +112,16 @@ def worst_error(steps: Tensor, recorded: Tensor) -> float:
     return float("inf") if errors.isnan().any() else float(errors.max())
 
 
-def _latte(recording: Recording) -> nn.Module:
-    host = LatteTransformer3DModel(**recording.model_config)
+def _host(recording: Recording) -> nn.Module:
+    host = CLASSES[recording.family](**recording.model_config)
     host.load_state_dict(recording.state)
     return host
 
 
-def _latte_arguments(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    return {"encoder_hidden_states": inputs["y"].to(dtype), "return_dict": False}
-
-
-_FAMILIES: dict[
-    str, tuple[Callable[[Recording], nn.Module], Callable[[dict[str, Tensor], torch.dtype], dict[str, Any]]]
-] = {"latte": (_latte, _latte_arguments)}
+def _arguments(recording: Recording, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the host's forward takes besides latents and timestep."""
+    given = {key: value.to(device) for key, value in recording.inputs.items() if key not in ("x", "timesteps")}
+    text = given.pop("y").to(dtype)
+    if recording.family == "open_sora":
+        return {"y": text, **given}
+    return {"encoder_hidden_states": text, "return_dict": False, **given}

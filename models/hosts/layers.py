@@ -26,16 +26,16 @@ def check_fixed(**settings: tuple[object, object]) -> None:
 
 
 def repeat_rows(name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
-    """Repeat the rows of ``value`` to the batch size: one prompt's serve both halves of guidance.
+    """`value` with its rows repeated to `batch`: one prompt's row may serve both halves of guidance.
 
     Raises
     ------
     ValueError
-        Where the rows do not divide the batch.
+        The rows do not divide the batch.
     """
     rows = value.shape[0]
     if rows == 0 or batch % rows:
-        raise ValueError(f"{name} has {rows} rows, which must divide the batch of {batch}")
+        raise ValueError(f"{name}: has {rows} rows, must divide the batch of {batch}")
     return value.repeat(batch // rows, *(1 for _ in value.shape[1:]))
 
 
@@ -95,6 +95,14 @@ def unpatchify(x: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, in
     )  # fmt: skip
 
 
+def check_text_mask(mask: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """The mask [B, L] or [B, 1, L] of text [B, 1, L, C] as [B, L], or ValueError."""
+    batch, _, tokens, _ = text.shape
+    mask = mask.squeeze(1) if mask.ndim == 3 else mask
+    check_shape("encoder_attention_mask", mask, (batch, tokens))
+    return mask
+
+
 def text_bias(mask: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | None:
     """What to add to the scores of cross-attention: 0 for a real token, -10000 for padding.
 
@@ -108,12 +116,7 @@ def text_bias(mask: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | N
     -------
     [B, L] in the dtype of ``text``, or None.
     """
-    if mask is None:
-        return None
-    batch, _, tokens, _ = text.shape
-    mask = mask.squeeze(1) if mask.ndim == 3 else mask
-    check_shape("encoder_attention_mask", mask, (batch, tokens))
-    return (1 - mask.to(text.dtype)) * -10000.0
+    return None if mask is None else (1 - check_text_mask(mask, text).to(text.dtype)) * -10000.0
 
 
 class Mlp(nn.Module):
@@ -168,8 +171,22 @@ class PatchEmbedding(nn.Module):
         return self.proj(x).flatten(3).permute(0, 2, 3, 1)
 
 
+def position_table(inv_freq: torch.Tensor, h: int, w: int, scale: float, base_size: int) -> torch.Tensor:
+    """Sine and cosine of a patch's column, then of its row, a quarter of the channels each: [h * w, C].
+
+    `inv_freq` [C / 4] in the dtype of the weights, as the official model rounds it. Positions are divided by `scale`
+    and stretched to `base_size` patches a side.
+    """
+    rows, columns = (
+        torch.outer(torch.arange(n, device=inv_freq.device) / scale * (base_size / n), inv_freq) for n in (h, w)
+    )
+    rows, columns = (torch.cat((x.sin(), x.cos()), dim=-1) for x in (rows, columns))
+    table = torch.cat((columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)), dim=-1)
+    return table.flatten(0, 1).to(inv_freq.dtype)
+
+
 class PositionEmbedding(nn.Module):
-    """Sine and cosine of a patch's column, then of its row; a quarter of the channels each."""
+    """Holds the frequencies of `position_table`."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -177,14 +194,11 @@ class PositionEmbedding(nn.Module):
         self.inv_freq: torch.Tensor
         self.register_buffer("inv_freq", 10000 ** -(torch.arange(0, half, 2) / half), persistent=False)
 
-    def forward(self, h: int, w: int, scale: float, base_size: int) -> torch.Tensor:
-        rows, columns = (
-            torch.outer(torch.arange(n, device=self.inv_freq.device) / scale * (base_size / n), self.inv_freq)
-            for n in (h, w)
-        )
-        rows, columns = (torch.cat((x.sin(), x.cos()), dim=-1) for x in (rows, columns))
-        table = torch.cat((columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)), dim=-1)
-        return table.flatten(0, 1).to(self.inv_freq.dtype)
+
+def frame_angles(freqs: torch.Tensor, frames: int) -> torch.Tensor:
+    """Rotary angles [frames, head_dim / 2] of frequencies [head_dim / 2], radians, in float32 at least."""
+    freqs = freqs.to(torch.promote_types(freqs.dtype, torch.float32))
+    return torch.outer(torch.arange(frames, device=freqs.device), freqs)
 
 
 class RotaryEmbedding(nn.Module):
@@ -195,14 +209,9 @@ class RotaryEmbedding(nn.Module):
         self.freqs: torch.Tensor
         self.register_buffer("freqs", 10000 ** -(torch.arange(0, head_dim, 2) / head_dim))
 
-    def angles(self, frames: int) -> torch.Tensor:
-        """[frames, head_dim / 2], radians, in float32 at least."""
-        freqs = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
-        return torch.outer(torch.arange(frames, device=freqs.device), freqs)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x [..., T, heads, head_dim]."""
-        return rotate(x, self.angles(x.shape[-3]), layout=(-1, 2), pair_dim=-1)
+        return rotate(x, frame_angles(self.freqs, x.shape[-3]), layout=(-1, 2), pair_dim=-1)
 
 
 class PlanAttnProcessor:

@@ -17,6 +17,7 @@ from .layers import (
     ScalarEmbedder,
     attention,
     modulate,
+    position_table,
     repeat_rows,
     unpatchify,
 )
@@ -184,11 +185,6 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own p
         )
         self.final_layer = FinalLayer(hidden_size, pt * ph * pw * in_channels * (2 if pred_sigma else 1))
 
-    def position_embedding(self, h: int, w: int, height: float, width: float) -> torch.Tensor:
-        """Table [h * w, C] for h x w patches of a video of height x width pixels."""
-        scale = (height * width) ** 0.5 / self.input_sq_size
-        return self.pos_embed(h, w, scale, base_size=round((h * w) ** 0.5))
-
     def forward(
         self,
         x: torch.Tensor,
@@ -256,7 +252,8 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own p
             mask = repeat_rows("mask", mask, batch).bool()
 
         tokens = self.x_embedder(x.to(dtype))
-        tokens = tokens + self.position_embedding(h, w, height[0].item(), width[0].item())
+        scale = (height[0].item() * width[0].item()) ** 0.5 / self.input_sq_size
+        tokens = tokens + position_table(self.pos_embed.inv_freq, h, w, scale, base_size=round((h * w) ** 0.5))
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             tokens = spatial(tokens, text, t_mlp, mask, self.rope)
             tokens = temporal(tokens, text, t_mlp, mask, self.rope)

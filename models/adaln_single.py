@@ -1,0 +1,126 @@
+"""What the adapters of diffusers' adaLN-single transformers share: Latte and Open-Sora-Plan."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from pab_kernels.branches import CrossAttention, Mlp, SelfAttention
+from pab_kernels.executor import Block, BlockStack
+from pab_kernels.models.adapter import Call, Modulation, WeightFuser, linear_of, plain
+from pab_kernels.models.hosts.layers import unpatchify
+
+
+class AdaLNSingleAdapter:
+    """Base of the adapters for hosts made of diffusers' BasicTransformerBlock (or blocks of its structure).
+
+    Q, K and V (K and V of cross-attention) become views of one fused weight each; `restore` undoes it.
+    """
+
+    stack: BlockStack
+
+    def __init__(self, host: Any, processors: tuple[type, ...]) -> None:
+        self.host = host
+        self._processors = processors
+        self._signature = inspect.signature(type(host).forward)
+        self._fuser = WeightFuser()
+        config = self.host.config
+        for key, allowed in (
+            ("norm_type", "ada_norm_single"),
+            ("activation_fn", "gelu-approximate"),
+            ("attention_bias", True),
+            ("norm_elementwise_affine", False),
+        ):
+            if config[key] != allowed:
+                raise ValueError(f"host.config.{key}: got {config[key]!r}, must be {allowed!r}")
+        for name in ("pos_embed.proj", "adaln_single", "caption_projection", "norm_out", "proj_out"):
+            plain(host, name)
+
+    def _block(
+        self,
+        kind: Literal["spatial", "temporal"],
+        index: int,
+        path: str,
+        *,
+        sequence: Literal["spatial", "temporal", "full"],
+        cross: bool,
+        rotary: bool = False,
+        pair_stride: int = 1,
+    ) -> Block:
+        block = plain(self.host, path)
+        plain(self.host, f"{path}.ff.net.0")
+        heads = self._heads(f"{path}.attn1")
+        cross_attention = None
+        if cross:
+            cross_attention = CrossAttention(
+                q=linear_of(self.host, f"{path}.attn2.to_q"),
+                kv=self._fuser.fuse(self.host, [f"{path}.attn2.to_k", f"{path}.attn2.to_v"]),
+                proj=linear_of(self.host, f"{path}.attn2.to_out.0"),
+                heads=self._heads(f"{path}.attn2"),
+            )
+        return Block(
+            kind=kind,
+            index=index,
+            table=plain(self.host, f"{path}.scale_shift_table").detach(),
+            attention=SelfAttention(
+                qkv=self._fuser.fuse(self.host, [f"{path}.attn1.to_{name}" for name in "qkv"]),
+                proj=linear_of(self.host, f"{path}.attn1.to_out.0"),
+                heads=heads,
+                sequence=sequence,
+                rotary=rotary,
+                pair_stride=pair_stride,
+            ),
+            cross=cross_attention,
+            mlp=Mlp(linear_of(self.host, f"{path}.ff.net.0.proj"), linear_of(self.host, f"{path}.ff.net.2")),
+            norm_eps=block.norm1.eps,
+        )
+
+    def _heads(self, path: str) -> int:
+        attention = plain(self.host, path, Attention)
+        if type(attention.processor) not in self._processors:
+            allowed = " or ".join(processor.__name__ for processor in self._processors)
+            raise TypeError(f"{path}.processor: is a {type(attention.processor).__name__}, must be {allowed}")
+        for name in ("norm_q", "norm_k", "group_norm", "spatial_norm", "norm_cross"):
+            if getattr(attention, name, None) is not None:
+                raise TypeError(f"{path}.{name}: is set, must be None")
+        return attention.heads
+
+    def _arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        bound = self._signature.bind(self.host, *args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    def modulate(self, call: Call) -> Modulation:
+        """The timestep's share of every block's modulation and of the final one."""
+        batch = call.shape[0]
+        timestep, embedded = self.host.adaln_single(
+            call.tensors["timestep"], {"resolution": None, "aspect_ratio": None}, batch, self.host.dtype
+        )
+        final = self.host.scale_shift_table + embedded[:, None]  # [B, 2, C]: shift, scale
+        return Modulation(timestep.view(batch, 6, -1), final[:, 0], final[:, 1])
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """The caption projection."""
+        return self.host.caption_projection(text)
+
+    def project_out(self, h: Tensor, call: Call) -> Tensor:
+        """The final projection, and the patches put back together."""
+        patch = self.host.config.patch_size
+        grid = (call.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
+        return unpatchify(self.host.proj_out(h).flatten(1, 2), grid, (1, patch, patch))
+
+    def wrap(self, sample: Tensor, call: Call) -> Any:
+        """A tuple, or diffusers' output class where return_dict is set."""
+        return Transformer2DModelOutput(sample=sample) if call.options[0] else (sample,)
+
+    def check_weights(self) -> None:
+        """Raise ValueError if the host's parameters were moved or replaced."""
+        self._fuser.check()
+
+    def restore(self) -> None:
+        """Give the host its separate parameters back."""
+        self._fuser.restore()

@@ -1,0 +1,211 @@
+"""Open-Sora 1.2: STDiT3, our host or a class of the same structure (Open-Sora's own, VideoSys's)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from pab_kernels.branches import CrossAttention, Linear, Mlp, Rope, SelfAttention
+from pab_kernels.checks import check_shape, check_tensor
+from pab_kernels.executor import Block, BlockStack
+from pab_kernels.models.adapter import Call, Modulation, linear_of, plain
+from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
+
+
+class OpenSoraAdapter:
+    """Adapter of STDiT3, known by its structure.
+
+    Raises
+    ------
+    TypeError
+        The first attribute that is missing or is not the plain class it must be.
+    """
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self._signature = inspect.signature(type(host).forward)
+        for name in ("x_embedder.proj", "t_embedder.mlp", "fps_embedder.mlp", "t_block", "y_embedder.y_proj"):
+            plain(host, name)
+        self._final = linear_of(host, "final_layer.linear")
+        self._final_norm = plain(host, "final_layer.norm_final", nn.LayerNorm)
+        self._final_table: Tensor = plain(host, "final_layer.scale_shift_table").detach()
+        self._inv_freq: Tensor = plain(host, "pos_embed.inv_freq")
+        self._freqs: Tensor = plain(host, "rope.freqs").detach()
+        self._patch: tuple[int, int, int] = tuple(self.host.x_embedder.proj.kernel_size)
+        self._positions: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor, tuple[int, int]] | None = None
+        self._rope: Rope | None = None
+        blocks = []
+        for index in range(len(plain(host, "spatial_blocks"))):
+            blocks.append(self._block("spatial", index))
+            blocks.append(self._block("temporal", index))
+        self.stack = BlockStack(tuple(blocks))
+
+    def _block(self, kind: Literal["spatial", "temporal"], index: int) -> Block:
+        path = f"{kind}_blocks.{index}"
+
+        def linear(name: str) -> Linear:
+            return linear_of(self.host, f"{path}.{name}")
+
+        attention = plain(self.host, f"{path}.attn")
+        if getattr(attention, "qk_norm_legacy", False):
+            raise TypeError(f"{path}.attn.qk_norm_legacy: is set, must not be: it norms after the rotation")
+        heads = attention.num_heads
+        norms = [plain(self.host, f"{path}.attn.{name}") for name in ("q_norm", "k_norm")]
+        weights = [getattr(norm, "weight", None) for norm in norms]  # an Identity has none
+        eps: Any = getattr(norms[0], "eps", None) or getattr(norms[0], "variance_epsilon", 1e-6)
+        return Block(
+            kind=kind,
+            index=index,
+            table=plain(self.host, f"{path}.scale_shift_table").detach(),
+            attention=SelfAttention(
+                qkv=linear("attn.qkv"),
+                proj=linear("attn.proj"),
+                heads=heads,
+                sequence=kind,
+                q_norm=None if weights[0] is None else weights[0].detach(),
+                k_norm=None if weights[1] is None else weights[1].detach(),
+                norm_eps=eps,
+                rotary=kind == "temporal",
+            ),
+            cross=CrossAttention(
+                linear("cross_attn.q_linear"), linear("cross_attn.kv_linear"), linear("cross_attn.proj"), heads
+            ),
+            mlp=Mlp(linear("mlp.fc1"), linear("mlp.fc2")),
+            norm_eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps,
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.host.x_embedder.proj.weight.dtype
+
+    def bind(self, *args: Any, **kwargs: Any) -> Call:
+        """Read the arguments of STDiT3's forward."""
+        arguments = self._signature.bind(self.host, *args, **kwargs)
+        arguments.apply_defaults()
+        given = arguments.arguments
+        channels = self.host.x_embedder.proj.in_channels
+        x = check_tensor("x", given["x"])
+        check_shape("x", x, ("B", channels, "T", "H", "W"))
+        batch = x.shape[0]
+        t, h, w = (-(-size // patch) for size, patch in zip(x.shape[2:], self._patch, strict=True))
+        check_shape("timestep", check_tensor("timestep", given["timestep"]), (batch,))
+        y, mask, x_mask = given["y"], given["mask"], given["x_mask"]
+        check_shape("y", check_tensor("y", y), (batch, 1, "L", "C"))
+        tensors = {
+            "latents": x.to(self._dtype),
+            "timestep": given["timestep"],
+            "fps": repeat_rows("fps", check_tensor("fps", given["fps"]), batch),
+        }
+        text_mask = None
+        if mask is not None:
+            check_shape("mask", mask, ("rows", y.shape[2]))
+            text_mask = repeat_rows("mask", mask, batch).bool()
+        if x_mask is not None:
+            check_shape("x_mask", x_mask, (batch, t))
+            tensors["x_mask"] = x_mask.bool()
+        return Call(
+            tensors=tensors,
+            text=y.squeeze(1).to(self._dtype),
+            text_sources=(y,) if mask is None else (y, mask),
+            shape=(batch, t, h * w, self._final.weight.shape[1]),
+            latent_size=(x.shape[3], x.shape[4]),
+            groups=batch if x_mask is None else batch * t,
+            text_mask=text_mask,
+            options=(given["height"], given["width"], x.shape[2]),
+        )
+
+    def prepare(self, call: Call) -> None:
+        """The position table of this size in pixels, and the rotary tables of this many frames."""
+        height, width, _ = call.options
+        if not self._has_rope(call.shape[1]):
+            angles = frame_angles(self._freqs, call.shape[1]).float()
+            self._rope = (angles.cos().contiguous(), angles.sin().contiguous())
+        # The size comes as tensors. Reading them waits for the GPU, so it is done only for new ones.
+        seen = self._seen
+        if seen is not None and seen[0] is height and seen[1] is width and seen[2] == call.latent_size:
+            return
+        h, w = (-(-size // patch) for size, patch in zip(call.latent_size, self._patch[1:], strict=True))
+        scale = (height[0].item() * width[0].item()) ** 0.5 / self.host.input_sq_size
+        table = position_table(self._inv_freq, h, w, scale, base_size=round((h * w) ** 0.5))
+        if self._positions is not None and self._positions.shape == table.shape:
+            self._positions.copy_(table)
+        else:
+            self._positions = table
+        self._seen = (height, width, call.latent_size)
+
+    def _has_rope(self, frames: int) -> bool:
+        return self._rope is not None and self._rope[0].shape[0] == frames
+
+    def embed(self, call: Call) -> Tensor:
+        """Patches and their 2D positions."""
+        tokens = self.host.x_embedder(call.tensors["latents"]).reshape(call.shape)
+        return (tokens + self._positions).contiguous()
+
+    def frame_embed(self, call: Call) -> None:
+        """STDiT3 has rotary embedding along time instead."""
+
+    def rope(self, call: Call) -> Rope | None:
+        """Rotary tables along time."""
+        return self._rope
+
+    def _time(self, call: Call, timestep: Tensor) -> Tensor:
+        """Embedding [B, C] of timestep and frame rate, rounded to the weights' dtype first, as in training."""
+        parts = []
+        for value, embedder in ((timestep, self.host.t_embedder), (call.tensors["fps"], self.host.fps_embedder)):
+            frequencies = embedder.mlp[0].in_features
+            waves = get_timestep_embedding(value, frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
+            parts.append(embedder.mlp(waves.to(self._dtype)))
+        return parts[0] + parts[1]
+
+    def modulate(self, call: Call) -> Modulation:
+        """The timestep's share of every block's modulation and of the final one; given frames have timestep 0."""
+        timestep = call.tensors["timestep"].to(self._dtype)
+        embedded = self._time(call, timestep)
+        blocks = self.host.t_block(embedded)
+        final = self._final_table + embedded[:, None]  # [B, 2, C]: shift, scale
+        if "x_mask" in call.tensors:
+            frames = call.shape[1]
+            given = self.host.t_block(self._time(call, torch.zeros_like(timestep)))
+            blocks = torch.where(call.tensors["x_mask"][..., None], blocks[:, None], given[:, None])
+            final = final.repeat_interleave(frames, 0)
+        return Modulation(blocks.reshape(call.groups, 6, -1), final[:, 0], final[:, 1])
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """The caption projection."""
+        return self.host.y_embedder.y_proj(text)
+
+    def project_out(self, h: Tensor, call: Call) -> Tensor:
+        """The final projection, and the patches put back together and cropped: [B, C_out, T, H, W] float32."""
+        t = call.shape[1]
+        if "x_mask" in call.tensors:
+            # The official final layer normalises given frames a second time, with timestep 0.
+            embedded = self._time(call, torch.zeros_like(call.tensors["timestep"]).to(self._dtype))
+            shift, scale = (self._final_table + embedded[:, None])[:, :, None, None].unbind(1)
+            again = modulate(self._final_norm(h), shift, scale)
+            h = torch.where(call.tensors["x_mask"][:, :, None, None], h, again)
+        tokens = nn.functional.linear(h, self._final.weight, self._final.bias).flatten(1, 2)
+        height, width = call.latent_size
+        grid = (t, -(-height // self._patch[1]), -(-width // self._patch[2]))
+        out = unpatchify(tokens, grid, self._patch)[:, :, : call.options[2], :height, :width]
+        return out.to(torch.promote_types(self._dtype, torch.float32))
+
+    def wrap(self, sample: Tensor, call: Call) -> Tensor:
+        """STDiT3 returns the bare tensor."""
+        return sample
+
+    def check_weights(self) -> None:
+        """Nothing is fused here, but the weights must still be those the blocks were made from."""
+        first = self.stack.blocks[0].attention.qkv.weight
+        if self.host.spatial_blocks[0].attn.qkv.weight.data_ptr() != first.data_ptr():
+            raise ValueError(
+                "the host's weights were moved, cast or replaced after accelerate(): leave the handle, "
+                "change the model, then accelerate it again"
+            )
+
+    def restore(self) -> None:
+        """The host was not changed."""
