@@ -1,0 +1,173 @@
+"""The runtime on a GPU: graphs, kernel counts, no synchronisation, no allocation; the same numbers as eager steps."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pab_kernels import PABConfig, accelerate
+from pab_kernels.models.checkpoints import random_weights
+
+pytestmark = pytest.mark.gpu
+
+TIMESTEPS = [900.0, 700.0, 600.0, 500.0, 400.0, 50.0]
+PAB = PABConfig(
+    spatial_broadcast=True, spatial_threshold=(100, 800), spatial_range=2,
+    temporal_broadcast=True, temporal_threshold=(100, 800), temporal_range=2,
+    cross_broadcast=True, cross_threshold=(100, 800), cross_range=2,
+)  # fmt: skip
+LAYERS = 3
+
+
+def latte() -> Any:
+    model: Any = random_weights("latte", dtype=torch.bfloat16, device="cuda", seed=0, num_layers=LAYERS)
+    return model.eval().requires_grad_(False)
+
+
+def latents(batch: int = 2, size: int = 32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(batch, 4, 16, size, size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def text(length: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(batch, length, 4096, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def run(model: Any, handle: Any, x: torch.Tensor, y: torch.Tensor, timesteps=TIMESTEPS) -> torch.Tensor:
+    handle.begin(timesteps)
+    steps = torch.tensor(timesteps, device="cuda")
+    outputs = []
+    for t in steps:
+        outputs.append(model(x, timestep=t.expand(len(x)), encoder_hidden_states=y, return_dict=False)[0])
+        x = x - 0.1 * outputs[-1][:, :4]
+    return torch.stack(outputs)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def test_graphs_give_the_numbers_of_eager_steps_for_new_prompts_seeds_and_timesteps(device):
+    model = latte()
+    with accelerate(model, PAB, cuda_graphs=False) as handle:
+        want = [
+            run(model, handle, latents(), text(60)),
+            run(model, handle, latents(seed=1), text(40, seed=1)),
+            run(model, handle, latents(seed=2), text(64, seed=2), [t - 3 for t in TIMESTEPS]),
+        ]
+    with accelerate(model, PAB) as handle:
+        for _ in range(3):
+            first = run(model, handle, latents(), text(60))
+        graphs = handle.report().graphs
+        assert graphs == len(set(handle.schedule))
+        assert error(first, want[0]) < 1e-2
+        assert error(run(model, handle, latents(seed=1), text(40, seed=1)), want[1]) < 1e-2
+        again = run(model, handle, latents(seed=2), text(64, seed=2), [t - 3 for t in TIMESTEPS])
+        assert error(again, want[2]) < 1e-2
+        assert handle.report().graphs == graphs, "new prompts, seeds and timesteps replay the graphs there are"
+
+
+def test_runtime_agrees_with_the_eager_host(device):
+    model = latte()
+    x, y = latents(), text(60)
+    t = torch.full((2,), 500.0, device="cuda")
+    want = model(x, timestep=t, encoder_hidden_states=y, return_dict=False)[0]
+    with accelerate(model, PABConfig()) as handle:
+        handle.begin([500, 500, 500])
+        for _ in range(3):
+            got = model(x, timestep=t, encoder_hidden_states=y, return_dict=False)[0]
+            assert error(got, want) < 2e-2
+
+
+def test_no_synchronisation_and_no_allocation_in_the_loop(device):
+    model = latte()
+    x, y = latents(), text(60)
+    steps = torch.tensor(TIMESTEPS, device="cuda")
+    with accelerate(model, PAB) as handle:
+        for _ in range(3):
+            run(model, handle, x, y)
+        handle.begin(TIMESTEPS)
+        model(x, timestep=steps[0].expand(2), encoder_hidden_states=y)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for i in range(1, len(TIMESTEPS)):
+                model(x, timestep=steps[i].expand(2), encoder_hidden_states=y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        after = torch.cuda.memory_stats()
+        # The caller's own copy of each prediction is all that the loop asks the allocator for, and it is reused.
+        assert after["num_device_alloc"] == before["num_device_alloc"]
+        assert after["reserved_bytes.all.current"] == before["reserved_bytes.all.current"]
+
+
+def test_a_broadcast_block_launches_three_kernels(device):
+    """The pass, MLP up with GELU in its epilogue, MLP down: for each block, when all its attention is broadcast."""
+    model = latte()
+    x, y = latents(), text(60)
+    counts = {}
+    for layers in (1, LAYERS):
+        part: Any = random_weights("latte", dtype=torch.bfloat16, device="cuda", seed=0, num_layers=layers)
+        with accelerate(part, PAB, cuda_graphs=False) as handle:
+            handle.begin([700.0, 600.0, 500.0, 400.0])
+            t = torch.full((2,), 500.0, device="cuda")
+            part(x, timestep=t, encoder_hidden_states=y)
+            part(x, timestep=t, encoder_hidden_states=y)
+            part(x, timestep=t, encoder_hidden_states=y)
+            assert handle.schedule[3].spatial
+            assert handle.schedule[3].temporal
+            assert handle.schedule[3].cross
+            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+                part(x, timestep=t, encoder_hidden_states=y)
+                torch.cuda.synchronize()
+        kernels = Counter(e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        counts[layers] = sum(n for name, n in kernels.items() if "Memcpy" not in name and "Memset" not in name)
+    blocks = 2 * (LAYERS - 1)
+    assert counts[LAYERS] - counts[1] == 3 * blocks, kernels
+    del model
+
+
+def test_another_shape_frees_the_slots_and_graphs_of_the_first(device):
+    model = latte()
+    with accelerate(model, PAB) as handle:
+        for _ in range(2):
+            run(model, handle, latents(), text(60))
+        for _ in range(2):
+            run(model, handle, latents(size=16), text(60))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        small = torch.cuda.memory_allocated()
+        for _ in range(2):
+            run(model, handle, latents(size=48), text(60))
+        for _ in range(2):
+            run(model, handle, latents(size=16), text(60))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_allocated() <= small * 1.02
+        assert handle.report().graphs == len(set(handle.schedule))
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so(device, monkeypatch):
+    from pab_kernels.models.latte import LatteAdapter
+
+    model = latte()
+    embed = LatteAdapter.embed
+
+    def syncs(self, call):
+        torch.cuda.current_stream().synchronize()
+        return embed(self, call)
+
+    with accelerate(model, PAB, cuda_graphs=False) as handle:
+        want = run(model, handle, latents(), text(60))
+    monkeypatch.setattr(LatteAdapter, "embed", syncs)
+    with accelerate(model, PAB) as handle:
+        for _ in range(3):
+            got = run(model, handle, latents(), text(60))
+        assert error(got, want) < 1e-2
+        report = handle.report()
+        assert report.graphs == 0
+        assert "capture" in (report.eager or "")
