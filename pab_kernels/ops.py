@@ -9,11 +9,13 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pab_kernels import reference
 from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
@@ -31,6 +33,13 @@ MAX_CHANNELS = 4608
 """Widest row that the Triton pass takes."""
 MAX_BRANCHES = 4
 """Most branch outputs that one pass adds."""
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""SDPA's own backends, best first: at head_dim 72 cuDNN is 1.5 times as fast as flash on an H100."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
 """Head dimensions compiled into the CUDA temporal kernel."""
 
@@ -511,9 +520,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_s
         mask = torch.arange(k.shape[1], device=k.device) < kv_len[:, None].clamp(min=1)
         mask = mask[:, None, None, :]
         v = v * (kv_len > 0)[:, None, None, None].to(v.dtype)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=softmax_scale
-    )
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel(SDPA_ORDER, set_priority=True) if q.is_cuda else nullcontext():
+        y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=softmax_scale)
     # The fused backends lay their output out like q, so that this is a view.
     return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 

@@ -62,7 +62,7 @@ def test_graphs_give_the_numbers_of_eager_steps_for_new_prompts_seeds_and_timest
         for _ in range(3):
             first = run(model, handle, latents(), text(60))
         graphs = handle.report().graphs
-        assert graphs == len(set(handle.schedule))
+        assert graphs == len(set(handle.schedule or ()))
         assert error(first, want[0]) < 1e-2
         assert error(run(model, handle, latents(seed=1), text(40, seed=1)), want[1]) < 1e-2
         again = run(model, handle, latents(seed=2), text(64, seed=2), [t - 3 for t in TIMESTEPS])
@@ -118,9 +118,11 @@ def test_a_broadcast_block_launches_three_kernels(device):
             part(x, timestep=t, encoder_hidden_states=y)
             part(x, timestep=t, encoder_hidden_states=y)
             part(x, timestep=t, encoder_hidden_states=y)
-            assert handle.schedule[3].spatial
-            assert handle.schedule[3].temporal
-            assert handle.schedule[3].cross
+            assert handle.schedule is not None
+            last = handle.schedule[3]
+            assert last.spatial
+            assert last.temporal
+            assert last.cross
             with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
                 part(x, timestep=t, encoder_hidden_states=y)
                 torch.cuda.synchronize()
@@ -148,7 +150,7 @@ def test_another_shape_frees_the_slots_and_graphs_of_the_first(device):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         assert torch.cuda.memory_allocated() <= small * 1.02
-        assert handle.report().graphs == len(set(handle.schedule))
+        assert handle.report().graphs == len(set(handle.schedule or ()))
 
 
 def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so(device, monkeypatch):
