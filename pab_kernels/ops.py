@@ -520,9 +520,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_s
         mask = torch.arange(k.shape[1], device=k.device) < kv_len[:, None].clamp(min=1)
         mask = mask[:, None, None, :]
         v = v * (kv_len > 0)[:, None, None, None].to(v.dtype)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    q_heads, k_heads, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     with sdpa_kernel(SDPA_ORDER, set_priority=True) if q.is_cuda else nullcontext():
-        y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=softmax_scale)
+        y = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=mask, scale=softmax_scale)
     # The fused backends lay their output out like q, so that this is a view.
     return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 
