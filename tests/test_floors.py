@@ -15,7 +15,7 @@ FLOORS = [
     ["pab_kernels/branches.py"],
     ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
     ["models/*.py", "models/hosts/*.py"],
-    ["pab_kernels/runtime.py"],
+    ["pab_kernels/workspace.py", "pab_kernels/runtime.py"],
     ["pab_kernels/demo/*.py", "pab_kernels/pipelines/*.py"],
     ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/info.py"],
     ["pab_kernels/generate.py", "pab_kernels/verify.py"],

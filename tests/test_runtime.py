@@ -109,8 +109,7 @@ def test_without_pab_it_is_the_host():
     with accelerate(model, PABConfig()) as handle:
         handle.begin(TIMESTEPS)
         torch.testing.assert_close(run(model), expected, atol=2e-5, rtol=2e-5)
-        assert handle.cache is not None
-        assert len(handle.cache) == 0, "a branch that never broadcasts has no slot"
+        assert len(handle.caches[0]) == 0, "a branch that never broadcasts has no slot"
 
 
 def test_with_pab_it_is_the_plain_form():
@@ -146,8 +145,7 @@ def test_block_ranges_limit_slots_and_broadcasts():
     with accelerate(model, limited) as handle:
         handle.begin(TIMESTEPS)
         some = run(model)
-        assert handle.cache is not None
-        assert [(key.branch, key.position) for key in handle.cache] == [("spatial", 2)]
+        assert [(key.branch, key.position) for key in handle.caches[0]] == [("spatial", 2)]
     none = run(model)
     with accelerate(model, PABConfig(spatial_broadcast=True, spatial_threshold=(100, 800), spatial_range=2)) as handle:
         handle.begin(TIMESTEPS)
@@ -208,8 +206,8 @@ def test_pipeline_runs_are_noticed_and_start_clean():
         pipe(frames=1, seed=9)
         assert torch.equal(pipe(), expected), "after another frame count"
         report = handle.report()
-        assert (report.steps, report.computed["spatial"] + report.broadcast["spatial"]) == (6, 6)
-        assert report.cache_bytes == handle.cache.nbytes > 0  # type: ignore[union-attr]
+        assert (report.calls, report.computed["spatial"] + report.broadcast["spatial"]) == (6, 6)
+        assert report.cache_bytes == handle.caches[0].nbytes > 0
 
 
 def test_failure_inside_a_step_does_not_leak_into_the_next_run(monkeypatch):
@@ -252,6 +250,33 @@ def test_two_handles_do_not_touch_each_other():
         assert torch.equal(torch.stack(got), want)
 
 
+def test_conditional_and_unconditional_forwards_have_a_cache_each():
+    model = tiny_latte()
+    expected = []
+    for seed in (0, 1):
+        with accelerate(model, EVERYTHING) as handle:
+            handle.begin(TIMESTEPS)
+            expected.append(run(model, seed=seed))
+    with accelerate(model, EVERYTHING, forwards_per_step=2) as handle:
+        for _ in range(2):
+            handle.begin(TIMESTEPS)
+            states = [inputs(seed=0), inputs(seed=1)]
+            results: list[list[Tensor]] = [[], []]
+            for t in TIMESTEPS:
+                for i in range(2):
+                    latents, text = states[i]
+                    latents = latents - 0.1 * call(model, latents, text, t)[:, :4]
+                    states[i] = (latents, text)
+                    results[i].append(latents)
+            for got, want in zip(results, expected, strict=True):
+                assert torch.equal(torch.stack(got), want)
+            with pytest.raises(ValueError, match="steps are over"):
+                call(model, *inputs(), 50.0)
+        assert len(handle.caches) == 2
+    with pytest.raises(ValueError, match="forwards_per_step"):
+        accelerate(model, EVERYTHING, forwards_per_step=0)
+
+
 def test_pipeline_that_skips_the_first_timesteps_is_planned_from_where_it_begins():
     pipe = Pipeline(tiny_latte())
     with accelerate(pipe, EVERYTHING) as handle:
@@ -289,7 +314,7 @@ def test_calls_outside_a_run_are_errors():
             call(model, *inputs(), 900)
         handle.begin([900])
         call(model, *inputs(), 900)
-        with pytest.raises(ValueError, match="calls are over"):
+        with pytest.raises(ValueError, match="steps are over"):
             call(model, *inputs(), 800)
 
 

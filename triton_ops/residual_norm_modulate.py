@@ -1,0 +1,220 @@
+"""The pass between two GEMMs in Triton: add branch outputs to the residual stream, then normalise and modulate.
+
+The work is pure memory traffic, so the kernel is laid out around its loads:
+
+- A row is two tiles, `a` and `z`: the largest power of two below C, and the rest (1152 = 1024 + 128). One tile of
+  2048 would mask 44% of its lanes away.
+- A warp takes 1152 channels, so that the reductions of the common rows are shuffles without a barrier, and many rows
+  are in flight on each multiprocessor.
+- Gates, shift and scale are read again for every row: they hit L1, and held in registers they would halve the rows in
+  flight (216 registers a thread instead of 102 with one gate).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _load(pointer, mask):
+    """Values in float32, zero where masked away."""
+    if mask is None:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add(total, branch, stride_g, stride_n, gate, gate_g, group, row, columns, mask):
+    """Total plus one row of a branch, gated where it has a gate; the total itself where there is no branch."""
+    if branch is None:
+        return total
+    else:
+        value = _load(branch + group * stride_g + row * stride_n + columns, mask)
+        if gate is None:
+            return total + value
+        else:
+            return total + _load(gate + group * gate_g + columns, mask) * value
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "rows_per_embed"])
+def _residual_norm_modulate_kernel(
+    x,  # [G, N, C]
+    branch0,  # [G, N, C] or None, like the next three
+    branch1,
+    branch2,
+    branch3,
+    gate0,  # [G, C] or None, like the next three
+    gate1,
+    gate2,
+    gate3,
+    shift,  # [G, C] or None
+    scale,
+    embed,  # [P, C] or None
+    out,  # [G, N, C] or None
+    x_g,  # strides in elements, <tensor>_<dimension>
+    x_n,
+    branch0_g,
+    branch0_n,
+    branch1_g,
+    branch1_n,
+    branch2_g,
+    branch2_n,
+    branch3_g,
+    branch3_n,
+    gate0_g,
+    gate1_g,
+    gate2_g,
+    gate3_g,
+    shift_g,
+    scale_g,
+    embed_p,
+    out_g,
+    out_n,
+    rows,  # N
+    blocks,  # programs a group
+    rows_per_embed,  # N / P
+    eps,
+    CHANNELS: tl.constexpr,
+    A: tl.constexpr,  # columns of tile a
+    Z: tl.constexpr,  # columns of tile z, CHANNELS - A of them in use
+    ROWS: tl.constexpr,  # rows of one program
+):
+    program = tl.program_id(0)
+    group = (program // blocks).to(tl.int64)
+    first = (program % blocks).to(tl.int64) * ROWS
+    a = tl.arange(0, A)
+    z = A + tl.arange(0, Z)
+    if A + Z == CHANNELS:
+        mask = None
+    else:
+        mask = z < CHANNELS
+    for step in range(0, tl.minimum(rows - first, ROWS).to(tl.int32)):
+        row = first + step
+        x_row = x + group * x_g + row * x_n
+        sum_a = _load(x_row + a, None)
+        sum_z = _load(x_row + z, mask)
+        sum_a = _add(sum_a, branch0, branch0_g, branch0_n, gate0, gate0_g, group, row, a, None)
+        sum_z = _add(sum_z, branch0, branch0_g, branch0_n, gate0, gate0_g, group, row, z, mask)
+        sum_a = _add(sum_a, branch1, branch1_g, branch1_n, gate1, gate1_g, group, row, a, None)
+        sum_z = _add(sum_z, branch1, branch1_g, branch1_n, gate1, gate1_g, group, row, z, mask)
+        sum_a = _add(sum_a, branch2, branch2_g, branch2_n, gate2, gate2_g, group, row, a, None)
+        sum_z = _add(sum_z, branch2, branch2_g, branch2_n, gate2, gate2_g, group, row, z, mask)
+        sum_a = _add(sum_a, branch3, branch3_g, branch3_n, gate3, gate3_g, group, row, a, None)
+        sum_z = _add(sum_z, branch3, branch3_g, branch3_n, gate3, gate3_g, group, row, z, mask)
+        if embed is not None:
+            sum_a = _add(sum_a, embed, 0, embed_p, None, 0, group, row // rows_per_embed, a, None)
+            sum_z = _add(sum_z, embed, 0, embed_p, None, 0, group, row // rows_per_embed, z, mask)
+        if branch0 is not None or embed is not None:
+            tl.store(x_row + a, sum_a.to(x.dtype.element_ty))
+            tl.store(x_row + z, sum_z.to(x.dtype.element_ty), mask=mask)
+        if out is not None:
+            # Both passes of the norm run on registers, so the exact one costs no traffic.
+            mean = (tl.sum(sum_a, 0) + tl.sum(sum_z, 0)) / CHANNELS
+            sum_a -= mean
+            sum_z -= mean
+            if mask is not None:
+                sum_z = tl.where(mask, sum_z, 0.0)
+            rstd = tl.rsqrt((tl.sum(sum_a * sum_a, 0) + tl.sum(sum_z * sum_z, 0)) / CHANNELS + eps)
+            y_a = sum_a * rstd * (1 + _load(scale + group * scale_g + a, None))
+            y_z = sum_z * rstd * (1 + _load(scale + group * scale_g + z, mask))
+            y_a += _load(shift + group * shift_g + a, None)
+            y_z += _load(shift + group * shift_g + z, mask)
+            out_row = out + group * out_g + row * out_n
+            tl.store(out_row + a, y_a.to(out.dtype.element_ty))
+            tl.store(out_row + z, y_z.to(out.dtype.element_ty), mask=mask)
+
+
+INTERPRETED = not isinstance(_residual_norm_modulate_kernel, triton.JITFunction)
+"""Whether TRITON_INTERPRET was set at import: then CPU tensors are fine."""
+
+CHANNELS_PER_WARP = 1152
+"""Widest row for one warp; wider rows take the next power of two of warps."""
+
+ROWS_PER_PROGRAM = ((2048, 2), (0, 1))
+"""(least rows G * N, rows of one program): few rows are spread over all multiprocessors, many save launches."""
+
+
+class Config(NamedTuple):
+    """How rows are laid on the device."""
+
+    rows: int
+    """Rows of one program."""
+    warps: int
+    """Warps of one program; all of them share each row."""
+
+
+def default_config(rows: int, channels: int) -> Config:
+    """The config for `rows` = G * N rows, from the tables above."""
+    per_program = next(count for least, count in ROWS_PER_PROGRAM if rows >= least)
+    return Config(per_program, triton.next_power_of_2(triton.cdiv(channels, CHANNELS_PER_WARP)))
+
+
+def residual_norm_modulate_triton(
+    x: Tensor,
+    branches: list[Tensor],
+    gates: list[Tensor | None],
+    shift: Tensor | None,
+    scale: Tensor | None,
+    embed: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    *,
+    config: Config | None = None,
+) -> None:
+    """Launch the pass. The arguments are those of `pab_kernels.ops.residual_norm_modulate`, already checked.
+
+    Parameters
+    ----------
+    config : Config, optional
+        Replaces `default_config`, for sweeps.
+    """
+    if x.dtype == torch.float64:
+        raise ValueError("backend: triton got torch.float64, must be float32, float16 or bfloat16")
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"backend: triton got a tensor on {x.device}, must be on a CUDA device")
+    if not branches and embed is None and out is None:
+        return
+    groups, rows, channels = x.shape
+    if config is None:
+        config = default_config(groups * rows, channels)
+    blocks = triton.cdiv(rows, config.rows)
+    absent = 4 - len(branches)
+    half = max(triton.next_power_of_2(channels) // 2, 1)
+    with torch.cuda.device_of(x):
+        _residual_norm_modulate_kernel[(groups * blocks,)](
+            x,
+            *branches,
+            *(None,) * absent,
+            *gates,
+            *(None,) * absent,
+            shift,
+            scale,
+            embed,
+            out,
+            x.stride(0),
+            x.stride(1),
+            *(stride for branch in branches for stride in branch.stride()[:2]),
+            *(0, 0) * absent,
+            *(0 if gate is None else gate.stride(0) for gate in gates),
+            *(0,) * absent,
+            0 if shift is None else shift.stride(0),
+            0 if scale is None else scale.stride(0),
+            0 if embed is None else embed.stride(0),
+            0 if out is None else out.stride(0),
+            0 if out is None else out.stride(1),
+            rows,
+            blocks,
+            1 if embed is None else rows // embed.shape[0],
+            eps,
+            CHANNELS=channels,
+            A=half,
+            Z=triton.next_power_of_2(max(channels - half, 1)),
+            ROWS=config.rows,
+            num_warps=config.warps,
+        )
