@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from pab_kernels import ops
+from pab_kernels import backends as table
 
 
 def versions() -> dict[str, str]:
@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    found["cuda kernels"] = "left out of this build" if ops._C is None else _built(ops._C.build_info())
+    found["cuda kernels"] = "left out of this build" if table._C is None else _built(table._C.build_info())
     return found
 
 
@@ -37,7 +37,7 @@ def gpu() -> str:
     )
 
 
-def backends() -> dict[str, ops.Choice]:
+def backends() -> dict[str, table.Choice]:
     """The backend of each op for the shapes of Open-Sora and Latte, in the dtype that suits the device."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
@@ -45,7 +45,7 @@ def backends() -> dict[str, ops.Choice]:
         return torch.empty(shape, dtype=dtype, device=device)
 
     return {
-        "residual_norm_modulate": ops.choose("residual_norm_modulate", empty(1, 1, 1152)),
-        "temporal_attention": ops.choose("temporal_attention", empty(1, 16, 1, 3, 16, 72)),
-        "attention": ops.choose("attention", empty(1, 1, 16, 72)),
+        "residual_norm_modulate": table.choose("residual_norm_modulate", empty(1, 1, 1152)),
+        "temporal_attention": table.choose("temporal_attention", empty(1, 16, 1, 3, 16, 72)),
+        "attention": table.choose("attention", empty(1, 1, 16, 72)),
     }

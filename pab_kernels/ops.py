@@ -1,36 +1,22 @@
 """The public ops: checks, choice of backend, and a fake for each, so that torch.compile can trace them.
 
-`BACKENDS` is the one table of backends: the first that supports a call serves it. `backend=` forces one.
+The first backend of `backends.BACKENDS` that supports a call serves it. `backend=` forces one.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pab_kernels import reference
+from pab_kernels import backends, reference
+from pab_kernels.backends import resolve
 from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
 
-try:
-    from pab_kernels import _C
-except ImportError:  # built without nvcc
-    _C = None
-
-log = logging.getLogger(__name__)
-
-MAX_FRAMES = 128
-"""Longest sequence along T that the temporal kernels take."""
-MAX_CHANNELS = 4608
-"""Widest row that the Triton pass takes."""
 MAX_BRANCHES = 4
 """Most branch outputs that one pass adds."""
 SDPA_ORDER = [
@@ -40,102 +26,6 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 """SDPA's own backends, best first: at head_dim 72 cuDNN is 1.5 times as fast as flash on an H100."""
-CUDA_HEAD_DIMS = (64, 72, 96, 128)
-"""Head dimensions compiled into the CUDA temporal kernel."""
-
-
-# Backends
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The backend that serves an op, and why those before it in the table do not."""
-
-    backend: str
-    reason: str
-
-
-def _no_triton(x: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if x.device.type != "cuda":
-        return f"triton needs a CUDA tensor, got one on {x.device.type}"
-    if x.dtype == torch.float64:
-        return "triton kernels do not take float64"
-    return None
-
-
-def _no_triton_pass(x: Tensor) -> str | None:
-    if x.shape[-1] > MAX_CHANNELS:
-        return f"triton takes at most {MAX_CHANNELS} channels, got {x.shape[-1]}"
-    return _no_triton(x)
-
-
-def _no_triton_temporal(qkv: Tensor) -> str | None:
-    if qkv.shape[1] > MAX_FRAMES:
-        return f"triton takes at most {MAX_FRAMES} frames, got {qkv.shape[1]}"
-    return _no_triton(qkv)
-
-
-def _no_cuda_temporal(qkv: Tensor) -> str | None:
-    frames, head_dim = qkv.shape[1], qkv.shape[-1]
-    if _C is None:
-        return "the CUDA kernels were left out of this build"
-    if qkv.device.type != "cuda":
-        return f"cuda needs a CUDA tensor, got one on {qkv.device.type}"
-    if qkv.dtype not in (torch.float16, torch.bfloat16):
-        return f"cuda takes float16 and bfloat16, got {qkv.dtype}"
-    if head_dim not in CUDA_HEAD_DIMS:
-        return f"cuda takes head_dim {CUDA_HEAD_DIMS}, got {head_dim}"
-    if frames > MAX_FRAMES:
-        return f"cuda takes at most {MAX_FRAMES} frames, got {frames}"
-    return None
-
-
-def _serves_all(x: Tensor) -> str | None:
-    return None
-
-
-BACKENDS: dict[str, tuple[tuple[str, Callable[[Tensor], str | None]], ...]] = {
-    "residual_norm_modulate": (("triton", _no_triton_pass), ("reference", _serves_all)),
-    "temporal_attention": (
-        ("cuda", _no_cuda_temporal),
-        ("triton", _no_triton_temporal),
-        ("reference", _serves_all),
-    ),
-    "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
-    "attention": (("sdpa", _serves_all), ("reference", _serves_all)),
-}
-
-
-def choose(op: str, x: Tensor) -> Choice:
-    """The backend that serves `op` for a first argument like `x`."""
-    refusals: list[str] = []
-    for name, refusal in BACKENDS[op]:
-        why_not = refusal(x)
-        if why_not is None:
-            return Choice(name, "; ".join(refusals) or "first choice")
-        refusals.append(why_not)
-    raise AssertionError(f"the last backend of {op} serves everything")
-
-
-@functools.cache
-def _announce(op: str, choice: Choice) -> None:
-    """Say a fallback once: the cache keeps each message from repeating."""
-    log.info("%s runs on the %s backend: %s", op, choice.backend, choice.reason)
-
-
-def _resolve(op: str, x: Tensor, backend: str | None) -> str:
-    if backend is None:
-        choice = choose(op, x)
-        if choice.backend != BACKENDS[op][0][0]:
-            _announce(op, choice)
-        return choice.backend
-    names = [name for name, _ in BACKENDS[op]]
-    if backend not in names:
-        raise ValueError(f"backend: got {backend!r}, must be one of {', '.join(names)}")
-    # No refusal is asked: Triton's interpreter runs on the CPU. What a forced backend cannot do, its launcher refuses.
-    return backend
 
 
 # The pass between two GEMMs
@@ -222,7 +112,7 @@ def residual_norm_modulate(
     if shift is not None and out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
-        name = _resolve("residual_norm_modulate", x, backend)
+        name = resolve("residual_norm_modulate", x, backend)
         torch.ops.pab.residual_norm_modulate(x, list(branches), gates, shift, scale, embed, float(eps), out, name)
     return x if out is None else out
 
@@ -302,7 +192,7 @@ def temporal_attention(
     out = _output("out", out, shape, qkv, "qkv")
     if out.numel() > 0:
         scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-        name = _resolve("temporal_attention", qkv, backend)
+        name = resolve("temporal_attention", qkv, backend)
         torch.ops.pab.temporal_attention(qkv, q_weight, k_weight, cos, sin, float(eps), scale, out, name)
     return out
 
@@ -330,7 +220,7 @@ def _temporal_attention(
     backend: str,
 ) -> None:
     if backend == "cuda":
-        _C.temporal_attention(
+        backends._C.temporal_attention(
             qkv=qkv.data_ptr(),
             qkv_strides=qkv.stride()[:5],
             shape=tuple(qkv.shape),
@@ -411,7 +301,7 @@ def qk_norm_rope(
         raise ValueError(f"pair_stride: got {pair_stride}, twice of it must divide the head_dim {head_dim}")
     if qkv.numel() > 0 and not (q_weight is None and k_weight is None and rope is None):
         cos, sin = (None, None) if rope is None else rope
-        name = _resolve("qk_norm_rope", qkv, backend)
+        name = resolve("qk_norm_rope", qkv, backend)
         torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), name)
     return qkv
 
@@ -508,7 +398,7 @@ def attention(
     if k.shape[1] == 0 or q.numel() == 0:
         return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return torch.ops.pab.attention(q, k, v, kv_len, scale, _resolve("attention", q, backend))
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, resolve("attention", q, backend))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float, backend: str) -> Tensor:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["pab_kernels/config.py", "pab_kernels/schedule.py", "pab_kernels/reference.py", "pab_kernels/checks.py"],
     ["triton_ops/*.py"],
-    ["pab_kernels/ops.py"],
+    ["pab_kernels/backends.py", "pab_kernels/ops.py"],
     ["pab_kernels/branches.py"],
     ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
     ["models/*.py", "models/hosts/*.py"],

@@ -1,0 +1,1 @@
+"""Benchmarks: one file an op, marked gpu. Rows go to results.csv."""

@@ -1,0 +1,124 @@
+// Checks and launch of temporal attention.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "temporal_attention.cuh"
+
+namespace {
+
+void check(bool good, const char* name, const std::string& message) {
+    if (!good) throw std::invalid_argument(std::string(name) + ": " + message);
+}
+
+void check(cudaError_t error, const char* call) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string("temporal_attention: ") + call + ": " + cudaGetErrorString(error));
+    }
+}
+
+void check_aligned(const char* name, const void* pointer) {
+    check(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, name, "address must be a multiple of 16 bytes");
+}
+
+void check_arguments(const TemporalAttentionParams& p, const std::string& dtype) {
+    check(dtype == "bfloat16" || dtype == "float16", "dtype", "got " + dtype + ", must be bfloat16 or float16");
+    check(p.head_dim == 64 || p.head_dim == 72 || p.head_dim == 96 || p.head_dim == 128, "shape",
+          "head_dim is " + std::to_string(p.head_dim) + ", must be 64, 72, 96 or 128");
+    check(p.frames >= 1 && p.frames <= kMaxFrames, "shape",
+          "T is " + std::to_string(p.frames) + ", must be 1 to " + std::to_string(kMaxFrames));
+    check(p.batch >= 1 && p.batch <= 65535, "shape", "B is " + std::to_string(p.batch) + ", must be 1 to 65535");
+    check(p.tokens >= 1 && p.heads >= 1 && static_cast<int64_t>(p.tokens) * p.heads < (1 << 30), "shape",
+          "S is " + std::to_string(p.tokens) + " and H is " + std::to_string(p.heads) +
+              ", must be at least 1 with a product under 2^30");
+    check(p.qkv != nullptr, "qkv", "got a null pointer");
+    check(p.out != nullptr, "out", "got a null pointer");
+    check((p.cos == nullptr) == (p.sin == nullptr), "cos, sin", "got one of them, must be both or neither");
+    check_aligned("qkv", p.qkv);
+    check_aligned("q_weight", p.q_weight);
+    check_aligned("k_weight", p.k_weight);
+    check_aligned("cos", p.cos);
+    check_aligned("sin", p.sin);
+    check_aligned("out", p.out);
+    const int sizes[] = {p.batch, p.frames, p.tokens, 3, p.heads};
+    const int64_t strides[] = {p.stride_b, p.stride_t, p.stride_s, p.stride_qkv, p.stride_h};
+    for (int i = 0; i < 5; ++i) {
+        check(sizes[i] == 1 || strides[i] % 8 == 0, "qkv_strides",
+              "stride " + std::to_string(i) + " is " + std::to_string(strides[i]) +
+                  ", must be a multiple of 8 elements, for loads of 16 bytes");
+    }
+}
+
+// Makes `device` current, and puts back what was.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        check(cudaGetDevice(&previous_), "cudaGetDevice");
+        if (device == previous_) return;
+        check(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = true;
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+
+private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+template <typename Elem, int D, Prepare kPrepare>
+void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
+    const int tiles = (p.frames + kTile - 1) / kTile;
+    const int sequences = std::max(1, kWarps / tiles);
+    const dim3 block(32, tiles, sequences);
+    const dim3 grid((p.tokens * p.heads + sequences - 1) / sequences, p.batch);
+    const float scale_log2 = p.softmax_scale * static_cast<float>(M_LOG2E);
+    if (tiles == 1) {
+        temporal_attention_kernel<Elem, D, true, kPrepare><<<grid, block, 0, stream>>>(p, scale_log2);
+    } else {
+        const auto kernel = temporal_attention_kernel<Elem, D, false, kPrepare>;
+        const int bytes = sequences * tiles * 4 * D * static_cast<int>(sizeof(uint4));
+        if (bytes > 48 * 1024) {  // more than a block gets unasked
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                  "cudaFuncSetAttribute");
+        }
+        kernel<<<grid, block, bytes, stream>>>(p, scale_log2);
+    }
+    check(cudaGetLastError(), "launch");
+}
+
+template <typename Elem, int D>
+void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
+    if (p.cos != nullptr) {
+        launch<Elem, D, Prepare::rope>(p, stream);
+    } else if (p.q_weight != nullptr || p.k_weight != nullptr) {
+        launch<Elem, D, Prepare::norm>(p, stream);
+    } else {
+        launch<Elem, D, Prepare::nothing>(p, stream);
+    }
+}
+
+template <typename Elem>
+void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
+    switch (p.head_dim) {
+        case 64: return launch<Elem, 64>(p, stream);
+        case 72: return launch<Elem, 72>(p, stream);
+        case 96: return launch<Elem, 96>(p, stream);
+        case 128: return launch<Elem, 128>(p, stream);
+    }
+}
+
+}  // namespace
+
+void temporal_attention(const TemporalAttentionParams& params, const std::string& dtype, int device, void* stream) {
+    check_arguments(params, dtype);
+    const DeviceGuard guard(device);
+    if (dtype == "bfloat16") {
+        launch<__nv_bfloat16>(params, static_cast<cudaStream_t>(stream));
+    } else {
+        launch<__half>(params, static_cast<cudaStream_t>(stream));
+    }
+}

@@ -1,0 +1,22 @@
+"""Types of the compiled module; see csrc/bindings.cpp."""
+
+from collections.abc import Sequence
+from typing import Any
+
+def temporal_attention(
+    *,
+    qkv: int,
+    qkv_strides: Sequence[int],
+    shape: Sequence[int],
+    dtype: str,
+    q_weight: int,
+    k_weight: int,
+    cos: int,
+    sin: int,
+    eps: float,
+    softmax_scale: float,
+    out: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def build_info() -> dict[str, Any]: ...

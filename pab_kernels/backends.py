@@ -1,0 +1,130 @@
+"""The one table of backends: for each op who can serve it, best first, and why not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _compiled() -> Any:
+    """The compiled module, None where the package was built without nvcc."""
+    try:
+        return importlib.import_module("pab_kernels._C")
+    except ImportError:
+        return None
+
+
+_C = _compiled()
+log = logging.getLogger(__name__)
+
+MAX_FRAMES = 128
+"""Longest sequence along T that the temporal kernels take."""
+MAX_CHANNELS = 4608
+"""Widest row that the Triton pass takes."""
+CUDA_HEAD_DIMS = (64, 72, 96, 128)
+"""Head dimensions compiled into the CUDA temporal kernel."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves an op, and why those before it in the table do not."""
+
+    backend: str
+    reason: str
+
+
+def _no_triton(x: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if x.device.type != "cuda":
+        return f"triton needs a CUDA tensor, got one on {x.device.type}"
+    if x.dtype == torch.float64:
+        return "triton kernels do not take float64"
+    return None
+
+
+def _no_triton_pass(x: Tensor) -> str | None:
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"triton takes at most {MAX_CHANNELS} channels, got {x.shape[-1]}"
+    return _no_triton(x)
+
+
+def _no_triton_temporal(qkv: Tensor) -> str | None:
+    if qkv.shape[1] > MAX_FRAMES:
+        return f"triton takes at most {MAX_FRAMES} frames, got {qkv.shape[1]}"
+    return _no_triton(qkv)
+
+
+def _no_cuda_temporal(qkv: Tensor) -> str | None:
+    frames, head_dim = qkv.shape[1], qkv.shape[-1]
+    if _C is None:
+        return "the CUDA kernels were left out of this build"
+    if qkv.device.type != "cuda":
+        return f"cuda needs a CUDA tensor, got one on {qkv.device.type}"
+    if torch.cuda.get_device_capability(qkv.device) < (8, 0):
+        return "cuda needs compute capability 8.0 or newer"
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"cuda takes float16 and bfloat16, got {qkv.dtype}"
+    if head_dim not in CUDA_HEAD_DIMS:
+        return f"cuda takes head_dim {CUDA_HEAD_DIMS}, got {head_dim}"
+    if frames > MAX_FRAMES:
+        return f"cuda takes at most {MAX_FRAMES} frames, got {frames}"
+    strides = zip(qkv.shape[:5], qkv.stride()[:5], strict=True)
+    if qkv.storage_offset() % 8 or any(size > 1 and stride % 8 for size, stride in strides):
+        return "cuda needs rows on 16-byte boundaries"
+    return None
+
+
+def _serves_all(x: Tensor) -> str | None:
+    return None
+
+
+BACKENDS: dict[str, tuple[tuple[str, Callable[[Tensor], str | None]], ...]] = {
+    "residual_norm_modulate": (("triton", _no_triton_pass), ("reference", _serves_all)),
+    "temporal_attention": (
+        ("cuda", _no_cuda_temporal),
+        ("triton", _no_triton_temporal),
+        ("reference", _serves_all),
+    ),
+    "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
+    "attention": (("sdpa", _serves_all), ("reference", _serves_all)),
+}
+
+
+def choose(op: str, x: Tensor) -> Choice:
+    """The backend that serves `op` for a first argument like `x`."""
+    refusals: list[str] = []
+    for name, refusal in BACKENDS[op]:
+        why_not = refusal(x)
+        if why_not is None:
+            return Choice(name, "; ".join(refusals) or "first choice")
+        refusals.append(why_not)
+    raise AssertionError(f"the last backend of {op} serves everything")
+
+
+@functools.cache
+def _announce(op: str, choice: Choice) -> None:
+    """Say a fallback once: the cache keeps each message from repeating."""
+    log.info("%s runs on the %s backend: %s", op, choice.backend, choice.reason)
+
+
+def resolve(op: str, x: Tensor, backend: str | None) -> str:
+    """The backend for a call: the forced one, or the choice, announced once where it is not the first."""
+    if backend is None:
+        choice = choose(op, x)
+        if choice.backend != BACKENDS[op][0][0]:
+            _announce(op, choice)
+        return choice.backend
+    names = [name for name, _ in BACKENDS[op]]
+    if backend not in names:
+        raise ValueError(f"backend: got {backend!r}, must be one of {', '.join(names)}")
+    # No refusal is asked: Triton's interpreter runs on the CPU. What a forced backend cannot do, its launcher refuses.
+    return backend
