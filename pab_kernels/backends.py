@@ -83,11 +83,23 @@ def _no_cuda_temporal(qkv: Tensor) -> str | None:
     return None
 
 
-def _serves_all(x: Tensor) -> str | None:
+def _no_triton_attention(q: Tensor, k: Tensor | None = None, kv_len: Tensor | None = None) -> str | None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"triton takes float16 and bfloat16, got {q.dtype}"
+    if q.shape[-1] > 128:
+        return f"triton takes head_dim up to 128, got {q.shape[-1]}"
+    if kv_len is None:
+        return "sdpa is faster where all keys count"
+    return _no_triton(q)
+
+
+def _serves_all(*_: Tensor | None) -> str | None:
     return None
 
 
-BACKENDS: dict[str, tuple[tuple[str, Callable[[Tensor], str | None]], ...]] = {
+Refusal = Callable[..., str | None]
+"""Why a backend does not serve a call with these tensors, None if it does."""
+BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
     "residual_norm_modulate": (("triton", _no_triton_pass), ("reference", _serves_all)),
     "temporal_attention": (
         ("cuda", _no_cuda_temporal),
@@ -95,15 +107,15 @@ BACKENDS: dict[str, tuple[tuple[str, Callable[[Tensor], str | None]], ...]] = {
         ("reference", _serves_all),
     ),
     "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
-    "attention": (("sdpa", _serves_all), ("reference", _serves_all)),
+    "attention": (("triton", _no_triton_attention), ("sdpa", _serves_all), ("reference", _serves_all)),
 }
 
 
-def choose(op: str, x: Tensor) -> Choice:
-    """The backend that serves `op` for a first argument like `x`."""
+def choose(op: str, *tensors: Tensor | None) -> Choice:
+    """The backend that serves `op` for tensors like these: the first argument; for attention q, k and kv_len."""
     refusals: list[str] = []
     for name, refusal in BACKENDS[op]:
-        why_not = refusal(x)
+        why_not = refusal(*tensors)
         if why_not is None:
             return Choice(name, "; ".join(refusals) or "first choice")
         refusals.append(why_not)
@@ -116,10 +128,10 @@ def _announce(op: str, choice: Choice) -> None:
     log.info("%s runs on the %s backend: %s", op, choice.backend, choice.reason)
 
 
-def resolve(op: str, x: Tensor, backend: str | None) -> str:
+def resolve(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """The backend for a call: the forced one, or the choice, announced once where it is not the first."""
     if backend is None:
-        choice = choose(op, x)
+        choice = choose(op, *tensors)
         if choice.backend != BACKENDS[op][0][0]:
             _announce(op, choice)
         return choice.backend

@@ -47,5 +47,9 @@ def backends() -> dict[str, table.Choice]:
     return {
         "residual_norm_modulate": table.choose("residual_norm_modulate", empty(1, 1, 1152)),
         "temporal_attention": table.choose("temporal_attention", empty(1, 16, 1, 3, 16, 72)),
+        "qk_norm_rope": table.choose("qk_norm_rope", empty(1, 1, 3, 16, 72)),
         "attention": table.choose("attention", empty(1, 1, 16, 72)),
+        "attention, text lengths": table.choose(
+            "attention", empty(1, 1, 16, 72), empty(1, 1, 16, 72), torch.empty(1, dtype=torch.int32, device=device)
+        ),
     }

@@ -56,7 +56,7 @@ def residual_norm_modulate(
         Residual stream [G, N, C]; any strides for G and N, stride 1 for C. Written in place where there is
         something to add.
     branches : sequence of Tensor
-        At most 4 of [G, N, C], dtype of x: outputs just computed, or slots.
+        At most 4 of [G, N, C], dtype of x: outputs just computed, or slots. None may overlap x or `out`.
     gates : sequence of (Tensor or None), optional
         For each branch its gate [G, C], or None for none. All None by default.
     shift, scale : Tensor, optional
@@ -112,7 +112,7 @@ def residual_norm_modulate(
     if shift is not None and out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
-        name = resolve("residual_norm_modulate", x, backend)
+        name = resolve("residual_norm_modulate", backend, x)
         torch.ops.pab.residual_norm_modulate(x, list(branches), gates, shift, scale, embed, float(eps), out, name)
     return x if out is None else out
 
@@ -192,7 +192,7 @@ def temporal_attention(
     out = _output("out", out, shape, qkv, "qkv")
     if out.numel() > 0:
         scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-        name = resolve("temporal_attention", qkv, backend)
+        name = resolve("temporal_attention", backend, qkv)
         torch.ops.pab.temporal_attention(qkv, q_weight, k_weight, cos, sin, float(eps), scale, out, name)
     return out
 
@@ -301,7 +301,7 @@ def qk_norm_rope(
         raise ValueError(f"pair_stride: got {pair_stride}, twice of it must divide the head_dim {head_dim}")
     if qkv.numel() > 0 and not (q_weight is None and k_weight is None and rope is None):
         cos, sin = (None, None) if rope is None else rope
-        name = resolve("qk_norm_rope", qkv, backend)
+        name = resolve("qk_norm_rope", backend, qkv)
         torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), name)
     return qkv
 
@@ -367,10 +367,10 @@ def attention(
         Keys and values [B, Lk, H, D], likewise.
     kv_len : Tensor, optional
         int32 [B] on the device: row b attends to its first ``kv_len[b]`` keys. A length of 0 gives zeros. Keys and
-        values beyond must be finite.
+        values beyond must be finite (the Triton backend never reads them).
     softmax_scale : float, optional
         Factor on the scores, D**-0.5 by default.
-    backend : {"sdpa", "reference"}, optional
+    backend : {"triton", "sdpa", "reference"}, optional
         Forces a backend.
 
     Returns
@@ -398,12 +398,16 @@ def attention(
     if k.shape[1] == 0 or q.numel() == 0:
         return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return torch.ops.pab.attention(q, k, v, kv_len, scale, resolve("attention", q, backend))
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, resolve("attention", backend, q, k, kv_len))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float, backend: str) -> Tensor:
     if backend == "reference":
         return reference.attention_ref(q, k, v, kv_len=kv_len, softmax_scale=softmax_scale)
+    if backend == "triton":
+        from pab_kernels.triton_ops.attention import attention_triton
+
+        return attention_triton(q, k, v, kv_len, softmax_scale)
     mask = None
     if kv_len is not None:
         # SDPA gives NaN to a row without keys: let it see one key, whose value is zero.
