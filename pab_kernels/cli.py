@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pab_kernels.config import PRESETS, PABConfig
+
+if TYPE_CHECKING:
+    from pab_kernels.generate import Generated
+
+DEMO_PROMPT = "a red circle moves right over a striped background"
 
 app = typer.Typer(
     help="Pyramid Attention Broadcast: faster video diffusion transformers, without training.",
@@ -30,15 +36,35 @@ def _clean_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
+# Options that several commands share.
+Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360p, 480p or 720p.")]
+Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames, a multiple of 17.")]
+Aspect = Annotated[str | None, typer.Option(help="Open-Sora, height to width: 9:16 (wide), 16:9 (tall), 1:1, ...")]
+Size = Annotated[str | None, typer.Option(help="Open-Sora-Plan: 65x512x512, 221x512x512; 29x480p, 93x480p, ...")]
+
+
 @app.command()
-def info() -> None:
-    """Print versions, the GPU, and which backend serves each op and why."""
+def info(
+    model: Annotated[str | None, typer.Option(help="A family: print the memory that a run of it needs.")] = None,
+    resolution: Resolution = None,
+    duration: Duration = None,
+    aspect: Aspect = None,
+    size: Size = None,
+    pab: Annotated[str | None, typer.Option(help="A preset, a YAML file, or off; by default the family's own.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Videos in a batch; guidance doubles them.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Print versions, GPU and backends; or memory: pab info --model open_sora --resolution 480p --duration 8s"""
     from pab_kernels import info as about
 
+    if model is not None:
+        with _clean_errors():
+            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype)
+        return
     for name, version in about.versions().items():
         console.print(f"{name:14} {version}", highlight=False)
     console.print(f"{'gpu':14} {about.gpu()}", highlight=False)
@@ -46,6 +72,40 @@ def info() -> None:
     for op, choice in about.backends().items():
         table.add_row(op, choice.backend, choice.reason)
     console.print(table)
+
+
+def _print_memory(
+    model: str,
+    resolution: str | None,
+    duration: str | None,
+    aspect: str | None,
+    size: str | None,
+    pab: str | None,
+    prompts: int,
+    dtype: str,
+) -> None:
+    from pab_kernels import generate as generation
+    from pab_kernels import memory
+    from pab_kernels.pipelines.loading import resolve_model
+    from pab_kernels.pipelines.sizes import family_size
+
+    family = resolve_model(model, size)
+    video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+    if video is None:
+        raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
+    config = generation.pab_settings(pab or family) or PABConfig()
+    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, _dtype(dtype)))
+    console.print(
+        f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}", highlight=False
+    )
+    table = Table("", "GiB")
+    table.add_row("weights", f"{memory.gib(need.weights):.1f}")
+    table.add_row(f"{need.slot_count} slots", f"{memory.gib(need.slots):.1f}")
+    table.add_row("keys and values of the text", f"{memory.gib(need.text):.1f}")
+    table.add_row("activations", f"{memory.gib(need.activations):.1f}")
+    table.add_row("all", f"{memory.gib(need.total):.1f}", style="bold")
+    console.print(table)
+    console.print("Without text encoder and VAE.")
 
 
 @app.command()
@@ -113,65 +173,105 @@ def verify(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to show.")] = "a red circle moves right over a striped background",
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show; repeat it for several videos.")] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    model: Annotated[str, typer.Option(help="demo, latte, or a folder or hub id of a Latte pipeline.")] = "demo",
-    pab: Annotated[str, typer.Option(help="A preset (latte, latte:347), a YAML file, or off.")] = "latte",
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="demo, latte, open_sora, open_sora_plan_v110, open_sora_plan_v120, or a folder or hub id of a Latte "
+            "pipeline."
+        ),
+    ] = "demo",
+    weights: Annotated[str | None, typer.Option(help="The model's checkpoint: a file, folder or hub id.")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="T5 or mT5: a folder or hub id.")] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="A video decoder for diffusers; without one latents are saved.")
+    ] = None,
+    random_weights: Annotated[bool, typer.Option(help="No checkpoint and no text encoder: for timing.")] = False,
+    resolution: Resolution = None,
+    duration: Duration = None,
+    aspect: Aspect = None,
+    size: Size = None,
+    pab: Annotated[str | None, typer.Option(help="A preset (latte, latte:347), a YAML file, or off.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", "--cfg", help="Guidance scale.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each prompt.")] = None,
     output: Annotated[Path, typer.Option(help="Where the video goes, .mp4 or .gif.")] = Path("outputs/video.mp4"),
     compare: Annotated[bool, typer.Option(help="Generate with and without PAB, and compare.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, float32 on cpu.")] = None,
 ) -> None:
-    """Generate a video. Example: pab generate --prompt "a blue star moves up" --compare"""
+    """Generate videos. Example: pab generate --prompt "a blue star moves up" --compare"""
     import torch
 
-    from pab_kernels import figures, quality
     from pab_kernels import generate as generation
+    from pab_kernels.pipelines.loading import Source, load_pipeline, resolve_model
+    from pab_kernels.pipelines.sizes import family_size
 
     with _clean_errors():
-        if output.suffix not in (".mp4", ".gif"):
-            raise ValueError(f"output: got {output.name!r}, must end in .mp4 or .gif")
+        source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights)
+        generation.check_output(output, source)
+        family = source.family
+        defaults = generation.DEFAULTS[family]
+        video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+        request = generation.Request(
+            prompt or [DEMO_PROMPT],
+            negative_prompt,
+            defaults.steps if steps is None else steps,
+            defaults.guidance if guidance is None else guidance,
+            seed or [0],
+            video,
+        )
+        pab = defaults.preset if pab is None else pab
         config = generation.pab_settings(pab)
         if compare and config is None:
             raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         number = _dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
-        pipe = generation.load_pipeline(model, place, number)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: got cuda, must be cpu: torch sees no CUDA GPU")
+        generation.check_memory(source, request, config, place, number)
+        pipe = load_pipeline(source, video, dtype=number, device=place)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
         results = {}
         for name, settings in runs.items():
             with _progress() as progress:
-                task = progress.add_task(name, total=steps)
-                results[name] = generation.generate(
-                    pipe,
-                    prompt,
-                    negative_prompt=negative_prompt,
-                    steps=steps,
-                    guidance=guidance,
-                    seed=seed,
-                    config=settings,
-                    on_step=partial(progress.update, task, advance=1),
-                )
-        result = results[name]
-        figures.save_video(result.frames, output)
-        console.print(f"wrote {output}")
-        if result.report is not None:
-            console.print(str(result.report), highlight=False)
-        if compare:
-            with_pab, without = results["with PAB"], results["without PAB"]
-            score = quality.compare(with_pab.frames, without.frames)
-            sheet = output.with_suffix(".png")
-            figures.contact_sheet({name: result.frames for name, result in results.items()}, sheet, prompt)
-            table = Table("", "without PAB", "with PAB")
-            table.add_row("seconds", f"{without.seconds:.2f}", f"{with_pab.seconds:.2f}")
-            table.add_row("speed-up", "", f"{without.seconds / with_pab.seconds:.2f}x")
-            table.add_row("PSNR against no PAB", "", f"{score.psnr:.2f} dB")
-            table.add_row("SSIM against no PAB", "", f"{score.ssim:.4f}")
-            console.print(table)
-            console.print(f"wrote {sheet}")
+                task = progress.add_task(name, total=request.steps)
+                show = partial(_show_progress, progress, task)
+                results[name] = generation.generate(pipe, request, settings, show)
+        for path in generation.save(results, request, pipe, pab, output):
+            console.print(f"wrote {path}")
+        _print_results(results)
+
+
+def _print_results(results: dict[str, Generated]) -> None:
+    from pab_kernels import generate as generation
+    from pab_kernels import memory, quality
+
+    last = list(results.values())[-1]
+    if last.report is not None:
+        console.print(str(last.report), highlight=False)
+    table = Table("", *results)
+    table.add_row("seconds", *(f"{result.seconds:.2f}" for result in results.values()))
+    if last.peak_bytes is not None:
+        table.add_row("peak GPU memory, GiB", *(f"{memory.gib(r.peak_bytes or 0):.2f}" for r in results.values()))
+    if last.latents is not None:
+        table.add_row("finite latents", *("yes" if r.finite else "NO" for r in results.values()))
+    if len(results) > 1:
+        without = results["without PAB"]
+        table.add_row("speed-up", "", f"{without.seconds / last.seconds:.2f}x")
+        if last.frames is not None and without.frames is not None:
+            for i, (video, baseline) in enumerate(zip(last.frames, without.frames, strict=True)):
+                score = quality.compare(video, baseline)
+                table.add_row(f"PSNR against no PAB, video {i}", "", f"{score.psnr:.2f} dB")
+                table.add_row(f"SSIM against no PAB, video {i}", "", f"{score.ssim:.4f}")
+        else:
+            table.add_row("latents' difference to no PAB", "", f"{generation.difference(last, without):.2e}")
+    console.print(table)
+
+
+def _show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def _progress() -> Progress:

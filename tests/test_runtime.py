@@ -1,6 +1,5 @@
 """accelerate: the same numbers as the host, no stale slots, and a host that is restored bit for bit."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -8,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from pab_kernels import PABConfig, Schedule, StepVariant, accelerate
+from pab_kernels import PABConfig, accelerate
 from pab_kernels.executor import Executor
+from pab_kernels.plain import PlainPAB
 
 from .latte_tools import FRAMES, call, inputs, tiny_latte
 
@@ -49,58 +49,10 @@ class Pipeline:
         return latents
 
 
-def plain_step(model: Any, latents: Tensor, text: Tensor, t: float, variant: StepVariant, kept: dict) -> Tensor:
-    """One call with PAB written the plain way, on diffusers' own modules: gated outputs kept in a dictionary."""
-    batch, _, frames, height, width = latents.shape
-    x = model.pos_embed(latents.permute(0, 2, 1, 3, 4).flatten(0, 1))
-    shape = (batch, frames, x.shape[1], x.shape[2])
-    table, embedded = model.adaln_single(torch.full((batch,), t), batch_size=batch, hidden_dtype=x.dtype)
-    y = model.caption_projection(text).repeat_interleave(frames, dim=0)
-    x = x.view(shape)
-
-    def branch(key, skip, compute):
-        if not skip:
-            kept[key] = compute()
-        return kept[key]
-
-    def attend(block, kind, x, shift, scale, gate):
-        h = block.norm1(x) * (1 + scale) + shift
-        if kind == "spatial":
-            return gate * block.attn1(h.flatten(0, 1)).view(shape)
-        h = block.attn1(h.transpose(1, 2).flatten(0, 1))
-        return gate * h.view(batch, shape[2], frames, -1).transpose(1, 2)
-
-    for index, pair in enumerate(zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True)):
-        for kind, block in zip(("spatial", "temporal"), pair, strict=True):
-            if kind == "temporal" and index == 0:
-                x = x + model.temp_pos_embed[0][None, :, None]
-            vectors = (block.scale_shift_table + table.view(batch, 6, -1)).unbind(1)
-            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (v[:, None, None] for v in vectors)
-            x = x + branch(
-                ("attention", index, kind),
-                getattr(variant, kind),
-                partial(attend, block, kind, x, shift, scale, gate),
-            )
-            if kind == "spatial":
-                cross = partial(block.attn2, x.flatten(0, 1), encoder_hidden_states=y)
-                x = x + branch(("cross", index), variant.cross, cross).view(shape)
-            feed = partial(lambda f, h, gate: gate * f(h), block.ff)
-            feed = partial(feed, block.norm2(x) * (1 + mlp_scale) + mlp_shift, mlp_gate)
-            x = x + branch(("mlp", index, kind), index in variant.mlp(kind).broadcast, feed)
-    shift, scale = (model.scale_shift_table + embedded[:, None]).unbind(1)
-    h = model.proj_out(model.norm_out(x) * (1 + scale[:, None, None]) + shift[:, None, None])
-    h = h.view(batch, frames, height // 2, width // 2, 2, 2, 8).permute(0, 6, 1, 2, 4, 3, 5)
-    return h.reshape(batch, 8, frames, height, width)
-
-
 def plain_run(model: nn.Module, config: PABConfig) -> Tensor:
-    latents, text = inputs()
-    kept: dict = {}
-    steps = []
-    for variant, t in zip(Schedule(config, TIMESTEPS), TIMESTEPS, strict=True):
-        latents = latents - 0.1 * plain_step(model, latents, text, t, variant, kept)[:, :4]
-        steps.append(latents)
-    return torch.stack(steps)
+    with PlainPAB(model, config) as plain:
+        plain.begin(TIMESTEPS)
+        return run(model)
 
 
 def test_without_pab_it_is_the_host():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
+from torch import Tensor
 
-SCHEDULERS = {
+SCHEDULERS: dict[str, Any] = {
     "latte": DDIMScheduler,
     "open_sora_plan_v110": PNDMScheduler,
     "open_sora_plan_v120": EulerAncestralDiscreteScheduler,
@@ -36,6 +39,54 @@ def rflow_timesteps(steps: int, height: int, width: int, latent_frames: int) -> 
     ratio = math.sqrt(height * width / 512**2) * math.sqrt(max(latent_frames, 1))
     shares = [1 - i / steps for i in range(steps)]
     return [1000 * ratio * x / (1 + (ratio - 1) * x) for x in shares]
+
+
+class RFlowScheduler:
+    """Open-Sora's rectified flow: Euler steps along the predicted velocity, from noise at 1000 to data at 0.
+
+    Attributes
+    ----------
+    timesteps : Tensor
+        [steps] float32 on the CPU, a new tensor for each run.
+    init_noise_sigma : float
+        Standard deviation of the noise that a run starts from.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self) -> None:
+        self.timesteps = torch.empty(0)
+        self._values: list[float] = []
+
+    def set_timesteps(self, steps: int, height: int, width: int, latent_frames: int) -> None:
+        """Begin a run; see `rflow_timesteps`."""
+        self.timesteps = torch.tensor(rflow_timesteps(steps, height, width, latent_frames), dtype=torch.float32)
+        self._values = self.timesteps.tolist()
+
+    def scale_model_input(self, latents: Tensor, t: float | Tensor) -> Tensor:
+        """The transformer takes the latents as they are."""
+        return latents
+
+    def step(self, v: Tensor, t: float | Tensor, latents: Tensor) -> Tensor:
+        """Latents at the timestep after `t`: ``latents + v * (t - next) / 1000``, after the last one at 0.
+
+        Parameters
+        ----------
+        v : Tensor
+            Predicted velocity, shape and dtype of latents.
+        t : float or Tensor
+            One of `timesteps`.
+        latents : Tensor
+
+        Raises
+        ------
+        ValueError
+            `t` is not one of the run's timesteps.
+        """
+        if float(t) not in self._values:
+            raise ValueError(f"t: got {float(t)}, must be one of the run's {len(self._values)} timesteps")
+        after = [*self._values[1:], 0.0][self._values.index(float(t))]
+        return latents + v * ((float(t) - after) / 1000)
 
 
 def family_timesteps(family: str, steps: int) -> list[float]:

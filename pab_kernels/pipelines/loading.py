@@ -1,0 +1,246 @@
+"""Finds a pipeline's parts: official checkpoints, text encoders, decoders; or random weights in their place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.latte.pipeline_latte import LattePipeline
+from torch import nn
+
+from pab_kernels.models import checkpoints
+from pab_kernels.pipelines.demo import DemoPipeline
+from pab_kernels.pipelines.latte import LatteLatents
+from pab_kernels.pipelines.open_sora import OpenSoraPipeline
+from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
+from pab_kernels.pipelines.sizes import PLAN_SIZES, VideoSize
+from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder
+from pab_kernels.pipelines.vae import load_vae
+
+LATTE_ID = "maxin-cn/Latte-1"
+PLAN_IDS = {
+    "open_sora_plan_v110": "LanguageBind/Open-Sora-Plan-v1.1.0",
+    "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0",
+}
+FAMILIES = tuple(checkpoints.CLASSES)
+
+Pipeline = DemoPipeline | LattePipeline | OpenSoraPipeline | OpenSoraPlanPipeline | LatteLatents
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline comes from.
+
+    `model` is "demo", a family, or a folder or hub id of a Latte pipeline; `weights`, `text_encoder` and `vae` are
+    folders or hub ids, None for the official ones (no VAE: the result is latents). With `random_weights` there is
+    neither checkpoint nor text encoder.
+    """
+
+    model: str
+    weights: str | None = None
+    text_encoder: str | None = None
+    vae: str | None = None
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.random_weights and (self.weights or self.text_encoder):
+            raise ValueError("random_weights: got it with weights or a text encoder, must be given alone")
+        if self.random_weights and self.model not in FAMILIES:
+            raise ValueError(f"random_weights: got it for {self.model!r}, must be one of {', '.join(FAMILIES)}")
+        if self.family not in (*FAMILIES, "demo"):
+            known = ", ".join(("demo", *FAMILIES))
+            raise ValueError(f"model: got {self.model!r}, must be {known}, or a folder or hub id of a Latte pipeline")
+        own_vae = self.model not in FAMILIES or self.model == "latte"
+        if own_vae and (self.vae or self.text_encoder):
+            raise ValueError(f"vae, text_encoder: got one for {self.model!r}, which has its own")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the pipeline makes videos; otherwise latents."""
+        return self.vae is not None or (self.family in ("demo", "latte") and not self.random_weights)
+
+    @property
+    def family(self) -> str:
+        """ "demo" or a family; a path is Latte's, unless it is a folder of the demo's kind."""
+        if self.model in (*FAMILIES, "demo") or not (Path(self.model).is_dir() or "/" in self.model):
+            return self.model
+        return "demo" if _is_demo(Path(self.model)) else "latte"
+
+
+def resolve_model(model: str, size: str | None) -> str:
+    """`model`, with "open_sora_plan" completed by the version that has the size."""
+    if model != "open_sora_plan":
+        return model
+    return next((family for family, sizes in PLAN_SIZES.items() if size in sizes), "open_sora_plan_v120")
+
+
+def load_pipeline(
+    source: Source,
+    size: VideoSize | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    overrides: Mapping[str, Any] | None = None,
+) -> Pipeline:
+    """Load what `source` names.
+
+    Parameters
+    ----------
+    source : Source
+    size : VideoSize or None
+        Open-Sora-Plan has a checkpoint for each size; the others load the same for all.
+    dtype, device
+        Of all modules.
+    overrides : mapping, optional
+        Config values of random weights that differ from the released model.
+
+    Raises
+    ------
+    FileNotFoundError
+        A part is neither here nor can it be fetched; the message says what to download and where to put it.
+    ValueError
+        A part does not fit.
+    """
+    family = source.family
+    if family == "demo":
+        path = None if source.model == "demo" else source.model
+        return DemoPipeline.from_pretrained(path, dtype=dtype, device=device)
+    if source.random_weights:
+        settings = {**_plan_config(family, size), **(overrides or {})}
+        transformer: Any = checkpoints.random_weights(family, dtype=dtype, device=device, **settings)
+        if family == "latte":
+            return LatteLatents(transformer)
+        return _assemble(source, transformer, RandomText(transformer.config.caption_channels))
+    if family == "latte":
+        return _load_latte(source.weights or (LATTE_ID if source.model == "latte" else source.model), dtype, device)
+    transformer = checkpoints.load(family, _weights(source, size), dtype=dtype, device=device)
+    return _assemble(source, transformer, load_text(family, source.text_encoder, dtype=dtype, device=device))
+
+
+def load_text(
+    family: str, source: str | Path | None = None, *, dtype: torch.dtype, device: torch.device | str
+) -> T5Text:
+    """Load a family's text encoder and its tokenizer from a folder or hub id.
+
+    A folder of a diffusers pipeline, with `tokenizer` and `text_encoder` in it, serves too.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is neither here nor can it be fetched.
+    ValueError
+        The tokenizer needs a package that is not installed.
+    """
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    official, cls = _t5(family)
+    source = str(source or official)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_part(source, "tokenizer"))
+        # Newer transformers say dtype, older ones torch_dtype.
+        key = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+        encoder = cls.from_pretrained(_part(source, "text_encoder"), **{key: dtype})
+    except ImportError as error:
+        raise ValueError(f"text_encoder: the tokenizer of {source} needs another package: {error}") from error
+    except (OSError, ValueError) as error:
+        folder = official.split("/")[1]
+        raise FileNotFoundError(
+            f"text_encoder: {source} is not in the local cache and could not be fetched. On a machine with a network "
+            f"run `hf download {official} --local-dir {folder}` (20 GB or more), copy the folder here, and pass "
+            f"`--text-encoder {folder}`. `--random-weights` needs none."
+        ) from error
+    return T5Text(tokenizer, nn.Module.to(encoder, device=device).eval().requires_grad_(False))
+
+
+def text_encoder_bytes(source: Source, dtype: torch.dtype) -> int:
+    """Memory of the text encoder, from its configuration alone; 0 where there is none, or none is found."""
+    from transformers import AutoConfig
+
+    if source.random_weights or source.family == "demo":
+        return 0
+    official, cls = _t5(source.family)
+    if source.family == "latte":
+        place = source.weights or (LATTE_ID if source.model == "latte" else source.model)
+        folder = {"subfolder": "text_encoder"}
+    else:
+        place, folder = _part(source.text_encoder or official, "text_encoder"), {}
+    try:
+        config = AutoConfig.from_pretrained(place, **folder)
+    except (OSError, ValueError):
+        return 0  # loading it will say what is missing
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in cls(config).parameters()) * dtype.itemsize
+
+
+def _t5(family: str) -> tuple[str, Any]:
+    """The official hub id of a family's text encoder, and its class."""
+    from transformers import MT5EncoderModel, T5EncoderModel
+
+    return (MT5_ID, MT5EncoderModel) if family == "open_sora_plan_v120" else (T5_ID, T5EncoderModel)
+
+
+def _part(source: str, name: str) -> str:
+    """The folder `name` of a diffusers pipeline, or the source itself."""
+    inner = Path(source) / name
+    return str(inner) if inner.is_dir() else source
+
+
+def _assemble(source: Source, transformer: Any, text: TextEncoder) -> OpenSoraPipeline | OpenSoraPlanPipeline:
+    parameter = next(transformer.parameters())
+    vae = None
+    if source.vae is not None:
+        vae = load_vae(source.vae, transformer.config.in_channels, dtype=parameter.dtype, device=parameter.device)
+    cls = OpenSoraPipeline if source.family == "open_sora" else OpenSoraPlanPipeline
+    return cls(transformer, text, vae)
+
+
+def _weights(source: Source, size: VideoSize | None) -> str:
+    """The checkpoint's folder or hub id; Open-Sora-Plan's has a folder for each size."""
+    family = source.family
+    name = _size_name(family, size)
+    if name is None:
+        return source.weights or checkpoints.HUB_IDS[family]
+    if source.weights is None:
+        return f"{PLAN_IDS[family]}/{name}"
+    return _part(source.weights, name)
+
+
+def _size_name(family: str, size: VideoSize | None) -> str | None:
+    """The name of Open-Sora-Plan's folder for `size`, None for other families."""
+    for name, pixels in PLAN_SIZES.get(family, {}).items():
+        if size is not None and pixels == (size.frames, size.height, size.width):
+            return name
+    return None
+
+
+def _plan_config(family: str, size: VideoSize | None) -> dict[str, Any]:
+    """What the config.json of Open-Sora-Plan's checkpoint of `size` would say."""
+    if family not in PLAN_SIZES or size is None:
+        return {}
+    frames = "video_length" if family == "open_sora_plan_v110" else "sample_size_t"
+    return {frames: size.latent[0], "sample_size": size.latent[1:]}
+
+
+def _is_demo(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() and not (folder / "model_index.json").is_file()
+
+
+def _load_latte(source: str, dtype: torch.dtype, device: torch.device | str) -> LattePipeline:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"model: {folder} holds neither a diffusers pipeline nor a demo model")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers say dtype, older ones only know this
+            pipe = LattePipeline.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model: {source!r} is not in the local cache and could not be fetched. On a machine with a network run "
+            f"`hf download {LATTE_ID} --local-dir Latte-1` (about 25 GB), copy the folder here, and pass "
+            "`--model Latte-1`. `--model demo` needs no download."
+        ) from error
+    return pipe.to(device)

@@ -1,0 +1,114 @@
+"""Text in, embeddings out: T5 or mT5 from transformers, or random numbers where there is no text encoder."""
+
+from __future__ import annotations
+
+import html
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+T5_ID = "DeepFloyd/t5-v1_1-xxl"
+MT5_ID = "google/mt5-xxl"
+
+
+class TextEncoder(Protocol):
+    """What a pipeline needs of its text encoder."""
+
+    @property
+    def channels(self) -> int:
+        """Size of a token's embedding."""
+
+    def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, length, channels] and mask bool [B, length], True where a token is real."""
+
+
+def clean_prompt(prompt: str) -> str:
+    """Lower case, single spaces, HTML entities resolved. The original also takes out addresses and file names."""
+    return " ".join(html.unescape(prompt).lower().split())
+
+
+def _check_length(prompts: Sequence[str], lengths: Sequence[int], limit: int) -> None:
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length > limit:
+            start = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
+            raise ValueError(f"prompt: {start!r} has {length} tokens, must have at most {limit}: shorten it")
+
+
+class T5Text:
+    """A T5 or mT5 encoder with its tokenizer, both from transformers.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        With a padding token.
+    encoder : T5EncoderModel or MT5EncoderModel
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+
+    @property
+    def channels(self) -> int:
+        """Size of a token's embedding."""
+        return self.encoder.config.d_model
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Encode each prompt padded to `length` tokens.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+        length : int
+            Tokens that the model takes, the end-of-text token included.
+
+        Returns
+        -------
+        embeddings : Tensor
+            [B, length, channels] in the encoder's dtype, on its device.
+        mask : Tensor
+            bool [B, length], True for real tokens.
+
+        Raises
+        ------
+        ValueError
+            A prompt has more tokens than `length`. It is not cut: the end of a prompt may be what matters.
+        """
+        texts = list(prompts)
+        _check_length(texts, [len(ids) for ids in self.tokenizer(texts)["input_ids"]], length)
+        tokens = self.tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
+        device = next(self.encoder.parameters()).device
+        mask = tokens["attention_mask"].to(device)
+        embeddings = self.encoder(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        return embeddings, _with_a_token(mask.bool())
+
+
+class RandomText:
+    """Normal numbers seeded by the prompt, to time a model without its text encoder. A token a word, and one more.
+
+    Parameters
+    ----------
+    channels : int
+        Size of a token's embedding.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """As `T5Text.encode`; float32 on the CPU."""
+        lengths = [len(prompt.split()) + 1 for prompt in prompts]
+        _check_length(prompts, lengths, length)
+        generators = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+        rows = [torch.randn(length, self.channels, generator=generator) for generator in generators]
+        return torch.stack(rows), torch.arange(length) < torch.tensor(lengths)[:, None]
+
+
+def _with_a_token(mask: Tensor) -> Tensor:
+    """An empty prompt of a tokenizer without an end-of-text token still needs something to attend to."""
+    mask[:, 0] |= ~mask.any(dim=1)
+    return mask

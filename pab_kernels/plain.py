@@ -1,0 +1,164 @@
+"""Pyramid Attention Broadcast the plain way: the eager host, its own modules, outputs kept in Python.
+
+This is how the original does it. It shares nothing with the executor but the schedule, so each checks the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from pab_kernels.config import PABConfig
+from pab_kernels.models.hosts import OpenSoraPlanV120
+from pab_kernels.models.hosts.layers import modulate
+from pab_kernels.models.hosts.stdit3 import STDiT3Block
+from pab_kernels.schedule import Schedule, StepVariant
+
+Branch = Callable[[str, Callable[[], Tensor]], Tensor]
+"""Given a branch's name and how to compute it: its output, new or kept."""
+
+
+class PlainPAB:
+    """Replaces the forward of a host's blocks by one that keeps outputs; leaving it puts them back.
+
+    Attention is kept gated, that of Open-Sora-Plan 1.2 before its gate; cross-attention after its projection; the MLP
+    gated.
+
+    Parameters
+    ----------
+    host : nn.Module
+        Made of STDiT3's blocks, or of diffusers' adaLN-single blocks. Blocks in a list named ``temporal...`` attend
+        along time.
+    config : PABConfig
+
+    Raises
+    ------
+    TypeError
+        The host has no such blocks.
+    """
+
+    def __init__(self, host: nn.Module, config: PABConfig) -> None:
+        self.config = config
+        self._kept: dict[tuple[str, str, int], Tensor] = {}
+        self._schedule: Schedule | None = None
+        self._call = -1
+        self._blocks: list[nn.Module] = []
+        regate = isinstance(host, OpenSoraPlanV120)
+        for path, module in host.named_modules():
+            if not isinstance(module, STDiT3Block | BasicTransformerBlock):
+                continue
+            block: nn.Module = module
+            parent, _, index = path.rpartition(".")
+            kind = "temporal" if parent.startswith("temporal") else "spatial"
+            forward = _stdit3_forward if isinstance(module, STDiT3Block) else _basic_forward
+            block.forward = partial(forward, block, partial(self._branch, kind, int(index)), regate)
+            self._blocks.append(block)
+        if not self._blocks:
+            raise TypeError(f"host: a {type(host).__name__} has neither STDiT3's blocks nor diffusers' adaLN-single")
+        self._hook = host.register_forward_pre_hook(self._next)
+
+    def __enter__(self) -> PlainPAB:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the blocks their own forward back and forget every output. Closing twice does nothing."""
+        self._hook.remove()
+        for block in self._blocks:
+            del block.forward
+        self._blocks.clear()
+        self._kept.clear()
+
+    def begin(self, timesteps: Iterable[float]) -> None:
+        """Plan a run over `timesteps`, one a call of the host, and forget every output."""
+        self._schedule, self._call = Schedule(self.config, timesteps), -1
+        self._kept.clear()
+
+    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._call += 1
+
+    @property
+    def _variant(self) -> StepVariant:
+        if self._schedule is None or self._call >= len(self._schedule):
+            raise ValueError("no run has begun, or its calls are over: call begin(timesteps)")
+        return self._schedule[self._call]
+
+    def _branch(self, kind: str, index: int, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The output of branch `name` ("attention", "cross" or "mlp") of a block, computed or kept from before."""
+        if name == "mlp":
+            decision = self._variant.mlp(kind)
+            broadcast, keep = index in decision.broadcast, index in decision.keep
+        else:
+            branch = "cross" if name == "cross" else kind
+            keep = index in self.config.blocks(branch)
+            broadcast = keep and getattr(self._variant, branch)
+        if broadcast:
+            return self._kept[name, kind, index]
+        value = compute()
+        if keep:
+            self._kept[name, kind, index] = value
+        return value
+
+
+def _stdit3_forward(
+    block: Any,
+    branch: Branch,
+    regate: bool,
+    x: Tensor,
+    text: Tensor,
+    t: Tensor,
+    mask: Tensor | None,
+    rope: nn.Module,
+) -> Tensor:
+    """STDiT3Block.forward, its branches through `branch`."""
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = block.modulation(t)
+    x = x + branch("attention", lambda: gate * block.self_attention(x, shift, scale, rope))
+    x = x + branch("cross", lambda: block.cross_attention(x, text, mask))
+    return x + branch("mlp", lambda: mlp_gate * block.feed_forward(x, mlp_shift, mlp_scale))
+
+
+def _basic_forward(
+    block: Any,
+    branch: Branch,
+    regate: bool,
+    x: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: Tensor | None = None,
+) -> Tensor:
+    """BasicTransformerBlock.forward with adaLN-single, its branches through `branch`."""
+    assert timestep is not None
+    options = cross_attention_kwargs or {}
+    vectors = block.scale_shift_table + timestep.reshape(x.shape[0], 6, -1)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
+
+    def attend() -> Tensor:
+        return block.attn1(modulate(block.norm1(x), shift, scale), attention_mask=attention_mask, **options)
+
+    if regate:
+        x = x + gate * branch("attention", attend)
+    else:
+        x = x + branch("attention", lambda: gate * attend())
+    if block.attn2 is not None:
+        x = x + branch(
+            "cross",
+            lambda: block.attn2(
+                x,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **options,
+            ),
+        )
+    return x + branch("mlp", lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))
