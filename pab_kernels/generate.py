@@ -37,7 +37,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "demo": Defaults(30, 4.0, "latte"),
+    "demo": Defaults(30, 2.0, "latte"),
     "latte": Defaults(50, 7.5, "latte"),
     "open_sora": Defaults(30, 7.0, "open_sora"),
     "open_sora_plan_v110": Defaults(150, 7.5, "open_sora_plan_v110"),
@@ -52,7 +52,7 @@ class Request:
     prompts: Sequence[str]
     negative_prompt: str = ""
     steps: int = 30
-    guidance: float = 4.0
+    guidance: float = 2.0
     seeds: Sequence[int] = (0,)
     size: VideoSize | None = None
 

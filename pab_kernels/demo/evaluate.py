@@ -25,7 +25,7 @@ def generate(
     prompts: Sequence[EvaluationPrompt],
     *,
     steps: int = 30,
-    guidance: float = 4.0,
+    guidance: float = 2.0,
     batch: int = 50,
     seed: int = 1000,
 ) -> np.ndarray:
@@ -81,7 +81,7 @@ def evaluate(
     pipe: DemoPipeline,
     *,
     steps: int = 30,
-    guidances: Sequence[float] = (4.0,),
+    guidances: Sequence[float] = (2.0,),
     batch: int = 50,
     count: int = 50,
     sheet: Path | None = None,
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="folder with the weights (default: the shipped ones)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
     parser.add_argument("--count", type=int, default=50, help="prompts")
     parser.add_argument("--batch", type=int, default=1, help="prompts generated together")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) here")

@@ -130,9 +130,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
 
-    transformer = demo_transformer(options.pairs, options.heads, options.size, options.frames)
-    model = Denoiser(transformer, TextEmbedding())
-    initialize(model)
+    if options.resume is None:
+        transformer = demo_transformer(options.pairs, options.heads, options.size, options.frames)
+        model = Denoiser(transformer, TextEmbedding())
+        initialize(model)
+    else:
+        earlier = DemoPipeline.from_pretrained(options.resume)
+        model = Denoiser(earlier.transformer, earlier.text).train().requires_grad_(True)
     model.to(device)
     scheduler = demo_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
@@ -141,9 +145,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     # The masters start from the float32 weights, before the module itself goes to dtype.
     optimizer = FlatOptimizer(model, dtype, options.muon_lr, options.adam_lr, ema=options.ema)
     parameters = optimizer.master.numel()
+    config: Any = averaged.transformer.config
     print(f"{parameters / 1e6:.2f} M parameters, {dtype}, {device}", flush=True)
 
-    curriculum = Curriculum(released=None if options.curriculum else -1.0)
+    curriculum = Curriculum(released=None if options.curriculum and options.resume is None else -1.0)
     easy = curriculum.easy(0.0)
     stream = scene_stream(generator, options.batch, lambda: easy)
 
@@ -188,7 +193,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             now = time.monotonic()
             rate = (step - logged_step) / (now - logged_time)
             optimizer.copy_average_to(averaged)
-            gap = direction_gap(averaged, alphas_cumprod, options.frames, options.size, dtype)
+            gap = direction_gap(averaged, alphas_cumprod, config.video_length, config.sample_size, dtype)
             entry = {
                 "step": step,
                 "seconds": round(now - begin, 1),
@@ -212,15 +217,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             next_checkpoint += options.checkpoint_minutes * 60
             checkpoint()
             result = evaluate(pipe, steps=options.steps, count=options.evaluate, sheet=output / "contact_sheet.png")
-            progress.append({"step": step, **result["guidance"]["4.0"]})
-            print(f"step {step}  checkpoint, guidance 4: {result['guidance']['4.0']}", flush=True)
+            progress.append({"step": step, **result["guidance"]})
+            print(f"step {step}  checkpoint, guidance {result['guidance']}", flush=True)
 
     checkpoint()
     print(f"saved after {step} steps, {time.monotonic() - begin:.0f} s", flush=True)
     final = evaluate(
         pipe,
         steps=options.steps,
-        guidances=(4.0, 1.0, 2.0, 6.0),
+        guidances=(2.0, 1.0, 1.5, 3.0),
         count=options.evaluate,
         sheet=output / "contact_sheet.png",
     )
@@ -249,6 +254,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description="Train the demo model on generated scenes.")
     out.add_argument("--minutes", type=float, default=8.5, help="from the start to the end of training")
     out.add_argument("--output", type=Path, required=True)
+    out.add_argument("--resume", type=Path, help="start from the weights in this folder, without the curriculum")
     out.add_argument("--batch", type=int, default=64, help="at most 128: flash attention's launch grid")
     out.add_argument("--muon-lr", type=float, default=5e-3)
     out.add_argument("--adam-lr", type=float, default=3e-3)

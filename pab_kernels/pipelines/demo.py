@@ -205,7 +205,8 @@ class DemoPipeline:
         *,
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int = 30,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = 2.0,
+        guidance_rescale: float = 0.7,
         seed: int | Sequence[int] = 0,
         callback_on_step_end: StepCallback | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -222,6 +223,9 @@ class DemoPipeline:
             Denoising steps, 1 to 1000.
         guidance_scale : float
             1 or less runs without guidance, at half the cost a step.
+        guidance_rescale : float
+            0 to 1: how far the guided prediction is brought back to the deviation of the conditional one, which keeps
+            colours from saturating (arXiv:2305.08891, section 3.4).
         seed : int or sequence of int
             Seed of each video's noise. An int s gives the i-th prompt s + i. A video depends on its prompt
             and its seed, not on its neighbours in the batch nor on the device that draws.
@@ -248,6 +252,8 @@ class DemoPipeline:
             raise ValueError("prompt must be a string or a non-empty list of strings, got an empty list")
         if not 1 <= num_inference_steps <= 1000:
             raise ValueError(f"num_inference_steps must be in [1, 1000], got {num_inference_steps}")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
         negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
         seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
         for name, values in (("negative_prompt", negatives), ("seed", seeds)):
@@ -271,6 +277,8 @@ class DemoPipeline:
             if guided:
                 uncond, cond = prediction.chunk(2)
                 prediction = uncond + guidance_scale * (cond - uncond)
+                ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / prediction.std(dim=(1, 2, 3, 4), keepdim=True)
+                prediction = prediction * (1 + guidance_rescale * (ratio - 1))
             latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step, t, {"latents": latents})
