@@ -132,7 +132,7 @@ def sweep(names: list[str]) -> None:
     for name in names:
         shape = SHAPES[name]
         inputs = rotated(shape)
-        default = default_config(shape.batch * shape.positions, shape.heads)
+        default = default_config(shape.heads)
         tiles = sorted({4, 8, 16, default.rows})
         configs = {Config(*each) for each in itertools.product(tiles, (1, 2, 4), (1,))}
         configs |= {Config(rows, tokens, 2) for rows in (8, 16) for tokens in (1, 2)}

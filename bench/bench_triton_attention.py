@@ -185,7 +185,7 @@ def sweep(names: list[str]) -> None:
         inputs = rotated(shape)
         print(f"{name} {shape}", flush=True)
         compile_all(inputs[0])
-        default = default_config(torch.bfloat16, shape.head_dim, shape.keys)
+        default = default_config(torch.bfloat16, shape.head_dim, shape.queries)
         for config in dict.fromkeys((*SWEEP, default)):
             label = f"{config}{' *' if config == default else ''}"
             time_line(label, functools.partial(run_triton, config=config), shape, inputs, masked=True)

@@ -145,8 +145,7 @@ def test_configs(config):
 
 
 def test_default_configs():
-    assert [kernels.default_config(1, heads).rows for heads in (1, 3, 12, 16, 24, 64)] == [1, 4, 4, 16, 8, 16]
-    assert kernels.default_config(1, 16).tokens <= kernels.default_config(47700, 16).tokens
+    assert [kernels.default_config(heads).rows for heads in (1, 3, 12, 16, 24, 64)] == [1, 4, 4, 16, 8, 16]
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_interpreter)])
