@@ -108,17 +108,15 @@ def self_attention(h: Tensor, weights: SelfAttention, out: Tensor, rope: Rope | 
     qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
     if weights.rotary and rope is None:
         raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
-    norm_rope = {
-        "q_weight": weights.q_norm,
-        "k_weight": weights.k_norm,
-        "rope": rope if weights.rotary else None,
-        "eps": weights.norm_eps,
-    }
+    rope = rope if weights.rotary else None
+    q_norm, k_norm, eps = weights.q_norm, weights.k_norm, weights.norm_eps
     if weights.sequence == "temporal":
-        y = ops.temporal_attention(qkv, **norm_rope)
+        y = ops.temporal_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps)
     else:
         qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
-        y = ops.attention(*ops.qk_norm_rope(qkv, pair_stride=weights.pair_stride, **norm_rope).unbind(2))
+        stride = weights.pair_stride
+        ops.qk_norm_rope(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, pair_stride=stride, eps=eps)
+        y = ops.attention(*qkv.unbind(2))
     return linear(y, weights.proj, out)
 
 

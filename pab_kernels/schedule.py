@@ -123,18 +123,41 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
         ]
     windows = config.mlp_windows(kind)
     _warn_missing(kind, windows, timesteps)
-    return [_keyed_mlp_variant(windows, timesteps, t) for t in timesteps]
+    return _keyed_mlp_variants(windows, timesteps)
 
 
-def _keyed_mlp_variant(windows: Sequence[MlpWindow], timesteps: Sequence[int], timestep: int) -> MlpVariant:
-    """The original's rule: the first window, in the order given, whose steps include this timestep decides."""
-    keep = frozenset(index for window in windows if window.timestep == timestep for index in window.block)
+def _keyed_mlp_variants(windows: Sequence[MlpWindow], timesteps: Sequence[int]) -> list[MlpVariant]:
+    """The original's rule: the first window, in the order given, whose steps include a timestep decides for it.
+
+    A block listed under the timestep itself is computed all the same, and kept only if a later step reads it: inside
+    another, earlier window it must not overwrite what that one still hands on.
+    """
+    computed = [{index for window in windows if window.timestep == t for index in window.block} for t in timesteps]
+    sources = [_source(windows, timesteps, t) for t in timesteps]
+    broadcast = [
+        frozenset() if source is None else frozenset(source.block) - now
+        for source, now in zip(sources, computed, strict=True)
+    ]
+    read = {
+        (source.timestep, index)
+        for source, blocks in zip(sources, broadcast, strict=True)
+        if source is not None
+        for index in blocks
+    }
+    return [
+        MlpVariant(broadcast=blocks, keep=frozenset(index for index in now if (t, index) in read))
+        for t, blocks, now in zip(timesteps, broadcast, computed, strict=True)
+    ]
+
+
+def _source(windows: Sequence[MlpWindow], timesteps: Sequence[int], timestep: int) -> MlpWindow | None:
+    """The first window whose steps include this timestep."""
     for window in windows:
         if window.timestep in timesteps:
             start = timesteps.index(window.timestep)
             if timestep in timesteps[start : start + 1 + window.skip_count]:
-                return MlpVariant(broadcast=frozenset(window.block) - keep, keep=keep)
-    return MlpVariant(keep=keep)
+                return window
+    return None
 
 
 def _warn_missing(kind: str, windows: Sequence[MlpWindow], timesteps: Sequence[int]) -> None:

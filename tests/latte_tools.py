@@ -11,7 +11,7 @@ FRAMES, SIZE, TEXT = 3, 8, 5
 
 def tiny_latte(seed: int = 0, layers: int = 2, heads: int = 2) -> Any:
     torch.manual_seed(seed)
-    model = LatteTransformer3DModel(
+    model: Any = LatteTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=8,
         in_channels=4,

@@ -75,11 +75,11 @@ def test_mlp_window_at_the_end_of_the_run_is_cut_off():
     assert [sorted(step.mlp_temporal.broadcast) for step in schedule] == [[], [], [1]]
 
 
-def test_mlp_key_inside_another_window_computes_again():
+def test_mlp_key_inside_another_window_computes_again_but_does_not_overwrite_it():
     windows = {680: {"block": [0, 1], "skip_count": 3}, 660: {"block": [1], "skip_count": 1}}
     schedule = Schedule(keyed(windows), [680, 660, 640, 620])
     assert [sorted(step.mlp_spatial.broadcast) for step in schedule] == [[], [0], [0, 1], [0, 1]]
-    assert [sorted(step.mlp_spatial.keep) for step in schedule] == [[0, 1], [1], [], []]
+    assert [sorted(step.mlp_spatial.keep) for step in schedule] == [[0, 1], [], [], []]
 
 
 def test_missing_mlp_keys_warn_with_the_nearest_timesteps():
