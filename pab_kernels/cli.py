@@ -255,6 +255,11 @@ def _print_results(results: dict[str, Generated]) -> None:
         console.print(str(last.report), highlight=False)
     table = Table("", *results)
     table.add_row("seconds", *(f"{result.seconds:.2f}" for result in results.values()))
+    if last.report is not None:
+        blank = [""] * (len(results) - 1)
+        for kind, computed in last.report.computed.items():
+            table.add_row(f"{kind}: computed + broadcast", *blank, f"{computed} + {last.report.broadcast[kind]}")
+        table.add_row("cache, MiB", *blank, f"{last.report.cache_bytes / 2**20:.1f}")
     if last.peak_bytes is not None:
         table.add_row("peak GPU memory, GiB", *(f"{memory.gib(r.peak_bytes or 0):.2f}" for r in results.values()))
     if last.latents is not None:
@@ -265,8 +270,9 @@ def _print_results(results: dict[str, Generated]) -> None:
         if last.frames is not None and without.frames is not None:
             for i, (video, baseline) in enumerate(zip(last.frames, without.frames, strict=True)):
                 score = quality.compare(video, baseline)
-                table.add_row(f"PSNR against no PAB, video {i}", "", f"{score.psnr:.2f} dB")
-                table.add_row(f"SSIM against no PAB, video {i}", "", f"{score.ssim:.4f}")
+                which = f", video {i}" if len(last.frames) > 1 else ""
+                table.add_row(f"PSNR against no PAB{which}", "", f"{score.psnr:.2f} dB")
+                table.add_row(f"SSIM against no PAB{which}", "", f"{score.ssim:.4f}")
         else:
             table.add_row("latents' difference to no PAB", "", f"{generation.difference(last, without):.2e}")
     console.print(table)

@@ -240,7 +240,7 @@ def _load_latte(source: str, dtype: torch.dtype, device: torch.device | str) -> 
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model: {source!r} is not in the local cache and could not be fetched. On a machine with a network run "
-            f"`hf download {LATTE_ID} --local-dir Latte-1` (about 25 GB), copy the folder here, and pass "
+            f"`hf download {LATTE_ID} --local-dir Latte-1`, copy the folder here, and pass "
             "`--model Latte-1`. `--model demo` needs no download."
         ) from error
     return pipe.to(device)
