@@ -157,11 +157,11 @@ def verify(
 
     with _clean_errors():
         number = _dtype(dtype)
+        recording = recorded.Recording.load(file)
         if tolerance is None:
-            tolerance = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}[dtype]
+            tolerance = recorded.default_tolerance(recording.family, number)
         if not tolerance > 0:
             raise ValueError(f"tolerance: got {tolerance}, must be above 0")
-        recording = recorded.Recording.load(file)
         within = True
         for name, config, steps in (
             ("without PAB", PABConfig(), recording.base),

@@ -20,7 +20,7 @@ PAB = PABConfig.preset("latte")
 def pipe() -> Any:
     text = tiny_text()
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
