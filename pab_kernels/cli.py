@@ -157,11 +157,11 @@ def verify(
 
     with _clean_errors():
         number = _dtype(dtype)
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(f"tolerance: got {tolerance}, must be above 0")
         recording = recorded.Recording.load(file)
         if tolerance is None:
             tolerance = recorded.default_tolerance(recording.family, number)
-        if not tolerance > 0:
-            raise ValueError(f"tolerance: got {tolerance}, must be above 0")
         within = True
         for name, config, steps in (
             ("without PAB", PABConfig(), recording.base),

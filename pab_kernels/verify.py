@@ -115,8 +115,8 @@ def worst_error(steps: Tensor, recorded: Tensor) -> float:
 def default_tolerance(family: str, dtype: torch.dtype) -> float:
     """The largest error to expect of a right replay of a float32 recording in `dtype`.
 
-    Open-Sora's transformer rounds the timestep to its own dtype, as the original does: in bfloat16 that alone, above 512
-    in steps of 4, moves the run by 6e-2.
+    Open-Sora's transformer rounds the timestep to its own dtype, as the original does. In bfloat16 that alone
+    (above 512 it moves in steps of 4) takes the recorded run 6e-2 away.
     """
     if dtype == torch.float32:
         return 1e-4

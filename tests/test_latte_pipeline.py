@@ -26,7 +26,8 @@ def pipe() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         latent_channels=4,
-    ).eval()
+    )
+    vae.eval()
     pipe: Any = LattePipeline(text.tokenizer, text.encoder, vae, tiny_transformer("latte"), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
