@@ -12,7 +12,12 @@ from pab_kernels.models.adapter import Adapter
 from pab_kernels.models.hosts import OpenSoraPlanV110, OpenSoraPlanV120
 from pab_kernels.models.latte import LatteAdapter
 from pab_kernels.models.open_sora import OpenSoraAdapter
-from pab_kernels.models.open_sora_plan import OpenSoraPlanV110Adapter, OpenSoraPlanV120Adapter
+from pab_kernels.models.open_sora_plan import (
+    LatteT2VAdapter,
+    OpenSoraPlanV110Adapter,
+    OpenSoraPlanV120Adapter,
+    OpenSoraT2VAdapter,
+)
 
 _BY_CLASS: dict[type, Callable[[Any], Adapter]] = {
     LatteTransformer3DModel: LatteAdapter,
@@ -24,7 +29,8 @@ _BY_CLASS: dict[type, Callable[[Any], Adapter]] = {
 def adapter_for(host: nn.Module) -> Adapter:
     """The adapter of the family that `host` belongs to.
 
-    diffusers' Latte and our Open-Sora-Plan hosts are known by their class, STDiT3 by its structure.
+    diffusers' Latte and our Open-Sora-Plan hosts are known by their class; STDiT3 and the official LatteT2V and
+    OpenSoraT2V by their structure, without importing them.
 
     Raises
     ------
@@ -37,5 +43,9 @@ def adapter_for(host: nn.Module) -> Adapter:
         return _BY_CLASS[type(host)](host)
     if hasattr(host, "spatial_blocks") and hasattr(host, "temporal_blocks"):
         return OpenSoraAdapter(host)
+    if hasattr(host, "transformer_blocks") and hasattr(host, "temporal_transformer_blocks"):
+        return LatteT2VAdapter(host)
+    if hasattr(host, "transformer_blocks") and hasattr(host, "adaln_single"):
+        return OpenSoraT2VAdapter(host)
     known = ", ".join(cls.__name__ for cls in _BY_CLASS)
-    raise TypeError(f"host: got a {type(host).__name__}, must be a STDiT3 or one of {known}")
+    raise TypeError(f"host: got a {type(host).__name__}, must be a STDiT3, LatteT2V, OpenSoraT2V or one of {known}")

@@ -1,4 +1,4 @@
-"""What the adapters of diffusers' adaLN-single transformers share: Latte and Open-Sora-Plan."""
+"""What the adapters of adaLN-single transformers share: Latte and Open-Sora-Plan, from diffusers, ours or official."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from typing import Any, Literal
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from pab_kernels.branches import CrossAttention, Mlp, SelfAttention
 from pab_kernels.executor import Block, BlockStack
-from pab_kernels.models.adapter import Call, Modulation, WeightFuser, linear_of, plain
+from pab_kernels.models.adapter import (
+    Call,
+    Modulation,
+    WeightFuser,
+    check_one_device,
+    check_value,
+    linear_of,
+    plain,
+)
 from pab_kernels.models.hosts.layers import unpatchify
 
 
@@ -23,21 +31,34 @@ class AdaLNSingleAdapter:
 
     stack: BlockStack
 
-    def __init__(self, host: Any, processors: tuple[type, ...]) -> None:
+    def __init__(self, host: Any, processors: tuple[type | str, ...]) -> None:
         self.host = host
         self._processors = processors
         self._signature = inspect.signature(type(host).forward)
         self._fuser = WeightFuser()
-        config = self.host.config
+        self._visible: tuple[Tensor, int] | None = None
+        config = plain(host, "config")
         for key, allowed in (
             ("norm_type", "ada_norm_single"),
             ("activation_fn", "gelu-approximate"),
             ("attention_bias", True),
             ("norm_elementwise_affine", False),
+            ("only_cross_attention", False),
+            ("double_self_attention", False),
+            ("patch_size_t", 1),
         ):
-            if config[key] != allowed:
-                raise ValueError(f"host.config.{key}: got {config[key]!r}, must be {allowed!r}")
-        for name in ("pos_embed.proj", "adaln_single", "caption_projection", "norm_out", "proj_out"):
+            value = config.get(key, allowed)
+            if value != allowed:
+                raise ValueError(f"host.config.{key}: got {value!r}, must be {allowed!r}")
+        check_one_device(host)
+        for name in (
+            "pos_embed.proj",
+            "adaln_single",
+            "caption_projection",
+            "norm_out",
+            "scale_shift_table",
+            "proj_out",
+        ):
             plain(host, name)
 
     def _block(
@@ -51,9 +72,9 @@ class AdaLNSingleAdapter:
         rotary: bool = False,
         pair_stride: int = 1,
     ) -> Block:
-        block = plain(self.host, path)
-        plain(self.host, f"{path}.ff.net.0")
-        heads = self._heads(f"{path}.attn1")
+        for name in (path, f"{path}.ff.net.0"):
+            plain(self.host, name)
+        heads = self._heads(f"{path}.attn1", rotary)
         cross_attention = None
         if cross:
             cross_attention = CrossAttention(
@@ -76,23 +97,45 @@ class AdaLNSingleAdapter:
             ),
             cross=cross_attention,
             mlp=Mlp(linear_of(self.host, f"{path}.ff.net.0.proj"), linear_of(self.host, f"{path}.ff.net.2")),
-            norm_eps=block.norm1.eps,
+            norm_eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps,
         )
 
-    def _heads(self, path: str) -> int:
-        attention = plain(self.host, path, Attention)
-        if type(attention.processor) not in self._processors:
-            allowed = " or ".join(processor.__name__ for processor in self._processors)
-            raise TypeError(f"{path}.processor: is a {type(attention.processor).__name__}, must be {allowed}")
-        for name in ("norm_q", "norm_k", "group_norm", "spatial_norm", "norm_cross"):
+    def _heads(self, path: str, rotary: bool = False) -> int:
+        attention = plain(self.host, path, Attention, "Attention")
+        processor = plain(self.host, f"{path}.processor", *self._processors)
+        for name in ("norm_q", "norm_k", "group_norm", "spatial_norm", "norm_cross", "downsampler"):
             if getattr(attention, name, None) is not None:
                 raise TypeError(f"{path}.{name}: is set, must be None")
-        return attention.heads
+        for name, allowed in (("residual_connection", False), ("rescale_output_factor", 1.0)):
+            check_value(f"{path}.{name}", getattr(attention, name, allowed), allowed)
+        # Only official processors have these.
+        check_value(f"{path}.processor.use_rope", getattr(processor, "use_rope", rotary), rotary)
+        check_value(f"{path}.processor.compress_kv_factor", getattr(processor, "compress_kv_factor", None), None)
+        return plain(self.host, f"{path}.heads")
 
     def _arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         bound = self._signature.bind(self.host, *args, **kwargs)
         bound.apply_defaults()
-        return bound.arguments
+        given = bound.arguments
+        for name, allowed in (
+            ("enable_temporal_attentions", True),
+            ("use_image_num", 0),
+            ("cross_attention_kwargs", None),
+        ):
+            if given.get(name, allowed) != allowed:
+                raise ValueError(f"{name}: got {given[name]!r}, must be {allowed!r}")
+        if given["timestep"] is None or given["encoder_hidden_states"] is None:
+            raise ValueError("timestep, encoder_hidden_states: got None, must both be given")
+        self._check_visible(given.get("attention_mask"))
+        return given
+
+    def _check_visible(self, mask: Tensor | None) -> None:
+        """Raise ValueError if the official self-attention mask hides something. Only a new one waits for the GPU."""
+        if mask is None or (self._visible and self._visible[0] is mask and self._visible[1] == mask._version):
+            return
+        if not bool((mask == 1).all()):
+            raise ValueError("attention_mask: hides tokens from self-attention, must be None or all ones")
+        self._visible = (mask, mask._version)
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""

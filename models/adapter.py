@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,10 +87,11 @@ class Adapter(Protocol):
         """Give the host its own separate parameters back, bit for bit."""
 
 
-def plain(root: nn.Module, path: str, *classes: type) -> Any:
+def plain(root: nn.Module, path: str, *classes: type | str) -> Any:
     """The submodule at `path`, if it is exactly one of `classes` and has no hooks.
 
-    A wrapped linear (LoRA, quantisation), an offloading hook or another class would be skipped over silently.
+    A wrapped linear (LoRA, quantisation), an offloading hook or another class would be skipped over silently. A class
+    given as a string is the one of that name in the module that defines `root`'s class.
 
     Raises
     ------
@@ -103,9 +105,11 @@ def plain(root: nn.Module, path: str, *classes: type) -> Any:
         if not hasattr(module, name):
             raise TypeError(f"{type(root).__name__}.{'.'.join(walked)}: missing, so the host's structure is unknown")
         module = getattr(module, name)
-    if classes and type(module) not in classes:
-        wanted = " or ".join(cls.__name__ for cls in classes)
-        raise TypeError(f"{type(root).__name__}.{path}: is a {type(module).__name__}, must be a plain {wanted}")
+    found = type(module)
+    beside = found.__name__ if found.__module__ == type(root).__module__ else None
+    if classes and found not in classes and beside not in classes:
+        wanted = " or ".join(dict.fromkeys(cls if isinstance(cls, str) else cls.__name__ for cls in classes))
+        raise TypeError(f"{type(root).__name__}.{path}: is a {found.__name__}, must be a plain {wanted}")
     check_no_hooks(module, f"{type(root).__name__}.{path}")
     return module
 
@@ -116,6 +120,30 @@ def check_no_hooks(module: Any, path: str) -> None:
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
         if hooked:
             raise TypeError(f"{path}: has a forward hook or a replaced forward, must have none")
+
+
+def check_value(path: str, value: object, allowed: object) -> None:
+    """Raise TypeError unless the attribute at `path` has the value that the executor assumes."""
+    if value != allowed:
+        raise TypeError(f"{path}: is {value!r}, must be {allowed!r}")
+
+
+def check_forward(host: nn.Module, *names: str) -> None:
+    """Raise TypeError for the first of `names` that the host's forward does not take as an argument."""
+    parameters = inspect.signature(type(host).forward).parameters
+    for name in names:
+        if name not in parameters:
+            raise TypeError(f"{type(host).__name__}.forward: has no argument {name}, so its meaning is unknown")
+
+
+def check_one_device(host: Any) -> None:
+    """Raise TypeError if an official class splits its work over several devices, which the executor would not do."""
+    name = type(host).__name__
+    for size in ("cp_size", "sp_size"):
+        manager = getattr(host, "parallel_manager", None)
+        check_value(f"{name}.parallel_manager.{size}", getattr(manager, size, 1), 1)
+    switch = "enable_sequence_parallelism"
+    check_value(f"{name}.{switch}", bool(getattr(host, switch, False)), False)
 
 
 def linear_of(root: nn.Module, path: str) -> Linear:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pab_kernels.executor import BlockStack
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, plain
+from pab_kernels.models.adapter import Call, check_value, plain
 
 
 class LatteAdapter(AdaLNSingleAdapter):
@@ -25,8 +25,12 @@ class LatteAdapter(AdaLNSingleAdapter):
     """
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, (AttnProcessor2_0, AttnProcessor))
-        plain(host, "pos_embed", PatchEmbed)
+        super().__init__(host, (AttnProcessor2_0, AttnProcessor, "AttnProcessor2_0"))
+        plain(host, "temp_pos_embed")
+        plain(host, "pos_embed", PatchEmbed, "PatchEmbed")
+        for name in ("patch_size", "height", "width", "base_size", "interpolation_scale", "pos_embed"):
+            plain(host, f"pos_embed.{name}")
+        check_value("pos_embed.norm", plain(host, "pos_embed.norm"), None)
         self._size: tuple[int, int] | None = None
         self._positions: Tensor
         blocks = []
@@ -45,10 +49,6 @@ class LatteAdapter(AdaLNSingleAdapter):
         given = self._arguments(*args, **kwargs)
         if given["encoder_attention_mask"] is not None:
             raise ValueError("encoder_attention_mask: got a mask, must be None: Latte attends to all text tokens")
-        if not given["enable_temporal_attentions"]:
-            raise ValueError("enable_temporal_attentions: got False, must be True")
-        if given["timestep"] is None or given["encoder_hidden_states"] is None:
-            raise ValueError("timestep, encoder_hidden_states: got None, must both be given")
         text = given["encoder_hidden_states"]
         return self._call(given["hidden_states"], given["timestep"], text, (text,), None, given["return_dict"])
 

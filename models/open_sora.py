@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from pab_kernels.branches import CrossAttention, Linear, Mlp, Rope, SelfAttention
 from pab_kernels.checks import check_shape, check_tensor
 from pab_kernels.executor import Block, BlockStack
-from pab_kernels.models.adapter import Call, Modulation, linear_of, plain
+from pab_kernels.models.adapter import (
+    Call,
+    Modulation,
+    check_forward,
+    check_one_device,
+    check_value,
+    linear_of,
+    plain,
+)
 from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
 
 
@@ -28,13 +36,26 @@ class OpenSoraAdapter:
     def __init__(self, host: Any) -> None:
         self.host = host
         self._signature = inspect.signature(type(host).forward)
-        for name in ("x_embedder.proj", "t_embedder.mlp", "fps_embedder.mlp", "t_block", "y_embedder.y_proj"):
+        check_forward(host, "x", "timestep", "y", "mask", "x_mask", "fps", "height", "width")
+        check_one_device(host)
+        for name in (
+            "x_embedder.proj",
+            "t_embedder.mlp",
+            "fps_embedder.mlp",
+            "t_block",
+            "y_embedder.y_proj",
+            "input_sq_size",
+        ):
             plain(host, name)
+        skip = getattr(getattr(host, "config", None), "skip_y_embedder", False)
+        check_value("config.skip_y_embedder", skip, False)
         self._final = linear_of(host, "final_layer.linear")
         self._final_norm = plain(host, "final_layer.norm_final", nn.LayerNorm)
         self._final_table: Tensor = plain(host, "final_layer.scale_shift_table").detach()
         self._inv_freq: Tensor = plain(host, "pos_embed.inv_freq")
         self._freqs: Tensor = plain(host, "rope.freqs").detach()
+        for name, allowed in (("use_xpos", False), ("interpolate_factor", 1.0)):
+            check_value(f"rope.{name}", getattr(host.rope, name, allowed), allowed)
         self._patch: tuple[int, int, int] = tuple(self.host.x_embedder.proj.kernel_size)
         self._positions: Tensor | None = None
         self._seen: tuple[Tensor, Tensor, tuple[int, int]] | None = None
@@ -51,11 +72,23 @@ class OpenSoraAdapter:
         def linear(name: str) -> Linear:
             return linear_of(self.host, f"{path}.{name}")
 
-        attention = plain(self.host, f"{path}.attn")
+        # By name, since their packages are not imported: ours, VideoSys', Open-Sora's.
+        attention = self._named(f"{path}.attn", "SelfAttention", "OpenSoraAttention", "Attention")
+        crosses = ("CrossAttention", "OpenSoraMultiHeadCrossAttention", "MultiHeadCrossAttention")
+        self._named(f"{path}.cross_attn", *crosses)
+        rotates = getattr(attention, "rope", kind == "temporal")
+        check_value(f"{path}.attn.rope", rotates, kind == "temporal")
+        activation = getattr(plain(self.host, f"{path}.mlp"), "act", None)
+        if activation is not None:
+            plain(self.host, f"{path}.mlp.act", nn.GELU)
+            check_value(f"{path}.mlp.act.approximate", activation.approximate, "tanh")
         if getattr(attention, "qk_norm_legacy", False):
             raise TypeError(f"{path}.attn.qk_norm_legacy: is set, must not be: it norms after the rotation")
-        heads = attention.num_heads
-        norms = [plain(self.host, f"{path}.attn.{name}") for name in ("q_norm", "k_norm")]
+        heads = plain(self.host, f"{path}.attn.num_heads")
+        norms = [
+            self._named(f"{path}.attn.{name}", "Identity", "RMSNorm", "LlamaRMSNorm", "FusedRMSNorm")
+            for name in ("q_norm", "k_norm")
+        ]
         weights = [getattr(norm, "weight", None) for norm in norms]  # an Identity has none
         eps: Any = getattr(norms[0], "eps", None) or getattr(norms[0], "variance_epsilon", 1e-6)
         return Block(
@@ -79,6 +112,13 @@ class OpenSoraAdapter:
             norm_eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps,
         )
 
+    def _named(self, path: str, *names: str) -> Any:
+        """The plain module at `path`, whose class must have one of `names`."""
+        module = plain(self.host, path)
+        if type(module).__name__ not in names:
+            raise TypeError(f"{path}: is a {type(module).__name__}, must be a {' or '.join(names)}")
+        return module
+
     @property
     def _dtype(self) -> torch.dtype:
         return self.host.x_embedder.proj.weight.dtype
@@ -88,6 +128,9 @@ class OpenSoraAdapter:
         arguments = self._signature.bind(self.host, *args, **kwargs)
         arguments.apply_defaults()
         given = arguments.arguments
+        depth = len(self.host.spatial_blocks)
+        if given.get("kwargs", {}).get("valid_depth", depth) != depth:
+            raise ValueError(f"valid_depth: got {given['kwargs']['valid_depth']!r}, must be all {depth} blocks")
         channels = self.host.x_embedder.proj.in_channels
         x = check_tensor("x", given["x"])
         check_shape("x", x, ("B", channels, "T", "H", "W"))

@@ -1,15 +1,20 @@
-"""Open-Sora-Plan: 1.1 is Latte with a text mask; 1.2 attends over the whole video and rotates in three dimensions."""
+"""Open-Sora-Plan: 1.1 is Latte with a text mask; 1.2 attends over the whole video and rotates in three dimensions.
+
+The official classes are known by their structure: LatteT2V (Open-Sora-Plan 1.1, and VideoSys' Latte) and OpenSoraT2V.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pab_kernels.branches import Rope
 from pab_kernels.executor import BlockStack
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call
+from pab_kernels.models.adapter import Call, check_forward, check_value, plain
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
@@ -27,31 +32,63 @@ def _sources(text: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     return (text,) if mask is None else (text, mask)
 
 
+_OFFICIAL_ARGUMENTS = (
+    "hidden_states",
+    "timestep",
+    "encoder_hidden_states",
+    "attention_mask",
+    "encoder_attention_mask",
+    "use_image_num",
+    "return_dict",
+)
+
+
 class OpenSoraPlanV110Adapter(LatteAdapter):
     """Adapter of `OpenSoraPlanV110`."""
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the arguments of OpenSoraPlanV110.forward."""
         given = self._arguments(*args, **kwargs)
-        latents, text, mask = (
+        latents, source, mask = (
             given[name] for name in ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")
         )
+        text = self._with_prompts(source)
         check_inputs(self.host.config, self.host.video_length, latents, given["timestep"], text)
         return self._call(
             latents.to(self.host.dtype),
             given["timestep"],
             text.squeeze(1).to(self.host.dtype),
-            _sources(text, mask),
+            _sources(source, mask),
             _text_mask(mask, text),
             given["return_dict"],
         )
+
+    def _with_prompts(self, text: Tensor) -> Tensor:
+        """The text as [B, 1, L, C]."""
+        return text
+
+
+class LatteT2VAdapter(OpenSoraPlanV110Adapter):
+    """Adapter of the official LatteT2V as VideoSys has it, for Open-Sora-Plan 1.1 and for Latte.
+
+    Both are `OpenSoraPlanV110` in all that counts, but Latte's takes text as [B, L, C].
+    """
+
+    def __init__(self, host: Any) -> None:
+        check_forward(host, *_OFFICIAL_ARGUMENTS, "all_timesteps", "enable_temporal_attentions")
+        super().__init__(host)
+
+    def _with_prompts(self, text: Tensor) -> Tensor:
+        return text[:, None] if text.ndim == 3 else text
 
 
 class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
     """Adapter of `OpenSoraPlanV120`: its self-attention counts as spatial, and is gated anew when broadcast."""
 
+    processors: tuple[type | str, ...] = (PlanAttnProcessor,)
+
     def __init__(self, host: Any) -> None:
-        super().__init__(host, (PlanAttnProcessor,))
+        super().__init__(host, self.processors)
         self._rope: Rope | None = None
         self._grid: tuple[int, int, int] | None = None
         blocks = []
@@ -72,6 +109,11 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
             self.restore()
             raise
         self.stack = BlockStack(tuple(blocks), regate=True)
+
+    def _rotation(self, grid: tuple[int, int, int]) -> Rope:
+        """Cosines and sines [T * H * W, head_dim / 2], float32."""
+        angles = self.host.rope_angles(grid, self.host.device).flatten(1).float()
+        return angles.cos().contiguous(), angles.sin().contiguous()
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the arguments of OpenSoraPlanV120.forward."""
@@ -104,8 +146,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
         patch = self.host.config.patch_size
         grid = (call.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
         if grid != self._grid:
-            angles = self.host.rope_angles(grid, self.host.device).flatten(1).float()
-            self._rope = (angles.cos().contiguous(), angles.sin().contiguous())
+            self._rope = self._rotation(grid)
             self._grid = grid
 
     def embed(self, call: Call) -> Tensor:
@@ -119,3 +160,45 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables over time, rows and columns."""
         return self._rope
+
+
+class OpenSoraT2VAdapter(OpenSoraPlanV120Adapter):
+    """Adapter of the official OpenSoraT2V of Open-Sora-Plan 1.2, as VideoSys has it.
+
+    Its rotation is asked for its own tables: it keeps one for each number of patches, so that of two axes with as many
+    patches it turns the second by the first one's interpolation scale.
+    """
+
+    processors = ("AttnProcessor2_0",)
+
+    def __init__(self, host: Any) -> None:
+        check_forward(host, *_OFFICIAL_ARGUMENTS)
+        plain(host, "pos_embed", "PatchEmbed2D")
+        for name, allowed in (("use_abs_pos", False), ("norm", None)):
+            check_value(f"pos_embed.{name}", plain(host, f"pos_embed.{name}"), allowed)
+        path = "transformer_blocks.0.attn1.processor.rope"
+        for name in ("get_cos_sin", *(f"interpolation_scale_{axis}" for axis in "thw")):
+            plain(host, f"{path}.{name}")
+        # A copy, since asking leaves traces in the original.
+        self._official_rope: Any = copy.deepcopy(plain(host, path, "RoPE3D"))
+        super().__init__(host)
+
+    def _rotation(self, grid: tuple[int, int, int]) -> Rope:
+        rope, device = self._official_rope, self.host.device
+        third = self.host.config.attention_head_dim // 3
+        places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid))
+        axes = []
+        for axis, (n, name) in enumerate(zip(grid, "thw", strict=True)):
+            scale = getattr(rope, f"interpolation_scale_{name}")
+            tables = rope.get_cos_sin(third, n, device, torch.float32, scale)
+            # The second half of a table repeats the first: a pair's two channels turn alike.
+            axes.append([table[places[:, axis], : third // 2] for table in tables])
+        cos, sin = (torch.cat(tables, dim=1).contiguous() for tables in zip(*axes, strict=True))
+        return cos, sin
+
+    def bind(self, *args: Any, **kwargs: Any) -> Call:
+        """Read the arguments of OpenSoraT2V.forward."""
+        call = super().bind(*args, **kwargs)
+        if call.options[0]:
+            raise ValueError("return_dict: got True, must be False: the official output class is not imported")
+        return call
