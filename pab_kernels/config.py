@@ -221,6 +221,22 @@ class PABConfig:
         return cls(**settings)
 
 
+def named_settings(family: str) -> dict[str, PABConfig]:
+    """The preset of `family` and the paper's variants, by the names that `--pab` takes; each settings once.
+
+    Raises
+    ------
+    ValueError
+        Unknown family.
+    """
+    named = {family: PABConfig.preset(family)}
+    for variant in _PRESETS[family][2]:
+        settings = PABConfig.preset(family, variant)
+        if settings not in named.values():
+            named[f"{family}:{variant}"] = settings
+    return named
+
+
 _PRESETS: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {
     "open_sora": ((450, 930), "246", ("246", "357", "579")),
     "open_sora_plan_v110": ((100, 850), "246", ("246", "357", "579")),

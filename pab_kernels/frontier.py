@@ -31,19 +31,18 @@ class Candidate:
 
 
 def predicted_error(profile: Profile, config: PABConfig) -> float:
-    """The error that `config` should cause, up to a factor; 0 where nothing is broadcast."""
+    """The error that the ranges and thresholds of `config` should cause in all blocks, up to a factor."""
     schedule = Schedule(config, profile.timesteps)
     total = 0.0
     for kind in profile.kinds:
         impact = profile.impact[kind]
-        blocks = [index for index in range(len(impact)) if index in config.blocks(kind)]
-        late = np.zeros(len(blocks))
+        late = np.zeros(len(impact))
         for call, step in enumerate(schedule):
             if getattr(step, kind):
-                late = late + impact[blocks, call]
+                late = late + impact[:, call]
                 total += float(late @ late)
             else:
-                late = np.zeros(len(blocks))
+                late = np.zeros(len(impact))
     return total
 
 

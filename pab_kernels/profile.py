@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pab_kernels.config import KINDS
 from pab_kernels.files import replaced
+from pab_kernels.generate import OnStep, Request, generate
+from pab_kernels.pipelines.loading import Pipeline
 from pab_kernels.plain import TappedBlocks
 
 EDGE = 0.15
@@ -28,7 +30,8 @@ COLUMNS = ("kind", "block", "step", "timestep", *MEASURES)
 class Profile:
     """Differences between the attention outputs of each step and of the step before.
 
-    Each measure is, for each kind, an array [blocks, calls]. The first call has no step before it: NaN.
+    Each measure is, for each kind, an array [blocks, calls], with a row for each block that has this kind, in the
+    order of the model. The first call has no step before it: NaN.
 
     Attributes
     ----------
@@ -114,8 +117,8 @@ class Profiler(TappedBlocks):
     """
 
     def __init__(self, host: nn.Module) -> None:
-        self._before: dict[tuple[str, int], Tensor] = {}
-        self._norms: dict[tuple[str, int], list[Tensor]] = {}
+        self._before: dict[tuple[str, int, str], Tensor] = {}
+        self._norms: dict[tuple[str, int, str], list[Tensor]] = {}
         self._numel = 0
         super().__init__(host)
 
@@ -127,7 +130,8 @@ class Profiler(TappedBlocks):
         """The branch's output; attention is compared with what the call before gave."""
         value = compute()
         if name != "mlp":
-            key = ("cross" if name == "cross" else kind, index)
+            # Open-Sora's temporal blocks have cross-attention too.
+            key = ("cross" if name == "cross" else kind, index, kind)
             before = self._before.get(key)
             if before is not None:
                 norms = [
@@ -150,15 +154,31 @@ class Profiler(TappedBlocks):
             raise ValueError(f"timesteps: got {len(timesteps)}, must be {self.call + 1}, one a call of the transformer")
         relative, mse, impact = {}, {}, {}
         for kind in KINDS:
-            blocks = sorted(index for own, index in self._norms if own == kind)
+            blocks = sorted(key for key in self._norms if key[0] == kind)
             if blocks:
-                norms = np.stack([torch.stack(self._norms[kind, block]).double().cpu().numpy() for block in blocks])
+                norms = np.stack([torch.stack(self._norms[key]).double().cpu().numpy() for key in blocks])
                 first = np.full((len(blocks), 1, 3), np.nan)
                 difference, output, stream = np.moveaxis(np.concatenate([first, norms], axis=1), -1, 0)
                 relative[kind] = difference / output
                 mse[kind] = difference**2 / self._numel
                 impact[kind] = difference / stream
         return Profile(tuple(timesteps), relative, mse, impact)
+
+
+def measure(pipe: Pipeline, request: Request, on_step: OnStep | None = None) -> Profile:
+    """Profile a run without PAB, on the model's own code.
+
+    Parameters
+    ----------
+    pipe : Pipeline
+    request : Request
+        All of its videos go into one profile.
+    on_step : callable, optional
+        As for `generate.generate`.
+    """
+    with Profiler(pipe.transformer) as profiler:
+        generate(pipe, request, None, on_step)
+        return profiler.profile([float(t) for t in pipe.scheduler.timesteps])
 
 
 def flat_middle(curve: NDArray[np.float64]) -> tuple[int, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,6 @@ from pab_kernels.schedule import Schedule, StepVariant
 CEILINGS = {"cpu": Ceilings(1.0, float("inf")), "cuda": Ceilings(690e12, 2.94e12)}
 """For predicted time, of which only ratios count: arithmetic alone on a CPU, an H100's otherwise."""
 COMPUTED = StepVariant()
-_SETTINGS: dict[str, Any] = {"broadcast": True, "threshold": (0, 1), "range": 2}
-ALL_KINDS = PABConfig(**{f"{kind}_{key}": value for kind in KINDS for key, value in _SETTINGS.items()})
-"""Some settings by which all blocks broadcast."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ class Yardstick:
     Parameters
     ----------
     pipe : Pipeline
-    requests : sequence of Request
-        One for each video, all of one size and number of steps.
+    request : Request
+        Its videos are made one at a time.
     on_call : callable, optional
         Called after every call of the transformer that really runs.
 
@@ -84,9 +82,7 @@ class Yardstick:
         The pipeline gives no frames.
     """
 
-    def __init__(
-        self, pipe: Pipeline, requests: Sequence[Request], on_call: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, pipe: Pipeline, request: Request, on_call: Callable[[], object] = lambda: None) -> None:
         self._pipe, self._host, self._on_call = pipe, pipe.transformer, on_call
         self._recordings: list[_Recording] = []
         first: tuple[Any, Any] = (), {}
@@ -102,15 +98,14 @@ class Yardstick:
                 return outputs[-1]
 
             with _forward(self._host, record):
-                for request in requests:
+                for single in split(request):
                     outputs.clear()
-                    frames = _video(generate(pipe, request, None))
-                    self._recordings.append(_Recording(request, frames, tuple(outputs)))
+                    frames = _video(generate(pipe, single, None))
+                    self._recordings.append(_Recording(single, frames, tuple(outputs)))
             assert handle.schedule is not None
             self.timesteps = handle.schedule.timesteps
         self._costs = _Costs(self._host, *first)
-        kinds = self._costs.kinds
-        self.unit_savings = {kind: self._costs.step_saving(StepVariant(**{kind: True})) for kind in kinds}
+        self.unit_savings = {kind: self._costs.unit_saving(kind) for kind in self._costs.kinds}
 
     def predicted_saving(self, config: PABConfig) -> float:
         """Share of the denoising time that `config` should save."""
@@ -146,6 +141,12 @@ class Yardstick:
                     frames = _video(generate(self._pipe, recording.request, None))
                 videos.append(quality.compare(frames, recording.frames))
         return Trial(name, config, tuple(videos), self._costs.saving(schedule), _measured_saving(schedule, clocks))
+
+
+def split(request: Request) -> list[Request]:
+    """A request for each of its videos."""
+    pairs = zip(request.prompts, request.all_seeds, strict=True)
+    return [dataclasses.replace(request, prompts=(prompt,), seeds=(seed,)) for prompt, seed in pairs]
 
 
 def first_call(schedule: Schedule) -> int:
@@ -214,10 +215,11 @@ class _Costs:
         """The kinds of attention that the model has."""
         return self._stack.kinds
 
-    def step_saving(self, variant: StepVariant) -> float:
-        """Share of a step's time that `variant` saves where all blocks broadcast."""
-        schedule = Schedule(ALL_KINDS, [0.0])
-        return 1 - self._seconds(schedule, variant) / self._seconds(schedule, COMPUTED)
+    def unit_saving(self, kind: str) -> float:
+        """Share of a step's time that is saved where all blocks broadcast `kind`."""
+        settings: dict[str, Any] = {f"{kind}_broadcast": True, f"{kind}_threshold": (0, 2), f"{kind}_range": 2}
+        _, broadcasting = schedule = Schedule(PABConfig(**settings), (1.0, 1.0))
+        return 1 - self._seconds(schedule, broadcasting) / self._seconds(schedule, COMPUTED)
 
     def saving(self, schedule: Schedule) -> float:
         """Share of a run's time that `schedule` saves."""

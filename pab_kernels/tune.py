@@ -70,7 +70,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """By Student's t, one-sided, at `CONFIDENCE`. A single video tells nothing of others: the margin is infinite."""
+        """By Student's t, one-sided, at `CONFIDENCE`. One video tells nothing of others: its margin is infinite."""
         values = [min(value, LARGEST_PSNR) for value in values]
         if len(values) < 2:
             return cls(values[0], math.inf)
@@ -95,15 +95,15 @@ def reaches(trial: Trial, target: Target) -> bool:
     return estimate(trial, target).low >= target.value
 
 
-def best(trials: Sequence[Trial], target: Target) -> Trial | None:
+def best(trials: Sequence[Trial], target: Target) -> Trial:
     """Of the trials that reach the target the one that saves most; for a speed the one of best quality.
 
-    If none reaches it, the one that comes nearest; None if there are none.
+    If none reaches it, the one that comes nearest.
     """
     good = [trial for trial in trials if reaches(trial, target)]
     if (target.measure == "speedup") == bool(good):
-        return max(good or trials, key=lambda trial: estimate(trial, target).low, default=None)
-    return max(good or trials, key=lambda trial: trial.predicted, default=None)
+        return max(good or trials, key=lambda trial: estimate(trial, target).low)
+    return max(good or trials, key=lambda trial: trial.predicted)
 
 
 class Search:

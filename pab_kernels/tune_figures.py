@@ -68,7 +68,7 @@ def profile_heat_map(profile: Profile, title: str) -> Figure:
 
 def _label_steps(axes: Axes, timesteps: Sequence[float]) -> None:
     """Ticks of steps, with their timesteps below."""
-    ticks = np.arange(0, len(timesteps), max(1, len(timesteps) // 8))
+    ticks = range(0, len(timesteps), max(1, len(timesteps) // 8))
     axes.set_xlim(-0.5, len(timesteps) - 0.5)
     axes.set_xticks(ticks, [f"{i}\n{timesteps[i]:.0f}" for i in ticks])
     axes.set_xlabel("step (above) and timestep (below)")
