@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy.stats import t as student
 
 from pab_kernels.config import PABConfig
@@ -164,30 +163,34 @@ class Search:
         )
         if first > last:
             return None
-        allowed = self._allowed_error(trials, list(tuned.values()))
+        allowed = self._allowed_error(trials)
         inside = [i for i in range(first, last + 1) if self._candidates[i].error <= allowed]
         return inside[-1] if inside else first
 
-    def _allowed_error(self, trials: Sequence[Trial], tuned: Sequence[Trial]) -> float:
+    def _allowed_error(self, trials: Sequence[Trial]) -> float:
         """The predicted error at which the lower bound should be the target.
 
-        In decibels quality falls in a straight line with predicted error. All trials tell its slope; of the candidates'
-        own trials, once there are any, the one nearest the target tells its height, and the margin.
+        In decibels quality falls as the error rises: in a line between the trials just above and just below the target,
+        and one for one where there is none on one side.
         """
-        errors = {id(trial): predicted_error(self._profile, trial.config) for trial in trials}
-        known = [trial for trial in trials if errors[id(trial)] > 0]
-        if not known:
+        wanted = self._quality(self._target.value)
+        points = [
+            (self._quality(estimate(trial, self._target).low), _decibels(error))
+            for trial in trials
+            if (error := predicted_error(self._profile, trial.config)) > 0
+        ]
+        above = min((point for point in points if point[0] >= wanted), default=None)
+        below = max((point for point in points if point[0] < wanted), default=None)
+        if above is not None and below is not None and above[1] < below[1]:
+            share = (above[0] - wanted) / (above[0] - below[0])
+            return 10 ** ((above[1] + share * (below[1] - above[1])) / 10)
+        nearest = above or below
+        if nearest is None:
             return statistics.median(candidate.error for candidate in self._candidates)
-        x = [_decibels(errors[id(trial)]) for trial in known]
-        y = [self._quality(estimate(trial, self._target).mean) for trial in known]
-        slope = float(np.clip(np.polyfit(x, y, 1)[0], -1.5, -0.5)) if np.ptp(x) > 1 else -1.0
-        nearest = min(tuned or known, key=lambda trial: abs(estimate(trial, self._target).low - self._target.value))
-        at = known.index(nearest)
-        wanted = self._quality(self._target.value + estimate(nearest, self._target).margin)
-        return 10 ** ((x[at] + (wanted - y[at]) / slope) / 10)
+        return 10 ** ((nearest[1] + nearest[0] - wanted) / 10)
 
     def _quality(self, value: float) -> float:
-        """A measure of quality in decibels, so that it falls with the error's: PSNR is, SSIM is the distance to 1."""
+        """A measure of quality in decibels: PSNR is, SSIM is by its distance to 1."""
         return value if self._target.quality == "psnr" else -_decibels(max(1 - value, 1e-9))
 
 
