@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pab_kernels.executor import BlockStack
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_value, plain
+from pab_kernels.models.adapter import Call, check_value, embed_patches, plain
 
 
 class LatteAdapter(AdaLNSingleAdapter):
@@ -106,8 +106,7 @@ class LatteAdapter(AdaLNSingleAdapter):
 
     def embed(self, call: Call) -> Tensor:
         """Patches and their 2D positions."""
-        patches = self.host.pos_embed.proj(call.tensors["latents"].transpose(1, 2).flatten(0, 1))
-        return (patches.flatten(2).mT + self._positions).to(patches.dtype).contiguous().view(call.shape)
+        return embed_patches(call.tensors["latents"], self.host.pos_embed.proj).add_(self._positions)
 
     def frame_embed(self, call: Call) -> Tensor | None:
         """The sincos table over frames; a single frame has none."""
