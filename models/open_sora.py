@@ -140,7 +140,7 @@ class OpenSoraAdapter:
         t, h, w = (-(-size // patch) for size, patch in zip(x.shape[2:], self._patch, strict=True))
         check_shape("timestep", check_tensor("timestep", given["timestep"]), (batch,))
         y, mask, x_mask = given["y"], given["mask"], given["x_mask"]
-        check_shape("y", check_tensor("y", y), (batch, 1, "L", "C"))
+        check_shape("y", check_tensor("y", y), (batch, 1, "L", self.host.y_embedder.y_proj.fc1.in_features))
         tensors = {
             "latents": x.to(self._dtype),
             "timestep": given["timestep"],
