@@ -58,6 +58,7 @@ def bench(
     scale: Annotated[str, typer.Option(help="full, or tiny: two narrow layers, to try it out.")] = "full",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache_device: options.CacheDevice = None,
 ) -> None:
     """Time a denoising run: host, plain PAB, this runtime.
 
@@ -89,6 +90,7 @@ def bench(
         ):
             if value not in allowed:
                 raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(allowed)}")
+        options.on_host(cache_device)
         if report_folder is not None:
             pages.check_folder(report_folder)
         place = options.device_named(device)
@@ -96,7 +98,7 @@ def bench(
     if scale == "tiny":
         chosen = chosen.tiny()
 
-    problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope)
+    problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
     floor = benchmark.measure_floor(problem)
     console.print(heading(problem, floor), highlight=False)
     timings: dict[str, Timing] = {}
@@ -217,6 +219,7 @@ def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": _device_name(problem),
         "compile_scope": problem.compile_scope,
+        "cache_device": problem.cache_device,
         "command": command,
         "commit": _commit(Path(__file__).parent),
         "machine": {"gpu": info.gpu(), "cpu": info.cpu()},
@@ -266,6 +269,7 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
                 "peak_bytes": timing.peak_bytes,
                 "reserved_bytes": timing.reserved_bytes,
                 "cache_bytes": None if report is None else report.cache_bytes,
+                "host_bytes": None if report is None else report.host_bytes,
                 "graphs": None if report is None else report.graphs,
                 "eager_because": None if report is None else report.eager,
                 "variants": {} if report is None else {key: list(value) for key, value in report.seconds.items()},

@@ -37,6 +37,7 @@ def info(
     pab: options.Pab = None,
     prompts: Annotated[int, typer.Option(min=1, help="Videos in a batch; guidance doubles them.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    cache_device: options.CacheDevice = None,
 ) -> None:
     """Print versions, GPU and backends; or the memory that a run needs.
 
@@ -50,7 +51,7 @@ def info(
 
     if model is not None:
         with options.clean_errors():
-            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype)
+            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device)
         return
     for name, version in about.versions().items():
         console.print(f"{name:14} {version}", highlight=False)
@@ -70,6 +71,7 @@ def _print_memory(
     pab: str | None,
     prompts: int,
     dtype: str,
+    cache_device: str | None,
 ) -> None:
     from pab_kernels import generate as generation
     from pab_kernels import memory
@@ -81,16 +83,20 @@ def _print_memory(
     if video is None:
         raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
     config = generation.pab_settings(pab or family) or PABConfig()
-    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype)))
+    on_host = options.on_host(cache_device)
+    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype), on_host))
     console.print(
         f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}", highlight=False
     )
     table = Table("", "GiB")
     table.add_row("weights", f"{memory.gib(need.weights):.1f}")
-    table.add_row(f"{need.slot_count} slots", f"{memory.gib(need.slots):.1f}")
+    slots = f"staging of {need.slot_count} slots" if on_host else f"{need.slot_count} slots"
+    table.add_row(slots, f"{memory.gib(need.slots):.1f}")
     table.add_row("keys and values of the text", f"{memory.gib(need.text):.1f}")
     table.add_row("activations", f"{memory.gib(need.activations):.1f}")
     table.add_row("all", f"{memory.gib(need.total):.1f}", style="bold")
+    if on_host:
+        table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
     console.print("Without text encoder and VAE.")
 

@@ -51,6 +51,7 @@ def generate(
     ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache_device: options.CacheDevice = None,
 ) -> None:
     """Generate videos from text, with Pyramid Attention Broadcast.
 
@@ -88,7 +89,8 @@ def generate(
             raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
-        generation.check_memory(source, request, config, place, number)
+        options.on_host(cache_device)
+        generation.check_memory(source, request, config, place, number, cache_device)
         pipe = load_pipeline(source, video, dtype=number, device=place)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
         results, previews = {}, []
@@ -96,8 +98,8 @@ def generate(
             for name, settings in runs.items():
                 task = bar.add_task(name, total=request.steps, variant="")
                 watch = _Watch(bar, task, pipe, output.with_stem(f"{output.stem}-{name.replace(' ', '-')}"), preview)
-                watched = not quiet or preview is not None
-                results[name] = generation.generate(pipe, request, settings, watch if watched else None)
+                on_step = watch if not quiet or preview is not None else None
+                results[name] = generation.generate(pipe, request, settings, on_step, cache_device)
                 previews += watch.written
         files = [*previews, *generation.save(results, request, pipe, pab, output)]
         summary = generation.summary(results, request) | {
@@ -164,6 +166,8 @@ def _print(results: Mapping[str, Generated], summary: Mapping[str, Any]) -> None
         for kind, computed in report.computed.items():
             table.add_row(f"{kind}: computed + broadcast", *blank, f"{computed} + {report.broadcast[kind]}")
         table.add_row("cache, MiB", *blank, f"{report.cache_bytes / 2**20:.1f}")
+        if report.host_bytes:
+            table.add_row("cache in host memory, MiB", *blank, f"{report.host_bytes / 2**20:.1f}")
     if runs[-1].peak_bytes is not None:
         table.add_row("peak GPU memory, GiB", *(f"{gib(run.peak_bytes or 0):.2f}" for run in runs))
     table.add_row("finite", *("yes" if run.finite else "NO" for run in runs))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed while running, 2 wrong option or file. PAB_DEBUG=1 shows tracebacks."
 DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DEVICES = ("cpu", "cuda")
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def clean_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
         _fail(error, 2)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         _fail(error, 1)
     except RuntimeError as error:
         import torch
@@ -89,6 +90,13 @@ def dtype_named(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def on_host(cache_device: str | None) -> bool:
+    """Whether slots go to pinned host memory; ValueError for another device than the option allows."""
+    if cache_device not in (None, *CACHE_DEVICES):
+        raise ValueError(f"cache_device: got {cache_device!r}, must be {' or '.join(CACHE_DEVICES)}")
+    return cache_device == "cpu"
+
+
 def _families() -> list[str]:
     return ["demo", *PRESETS]
 
@@ -118,6 +126,12 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(help="By default bfloat16 on cuda, float32 on cpu.", autocompletion=lambda: list(DTYPES)),
+]
+CacheDevice = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu keeps this runtime's slots in pinned host memory.", autocompletion=lambda: list(CACHE_DEVICES)
+    ),
 ]
 Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360p, 480p or 720p.")]
 Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames, a multiple of 17.")]

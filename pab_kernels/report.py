@@ -194,7 +194,7 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
 
     others = [name for name in RATIOS if any(row["name"] == name for row in contenders)]
     header = ["", "seconds", "runs", "ms/step", *(f"x {name}" for name in others), "of floor", "frames/s"]
-    header += ["peak GiB", "cache GiB", "difference", "warm-up s"]
+    header += ["peak GiB", "cache GiB", "on host GiB", "difference", "warm-up s"]
     rows = []
     for row in contenders:
         difference = cell(row["difference"], ".1e")
@@ -209,6 +209,7 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
                 cell(row["frames_per_second"], ".2f"),
                 cell(row["peak_bytes"], ".2f", 2**30),
                 cell(row["cache_bytes"], ".2f", 2**30),
+                cell(row["host_bytes"] or None, ".2f", 2**30),
                 f"{difference} ({row['difference_from']})" if difference else "",
                 cell(row["warm_up_seconds"], ".1f"),
             ]

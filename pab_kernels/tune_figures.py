@@ -20,7 +20,7 @@ LABELS = {"psnr": "PSNR against no PAB, dB", "ssim": "SSIM against no PAB"}
 
 def profile_curves(profile: Profile, title: str) -> Figure:
     """Difference to the step before over the steps: mean over blocks, band from the 10th to the 90th percentile."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     lo, hi = profile.edges
     for axes, (measure, label) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
         for kind in profile.kinds:

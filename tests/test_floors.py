@@ -14,7 +14,7 @@ FLOORS = [
     ["triton_ops/*.py"],
     ["pab_kernels/backends.py", "pab_kernels/ops.py"],
     ["pab_kernels/branches.py"],
-    ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
+    ["pab_kernels/slots.py", "pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
     ["models/*.py", "models/hosts/*.py"],
     [
         "pab_kernels/clock.py",
