@@ -90,7 +90,8 @@ def profile(
             found = profiles.measure(
                 pipe, request, lambda step: bar.update(task, completed=step.done, total=step.total)
             )
-        title = f"{model}, {len(found.timesteps)} calls, mean of {len(request.prompts)} video(s)"
+        count = len(request.prompts)
+        title = f"{model}, {len(found.timesteps)} calls, {count} video{'' if count == 1 else 's'}"
         found.to_csv(output / "profile.csv")
         figures.save_figure(tune_figures.profile_curves(found, title), output / "profile.png")
         figures.save_figure(tune_figures.profile_heat_map(found, title), output / "heatmap.png")
