@@ -78,29 +78,37 @@ def frontier_plot(trials: Sequence[Trial], chosen: Trial, target: Target, title:
     """Each trial's predicted saving and quality, with the interval that its mean over all videos should lie in."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    points = {}
     for trial in trials:
-        tuned = trial.name.startswith("tuned")
         found = Estimate.of(trial.values(target.quality))
+        points[trial.name] = x, y = 100 * trial.predicted, found.mean
+        colour = COLOURS["temporal" if trial.name.startswith("tuned") else "spatial"]
+        marker, size = ("*", 14) if trial is chosen else ("o", 7)
         margin = found.margin if np.isfinite(found.margin) else 0.0
-        colour = COLOURS["temporal"] if tuned else COLOURS["spatial"]
-        x = 100 * trial.predicted
-        marker = "*" if trial is chosen else "o"
-        axes.errorbar(x, found.mean, yerr=margin, color=colour, alpha=0.35, capsize=3, linewidth=1.2)
-        axes.plot(x, found.mean, marker=marker, color=colour, markersize=14 if trial is chosen else 7)
-        axes.annotate(
-            f"{trial.name}, chosen" if trial is chosen else trial.name,
-            (x, found.mean),
-            xytext=(8, 5),
-            textcoords="offset points",
-        )
+        axes.errorbar(x, y, yerr=margin, color=colour, alpha=0.35, capsize=3, linewidth=1.2)
+        axes.plot(x, y, marker=marker, color=colour, markersize=size, zorder=3)
+    best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
+    axes.plot(*zip(*best, strict=True), color="grey", linewidth=1, alpha=0.6, zorder=1, label="best of the trials")
     if target.measure == "speedup":
         axes.axvline(100 * target.saving, color="grey", linestyle="--", label=f"target {target}")
     else:
         axes.axhline(target.value, color="grey", linestyle="--", label=f"target {target}")
+    axes.margins(x=0.15, y=0.1)
+    width, height = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+    labels: dict[tuple[float, float], list[str]] = {}
+    for name, (x, y) in points.items():
+        near = [at for at in labels if abs(at[0] - x) < 0.05 * width and abs(at[1] - y) < 0.03 * height]
+        labels.setdefault(near[0] if near else (x, y), []).append(f"{name}, chosen" if name == chosen.name else name)
+    for at, names in labels.items():
+        axes.annotate("\n".join(names), at, xytext=(8, 5), textcoords="offset points")
     axes.set_xlabel("denoising time saved, %, predicted")
     axes.set_ylabel(LABELS[target.quality])
-    axes.margins(x=0.15, y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     axes.set_title(title)
     return figure
+
+
+def _beats(other: tuple[float, float], point: tuple[float, float]) -> bool:
+    """Whether a trial saves as much at more quality, or more at as much."""
+    return other != point and other[0] >= point[0] and other[1] >= point[1]
