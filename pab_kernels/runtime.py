@@ -29,6 +29,9 @@ class Report:
     broadcast: dict[str, int]
     slots: int
     cache_bytes: int
+    """On the transformer's device."""
+    host_bytes: int
+    """Of slots in pinned host memory."""
     graphs: int
     eager: str | None
     """Why steps run without CUDA graphs, None where they have them."""
@@ -41,7 +44,8 @@ class Report:
             f"  {kind}: {self.computed[kind]} computed, {self.broadcast[kind]} broadcast" for kind in self.computed
         ]
         graphs = f"{self.graphs} CUDA graphs" if self.eager is None else f"no CUDA graphs: {self.eager}"
-        lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB; {graphs}")
+        host = f" and {self.host_bytes / 2**20:.1f} MiB in host memory" if self.host_bytes else ""
+        lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB{host}; {graphs}")
         for name, (count, seconds) in self.seconds.items():
             lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
         return "\n".join(lines)
@@ -76,6 +80,7 @@ class PABHandle:
         *,
         cuda_graphs: bool = True,
         forwards_per_step: int = 1,
+        cache_device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
             raise TypeError(f"config: got {type(config).__name__}, must be a PABConfig")
@@ -85,6 +90,7 @@ class PABHandle:
             raise TypeError(
                 f"{type(transformer).__name__}: its forward is replaced already (another handle, or an offloading hook)"
             )
+        self._cache_device = _cache_device(cache_device, next(transformer.parameters()).device)
         self.config = config
         self.transformer = transformer
         self._pipeline = pipeline
@@ -135,9 +141,13 @@ class PABHandle:
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         self._adapter.check_weights()
         self._run = _Run(Schedule(self.config, values))
-        for workspace in self._workspaces:
-            if workspace is not None:
+        for i, workspace in enumerate(self._workspaces):
+            if workspace is None:
+                continue
+            if workspace.serves(self._run.schedule):
                 workspace.begin_run()
+            else:
+                self._workspaces[i] = None
         return self._run.schedule
 
     def report(self) -> Report:
@@ -161,6 +171,7 @@ class PABHandle:
             broadcast=dict(broadcast),
             slots=sum(map(len, self.caches)),
             cache_bytes=sum(cache.nbytes for cache in self.caches),
+            host_bytes=sum(cache.host_bytes for cache in self.caches),
             graphs=sum(workspace.graphs for workspace in workspaces),
             eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
             seconds=seconds,
@@ -179,7 +190,7 @@ class PABHandle:
         if workspace is None or not workspace.fits(call):
             # Slots of another shape are freed before new ones are made.
             workspace = self._workspaces[forward] = None
-            workspace = Workspace(self._adapter, self.config, call, self._cuda_graphs)
+            workspace = Workspace(self._adapter, run.schedule, call, self._cuda_graphs, self._cache_device)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]
         sample = workspace.step(call, variant)
@@ -241,7 +252,23 @@ def _from_first_call(timesteps: Any, first: Tensor) -> list[float]:
     raise ValueError(f"timestep: the run begins at {begin}, which is not among the scheduler's timesteps {values}")
 
 
-def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forwards_per_step: int = 1) -> PABHandle:
+def _cache_device(asked: torch.device | str | None, own: torch.device) -> torch.device:
+    """Where the slots lie: `own` by default."""
+    if asked is None or str(asked) in (own.type, str(own)):
+        return own
+    if str(asked) == "cpu":
+        return torch.device("cpu")
+    raise ValueError(f"cache_device: got {str(asked)!r}, must be {own.type} or cpu")
+
+
+def accelerate(
+    target: Any,
+    config: PABConfig,
+    *,
+    cuda_graphs: bool = True,
+    forwards_per_step: int = 1,
+    cache_device: torch.device | str | None = None,
+) -> PABHandle:
     """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
 
     Parameters
@@ -255,6 +282,11 @@ def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forw
     forwards_per_step : int
         How often the transformer is called in a denoising step: 1 where guidance doubles the batch, 2 where the
         conditional and the unconditional half are called one after the other. Each has a cache of its own.
+    cache_device : torch.device or str, optional
+        "cpu" keeps the slots in pinned host memory, with a few staging tensors on the GPU, from which they are copied
+        to and fro beside the computation. Broadcasting then saves time only where computing attention takes longer
+        than moving its output over PCIe, as full attention over many tokens does. By default slots lie with the
+        transformer.
 
     Returns
     -------
@@ -266,6 +298,7 @@ def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forw
     TypeError, ValueError
         The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
         linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
+        Or an argument is out of range.
     """
     if isinstance(target, nn.Module):
         pipeline, transformer = None, target
@@ -275,4 +308,11 @@ def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forw
         raise TypeError(
             f"target: got {type(target).__name__}, must be a transformer or a pipeline with one and a scheduler"
         )
-    return PABHandle(transformer, config, pipeline, cuda_graphs=cuda_graphs, forwards_per_step=forwards_per_step)
+    return PABHandle(
+        transformer,
+        config,
+        pipeline,
+        cuda_graphs=cuda_graphs,
+        forwards_per_step=forwards_per_step,
+        cache_device=cache_device,
+    )

@@ -13,7 +13,7 @@ FLOORS = [
     ["triton_ops/*.py"],
     ["pab_kernels/backends.py", "pab_kernels/ops.py"],
     ["pab_kernels/branches.py"],
-    ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
+    ["pab_kernels/slots.py", "pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
     ["models/*.py", "models/hosts/*.py"],
     ["pab_kernels/workspace.py", "pab_kernels/runtime.py", "pab_kernels/plain.py", "pab_kernels/floor.py"],
     ["pab_kernels/demo/*.py", "pab_kernels/pipelines/*.py"],
