@@ -3,12 +3,11 @@
 //
 // A block stays on its multiprocessor and goes through tiles of 192 queries of one head, the tiles of a head one after
 // the other over the blocks, so that its keys and values stay in L2. It has four warpgroups:
-//   - the producer, of which one thread works: it has the copy engine bring 192 queries, then the head's keys and
-//   values
-//     in steps of `keys`, into a ring of `stages` stages. Every stage has a barrier that says full and one that says
-//     empty, for keys and values apart;
-//   - three consumers of 64 queries each. They share the keys and values, but no barrier among each other except the
-//     ring: while one is at its softmax, the others keep the tensor cores busy.
+//   - the producer, of which one thread works: it has the copy engine bring 192 queries, then the keys and values of
+//     the head in steps of `keys`, into a ring of `stages` stages. Every stage has a barrier that says full and one
+//     that says empty, for keys and values apart;
+//   - three consumers of 64 queries each, which share the keys and values. While one is at its softmax, the others keep
+//     the tensor cores busy; where `turns` is set, they issue their first products in a fixed order.
 //
 // A consumer keeps in registers: its queries (as the left side of wgmma), scores [64, keys], sums [64, D]. A step is
 //   scores = q @ k^T;  weights = exp2(scores * scale - largest * scale);  sums = sums * decay + weights @ v,
