@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import torch
+
     from pab_kernels.benchmark import Floor, Timing
     from pab_kernels.contenders import Problem
 
 CSV_COLUMNS = ("date", "gpu", "commit", "op", "shape", "dtype", "backend", "ms", "figure", "unit")
 """Those of the microbenchmarks' results.csv."""
-RATIOS = ("eager", "compile", "plain", "hook")
+RATIOS = ("eager", "compile", "plain", "hook", "runtime+pab")
 """Contenders that the others are compared with."""
 TOLERANCE = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}
 """Largest relative error of the latents after one step of this runtime, against the eager host.
@@ -36,7 +38,11 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything here, as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also append a row for each contender here.")] = None,
     runs: Annotated[
-        str | None, typer.Option(help="Contenders, separated by commas: eager,compile,plain,hook,runtime,runtime+pab.")
+        str | None,
+        typer.Option(
+            help="Contenders, separated by commas: eager,compile,plain,hook,runtime,runtime+pab, "
+            "runtime-fp8,runtime-fp8+pab (these two where there are fp8 tensor cores)."
+        ),
     ] = None,
     compile_host: Annotated[bool, typer.Option("--compile", help="Also run the host under torch.compile.")] = False,
     compile_scope: Annotated[
@@ -62,7 +68,6 @@ def bench(
     console = Console(width=max(Console().width, 190))  # a log file gives 80, too narrow for the table
     try:
         chosen = named.workload(workload)
-        names = contender_names(chosen.family, runs, compile_host)
         settings = PABConfig.preset(chosen.family) if pab is None else generate.pab_settings(pab)
         if settings is None:
             raise ValueError("pab: got 'off', must be a preset or a file: runs without PAB are timed anyway")
@@ -75,6 +80,7 @@ def bench(
                 raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(filter(None, allowed))}")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         number = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+        names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
     except (ValueError, TypeError, FileNotFoundError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -82,7 +88,8 @@ def bench(
         chosen = chosen.tiny()
 
     problem = contenders.Problem.make(chosen, settings, place, getattr(torch, number), steps, compile_scope)
-    floor = benchmark.measure_floor(problem)
+    fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
+    floor = benchmark.measure_floor(problem, fp8=fp8)
     console.print(heading(problem, floor), highlight=False)
     timings: dict[str, Timing] = {}
     result: dict[str, Any] = summary(problem, floor)
@@ -113,18 +120,25 @@ def bench(
         raise typer.Exit(1)
 
 
-def contender_names(family: str, runs: str | None, compile_host: bool) -> list[str]:
-    """The contenders to run, in order.
+def _no_fp8(place: torch.device, dtype: str) -> str | None:
+    from pab_kernels.backends import no_fp8
+
+    return no_fp8(place) if dtype == "bfloat16" else f"fp8 linears need bfloat16 weights, got {dtype}"
+
+
+def contender_names(family: str, runs: str | None, compile_host: bool, no_fp8: str | None = None) -> list[str]:
+    """The contenders to run, in order; `no_fp8` says why the device has no fp8 linears, None if it has.
 
     Raises
     ------
     ValueError
-        An unknown name, or diffusers' hook for another family than Latte.
+        An unknown name, diffusers' hook for another family than Latte, or fp8 linears where there are none.
     """
     from pab_kernels.contenders import CONTENDERS
 
     if runs is None:
-        wanted = set(CONTENDERS) - {"compile"} - (set() if family == "latte" else {"hook"})
+        fp8 = {name for name, contender in CONTENDERS.items() if contender.fp8}
+        wanted = set(CONTENDERS) - {"compile"} - (set() if family == "latte" else {"hook"}) - (fp8 if no_fp8 else set())
     else:
         wanted = {name.strip() for name in runs.split(",")}
     if compile_host:
@@ -133,6 +147,8 @@ def contender_names(family: str, runs: str | None, compile_host: bool) -> list[s
         raise ValueError(f"runs: got {', '.join(sorted(unknown))}, must be among {', '.join(CONTENDERS)}")
     if "hook" in wanted and family != "latte":
         raise ValueError(f"runs: got hook for {family}, but diffusers' hook only fits latte")
+    if no_fp8 and any(CONTENDERS[name].fp8 for name in wanted):
+        raise ValueError(f"runs: got {runs}, must be without fp8: {no_fp8}")
     return [name for name in CONTENDERS if name in wanted]
 
 
@@ -142,13 +158,17 @@ def heading(problem: Problem, floor: Floor) -> str:
 
     batch, frames, tokens, channels = floor.shape
     filled = "" if floor.gemm_filled is None else f", {floor.gemm_filled / 1e12:.0f} on enough tokens to fill the GPU"
+    fp8_rate = fp8_floor = ""
+    if floor.ceilings.fp8_flops is not None:
+        fp8_rate = f"; fp8 GEMMs {floor.ceilings.fp8_flops / 1e12:.0f} TFLOP/s"
+        fp8_floor = f"; in fp8 {floor.seconds(False, fp8=True):.3f} s and {floor.seconds(True, fp8=True):.3f} s"
     return (
         f"{problem.workload.name}: {len(problem.timesteps)} calls of [{batch}, {frames}, {tokens}, {channels}], "
         f"{str(problem.dtype).removeprefix('torch.')}, on {_device_name(problem)}\n"
         f"{', '.join(f'{name} {version}' for name, version in info.versions().items())}\n"
         f"ceilings: GEMMs {floor.gemm_own / 1e12:.3g} TFLOP/s on the run's tokens{filled}; "
-        f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s\n"
-        f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB"
+        f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s{fp8_rate}\n"
+        f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB{fp8_floor}"
     )
 
 
@@ -181,6 +201,7 @@ def summary(problem: Problem, floor: Floor) -> dict[str, Any]:
             "gemm_flops_own_tokens": floor.gemm_own,
             "gemm_flops_filled": floor.gemm_filled,
             "copy_bytes": floor.ceilings.bandwidth,
+            "fp8_gemm_flops": floor.ceilings.fp8_flops,
         },
         "floor": {
             name: {"seconds": floor.seconds(pab), "flops": work.flops, "bytes": work.nbytes}
@@ -213,7 +234,7 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
                 "runs": timing.runs,
                 "ms_per_step": None if seconds is None else seconds * 1e3 / len(problem.timesteps),
                 **{f"against_{to}": ratio(timing, to) for to in RATIOS},
-                "floor_share": None if seconds is None else floor.seconds(contender.pab) / seconds,
+                "floor_share": None if seconds is None else floor.seconds(contender.pab, fp8=contender.fp8) / seconds,
                 "frames_per_second": None if seconds is None else problem.workload.pixels[0] / seconds,
                 "peak_bytes": timing.peak_bytes,
                 "reserved_bytes": timing.reserved_bytes,

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels import ops
+from pab_kernels import fp8_ops, ops
 from pab_kernels.checks import check_like, check_shape, check_tensor
+from pab_kernels.quantized import Quantized
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,28 @@ class Linear:
 
     weight: Tensor
     bias: Tensor
+
+
+@dataclass(frozen=True)
+class Fp8Linear:
+    """The same in fp8, for Quantized input: weight [out, in] e4m3 with a scale for each output channel, bias [out]."""
+
+    weight: Quantized
+    bias: Tensor
+    weight_sum: float
+    """The largest sum of magnitudes of a row of the weight; with `bias_max` it bounds what comes out."""
+    bias_max: float
+
+    @classmethod
+    def of(cls, linear: Linear) -> Fp8Linear:
+        """Quantise the weight. Waits for the GPU."""
+        weight = fp8_ops.quantize_weight(linear.weight)
+        sums = weight.values.float().abs().sum(1) * weight.row_scale
+        return cls(weight, linear.bias, float(sums.max()), float(linear.bias.abs().max()))
+
+
+Rows = Tensor | Quantized
+"""What a linear reads: an `Fp8Linear` takes Quantized e4m3, a `Linear` a tensor."""
 
 
 Rope = tuple[Tensor, Tensor]
@@ -34,7 +57,7 @@ class SelfAttention:
     `pair_stride` is that of `ops.qk_norm_rope`.
     """
 
-    qkv: Linear  # [3C, C], rows ordered q, k, v, then heads
+    qkv: Linear | Fp8Linear  # [3C, C], rows ordered q, k, v, then heads
     proj: Linear  # [C, C]
     heads: int
     sequence: Literal["spatial", "temporal", "full"]
@@ -49,7 +72,7 @@ class SelfAttention:
 class CrossAttention:
     """Weights of attention on the text."""
 
-    q: Linear  # [C, C]
+    q: Linear | Fp8Linear  # [C, C]
     kv: Linear  # [2C, C], rows ordered k, v, then heads
     proj: Linear  # [C, C]
     heads: int
@@ -68,10 +91,14 @@ class TextKV:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Weights of ``down(gelu_tanh(up(x)))``."""
+    """Weights of ``down(gelu_tanh(up(x)))``: both in fp8 or neither."""
 
-    up: Linear  # [4C, C]
-    down: Linear  # [C, 4C]
+    up: Linear | Fp8Linear  # [4C, C]
+    down: Linear | Fp8Linear  # [C, 4C]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.up, Fp8Linear) != isinstance(self.down, Fp8Linear):
+            raise TypeError(f"up, down: are {type(self.up).__name__} and {type(self.down).__name__}, must be alike")
 
 
 @dataclass
@@ -93,16 +120,23 @@ class Slot:
         return self.value
 
 
-def linear(x: Tensor, weights: Linear, out: Tensor | None = None) -> Tensor:
+def linear(x: Rows, weights: Linear | Fp8Linear, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for x [..., in]; into `out` [..., features] (contiguous) where given."""
+    flat = None if out is None else out.view(-1, out.shape[-1])
+    if isinstance(weights, Fp8Linear):
+        if not isinstance(x, Quantized):
+            raise TypeError(f"x: got {type(x).__name__}, must be Quantized because the weight is")
+        y = fp8_ops.scaled_linear(x.flatten(), weights.weight, weights.bias, flat)
+        return y.view(*x.shape[:-1], -1) if out is None else out
+    if isinstance(x, Quantized):
+        raise TypeError("x: got Quantized, must be a tensor because the weight is")
     if out is None:
         return F.linear(x, weights.weight, weights.bias)
-    flat = out.view(-1, out.shape[-1])
     torch.addmm(weights.bias, x.reshape(-1, x.shape[-1]), weights.weight.t(), out=flat)
     return out
 
 
-def self_attention(h: Tensor, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
+def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
     """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C]."""
     batch, frames, tokens, channels = h.shape
     qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
@@ -125,7 +159,7 @@ def text_kv(text: Tensor, weights: CrossAttention, kv_len: Tensor | None = None,
     return TextKV(linear(text, weights.kv, out).unflatten(-1, (2, weights.heads, -1)), kv_len)
 
 
-def cross_attention(x: Tensor, weights: CrossAttention, text: TextKV, out: Tensor) -> Tensor:
+def cross_attention(x: Rows, weights: CrossAttention, text: TextKV, out: Tensor) -> Tensor:
     """Query GEMM, attention on the text and out-projection of x [B, T, S, C], into `out` [B, T, S, C]."""
     batch, channels = x.shape[0], x.shape[-1]
     q = linear(x, weights.q).view(batch, -1, weights.heads, channels // weights.heads)
@@ -134,14 +168,23 @@ def cross_attention(x: Tensor, weights: CrossAttention, text: TextKV, out: Tenso
     return linear(y, weights.proj, out)
 
 
-def mlp(h: Tensor, weights: Mlp, out: Tensor) -> Tensor:
+def mlp(h: Rows, weights: Mlp, out: Tensor) -> Tensor:
     """``down(gelu_tanh(up(h)))`` of h [..., C], into `out` [..., C]."""
-    if h.device.type == "cuda":
+    if isinstance(weights.up, Fp8Linear):
+        if not isinstance(h, Quantized):
+            raise TypeError(f"h: got {type(h).__name__}, must be Quantized because the weights are")
+        up = weights.up
+        hidden = fp8_ops.scaled_linear_gelu(
+            h.flatten(), up.weight, up.bias, weight_sum=up.weight_sum, bias_max=up.bias_max
+        )
+        return linear(hidden, weights.down, out)
+    if isinstance(h, Tensor) and h.device.type == "cuda":
         # cuBLASLt applies the bias and tanh-GELU in the GEMM's epilogue.
-        up = torch._addmm_activation(weights.up.bias, h.reshape(-1, h.shape[-1]), weights.up.weight.t(), use_gelu=True)
+        rows = h.reshape(-1, h.shape[-1])
+        wide = torch._addmm_activation(weights.up.bias, rows, weights.up.weight.t(), use_gelu=True)
     else:
-        up = F.gelu(linear(h, weights.up), approximate="tanh")
-    return linear(up, weights.down, out)
+        wide = F.gelu(linear(h, weights.up), approximate="tanh")
+    return linear(wide, weights.down, out)
 
 
 def fused_pab_attention(
@@ -167,7 +210,7 @@ def fused_pab_attention(
     x : Tensor
         Residual stream [B, T, S, C], contiguous; written in place.
     weights : SelfAttention or CrossAttention
-        The block's weights, dtype of x.
+        The block's weights, dtype of x; `Fp8Linear` where they are quantised.
     modulation : (shift, scale, gate) or None
         Each [G, C], where G is B or B * T. None for no norm and no gate, as cross-attention of these models has.
     slot : Slot
@@ -216,7 +259,12 @@ def fused_pab_attention(
         value = slot.read()
         applied = gate if regate else slot.gate
     else:
-        h = ops.residual_norm_modulate(rows, shift=shift, scale=scale, eps=eps).view(x.shape)
+        h: Rows
+        if isinstance(weights.q if isinstance(weights, CrossAttention) else weights.qkv, Fp8Linear):
+            quantized = Quantized.empty(tuple(rows.shape), fp8_ops.E4M3, x.device)
+            h = ops.residual_norm_modulate(rows, shift=shift, scale=scale, eps=eps, out=quantized).view(*x.shape)
+        else:
+            h = ops.residual_norm_modulate(rows, shift=shift, scale=scale, eps=eps).view(x.shape)
         if isinstance(weights, CrossAttention):
             if text is None:
                 raise ValueError("text: got None, must be a TextKV to compute cross-attention")

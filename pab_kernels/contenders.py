@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,9 +48,9 @@ class Problem:
         host, inputs = workload.host(device, dtype), workload.inputs(device, dtype, steps)
         return cls(workload, host, inputs, timesteps, config, dtype, device, compile_scope)
 
-    def settings(self, pab: bool) -> PABConfig:
-        """The settings of a contender with PAB, or without."""
-        return self.config if pab else PABConfig()
+    def settings(self, contender: Contender) -> PABConfig:
+        """The settings of a contender."""
+        return dataclasses.replace(self.config if contender.pab else PABConfig(), **contender.changes)
 
 
 @dataclass
@@ -63,12 +64,18 @@ class Session:
 
 @dataclass(frozen=True)
 class Contender:
-    """One form of the run. `like` is the contender whose result it should come near."""
+    """One form of the run. `like` is the contender whose result it should come near; `changes` are to the settings."""
 
     label: str
     pab: bool
     like: str
     open: Callable[[Problem, PABConfig], AbstractContextManager[Session]]
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether its linears are in fp8, which few devices can."""
+        return "linear_precision" in self.changes
 
 
 @contextmanager
@@ -145,6 +152,7 @@ def _runtime(problem: Problem, config: PABConfig) -> Iterator[Session]:
         yield Session(problem.host, handle.begin, handle.report)
 
 
+FP8 = {"linear_precision": "fp8"}
 CONTENDERS: dict[str, Contender] = {
     "eager": Contender("host, eager", False, "eager", _eager),
     "compile": Contender("host, torch.compile", False, "eager", _compiled),
@@ -152,5 +160,7 @@ CONTENDERS: dict[str, Contender] = {
     "hook": Contender("PAB, diffusers' hook", True, "plain", _diffusers_hook),
     "runtime": Contender("this runtime, no PAB", False, "eager", _runtime),
     "runtime+pab": Contender("this runtime, PAB", True, "plain", _runtime),
+    "runtime-fp8": Contender("fp8 linears, no PAB", False, "runtime", _runtime, FP8),
+    "runtime-fp8+pab": Contender("fp8 linears, PAB", True, "runtime+pab", _runtime, FP8),
 }
 """In the order in which they run."""

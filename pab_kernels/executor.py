@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from pab_kernels import ops
 from pab_kernels.branches import (
     CrossAttention,
+    Fp8Linear,
     Mlp,
     Rope,
+    Rows,
     SelfAttention,
     TextKV,
     cross_attention,
@@ -22,6 +25,8 @@ from pab_kernels.branches import (
 )
 from pab_kernels.cache import BroadcastCache, SlotKey
 from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.fp8_ops import E4M3
+from pab_kernels.quantized import Quantized
 from pab_kernels.schedule import StepVariant
 
 
@@ -192,7 +197,7 @@ class Executor:
             if kind != "mlp" and not getattr(variant, kind):
                 # All blocks of a kind write their slots on the same steps, so their gates are kept in one launch.
                 torch.index_select(tables[:, :, 2], 0, self.cache.positions[kind], out=gates)
-        stream = _Stream(x, modulation.shape[0])
+        stream = Stream(x, modulation.shape[0])
         for position, block in enumerate(self.stack.blocks):
             shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables[position].unbind(1)
             if position == self.stack.embed_before:
@@ -203,7 +208,7 @@ class Executor:
             if slot is not None and key in traffic.reads:
                 stream.add(slot.value, gate if self.stack.regate else slot.gate)
             else:
-                h = stream.norm_modulate(shift, scale, block.norm_eps)
+                h = stream.norm_modulate(shift, scale, block.norm_eps, fp8=isinstance(block.attention.qkv, Fp8Linear))
                 out = stream.scratch() if slot is None else slot.value
                 stream.add(self_attention(h, block.attention, out, rope), gate)
 
@@ -216,23 +221,26 @@ class Executor:
                     kv = text[position]
                     assert kv is not None
                     out = stream.scratch() if slot is None else slot.value
-                    stream.add(cross_attention(stream.flush(), block.cross, kv, out), None)
+                    h = stream.flush(fp8=isinstance(block.cross.q, Fp8Linear))
+                    stream.add(cross_attention(h, block.cross, kv, out), None)
 
             key = SlotKey("mlp", position)
             slot = self.cache.get(key)
             if slot is not None and key in traffic.reads:
                 stream.add(slot.value, slot.gate)
             else:
-                h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps)
+                h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps, fp8=isinstance(block.mlp.up, Fp8Linear))
                 keeps = slot is not None and key in traffic.writes
                 out = slot.value if slot is not None and keeps else stream.scratch()
                 stream.add(mlp(h, block.mlp, out), mlp_gate)
                 if slot is not None and slot.gate is not None and keeps:
                     slot.gate.copy_(mlp_gate)
-        return stream.norm_modulate(*final, final_eps)
+        h = stream.norm_modulate(*final, final_eps)
+        assert isinstance(h, Tensor)
+        return h
 
 
-class _Stream:
+class Stream:
     """The residual stream with the branch outputs not added yet, so that each addition rides on the next pass."""
 
     def __init__(self, x: Tensor, groups: int) -> None:
@@ -241,31 +249,44 @@ class _Stream:
         self.embed: Tensor | None = None
         self._branches: list[Tensor] = []
         self._gates: list[Tensor | None] = []
-        self._scratch = torch.empty_like(x)
-        self._modulated = torch.empty_like(x)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    @cached_property
+    def _modulated(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    @cached_property
+    def _quantized(self) -> Quantized:
+        return Quantized.empty(tuple(self.x.shape), E4M3, self.x.device)
 
     def scratch(self) -> Tensor:
         """Where a branch without a slot goes: one tensor, since every computed branch follows a pass that used it."""
         return self._scratch
 
     def add(self, branch: Tensor, gate: Tensor | None) -> None:
+        """A branch's output, to be added by the next pass."""
         if len(self._branches) == ops.MAX_BRANCHES:
             self.flush()
         self._branches.append(branch.view(self.rows.shape))
         self._gates.append(gate)
 
-    def flush(self) -> Tensor:
-        """Add what is pending; the stream [B, T, S, C]."""
-        self._pass(None, None, 0.0)
-        return self.x
+    def flush(self, *, fp8: bool = False) -> Rows:
+        """Add what is pending; the stream [B, T, S, C], or with `fp8` a copy of it in e4m3."""
+        out = self._quantized if fp8 else None
+        self._pass(None, None, 0.0, out)
+        return self.x if out is None else out
 
-    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        """Add what is pending; the stream normalised and modulated, [B, T, S, C]."""
-        self._pass(shift, scale, eps)
-        return self._modulated
+    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float, *, fp8: bool = False) -> Rows:
+        """Add what is pending; the stream normalised and modulated, [B, T, S, C], with `fp8` in e4m3."""
+        out = self._quantized if fp8 else self._modulated
+        self._pass(shift, scale, eps, out)
+        return out
 
-    def _pass(self, shift: Tensor | None, scale: Tensor | None, eps: float) -> None:
-        if self._branches or self.embed is not None or shift is not None:
+    def _pass(self, shift: Tensor | None, scale: Tensor | None, eps: float, out: Rows | None) -> None:
+        if self._branches or self.embed is not None or out is not None:
             ops.residual_norm_modulate(
                 self.rows,
                 self._branches,
@@ -274,6 +295,6 @@ class _Stream:
                 scale,
                 embed=self.embed,
                 eps=eps,
-                out=None if shift is None else self._modulated.view(self.rows.shape),
+                out=None if out is None else out.view(*self.rows.shape),
             )
         self._branches, self._gates, self.embed = [], [], None

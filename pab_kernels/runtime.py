@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +18,7 @@ from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Call
+from pab_kernels.precision import Fp8Linears
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.workspace import Workspace
 
@@ -89,6 +92,14 @@ class PABHandle:
         self.transformer = transformer
         self._pipeline = pipeline
         self._adapter = adapter_for(transformer)
+        self._fp8: Fp8Linears | None = None
+        if config.linear_precision is not None:
+            try:
+                measure = config.linear_precision == "fp8"
+                self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure)
+            except ValueError:
+                self._adapter.restore()
+                raise
         self._cuda_graphs = cuda_graphs
         self._workspaces: list[Workspace | None] = [None] * forwards_per_step
         self._run: _Run | None = None
@@ -120,6 +131,7 @@ class PABHandle:
             self._open = False
             del self.transformer.forward
             self._adapter.restore()
+            self._fp8 = None
             self._workspaces = [None] * len(self._workspaces)
 
     def begin(self, timesteps: Iterable[float] | Tensor) -> Schedule:
@@ -179,7 +191,8 @@ class PABHandle:
         if workspace is None or not workspace.fits(call):
             # Slots of another shape are freed before new ones are made.
             workspace = self._workspaces[forward] = None
-            workspace = Workspace(self._adapter, self.config, call, self._cuda_graphs)
+            stack = self._adapter.stack if self._fp8 is None else self._fp8.at(math.prod(call.shape[:3]))
+            workspace = Workspace(self._adapter, stack, self.config, call, self._cuda_graphs)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]
         sample = workspace.step(call, variant)
@@ -241,7 +254,14 @@ def _from_first_call(timesteps: Any, first: Tensor) -> list[float]:
     raise ValueError(f"timestep: the run begins at {begin}, which is not among the scheduler's timesteps {values}")
 
 
-def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forwards_per_step: int = 1) -> PABHandle:
+def accelerate(
+    target: Any,
+    config: PABConfig,
+    *,
+    linear_precision: str | None = None,
+    cuda_graphs: bool = True,
+    forwards_per_step: int = 1,
+) -> PABHandle:
     """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
 
     Parameters
@@ -250,6 +270,8 @@ def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forw
         A pipeline with `.transformer` and `.scheduler`: its runs are noticed by themselves. Or a transformer: announce
         each run with ``handle.begin(timesteps)``.
     config : PABConfig
+    linear_precision : {"fp8", "fp8-all"}, optional
+        Instead of the config's.
     cuda_graphs : bool
         On a GPU, replay each `StepVariant` from a captured graph.
     forwards_per_step : int
@@ -265,8 +287,11 @@ def accelerate(target: Any, config: PABConfig, *, cuda_graphs: bool = True, forw
     ------
     TypeError, ValueError
         The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
-        linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
+        linears, hooks, unknown attention processors) that the executor would skip over; the message names them. Or
+        `linear_precision` is fp8 on a device without fp8 tensor cores.
     """
+    if linear_precision is not None:
+        config = dataclasses.replace(config, linear_precision=linear_precision)
     if isinstance(target, nn.Module):
         pipeline, transformer = None, target
     elif isinstance(getattr(target, "transformer", None), nn.Module) and hasattr(target, "scheduler"):

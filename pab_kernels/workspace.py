@@ -11,7 +11,7 @@ from torch import Tensor
 from pab_kernels.branches import TextKV
 from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import PABConfig
-from pab_kernels.executor import Executor
+from pab_kernels.executor import BlockStack, Executor
 from pab_kernels.graphs import StepGraphs
 from pab_kernels.models.adapter import Adapter, Call
 from pab_kernels.schedule import StepVariant
@@ -26,6 +26,8 @@ class Workspace:
     Parameters
     ----------
     adapter : Adapter
+    stack : BlockStack
+        The adapter's, or the same with linears in fp8.
     config : PABConfig
     call : Call
         The first call; its shape is that of all.
@@ -33,9 +35,9 @@ class Workspace:
         Replay steps from graphs where the device allows it.
     """
 
-    def __init__(self, adapter: Adapter, config: PABConfig, call: Call, cuda_graphs: bool) -> None:
+    def __init__(self, adapter: Adapter, stack: BlockStack, config: PABConfig, call: Call, cuda_graphs: bool) -> None:
         self._adapter = adapter
-        self._executor = Executor(adapter.stack, config, call.shape, call.groups)
+        self._executor = Executor(stack, config, call.shape, call.groups)
         self._latents_shape = call.tensors["latents"].shape
         self._text: list[TextKV | None] = []
         self._text_shape: torch.Size | None = None

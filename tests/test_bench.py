@@ -140,7 +140,7 @@ def test_contenders_agree_and_leave_the_host_alone(name: str, monkeypatch: pytes
     made = dataclasses.replace(problem(name), compile_scope="blocks")
     expected = denoise(made.host, made)
     latents: dict[str, Tensor] = {}
-    for contender in CONTENDERS:
+    for contender in (name for name, contender in CONTENDERS.items() if not contender.fp8):
         if contender == "hook" and made.workload.family != "latte":
             continue
         timing = measure(contender, made, repeats=2, budget=10)

@@ -9,11 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    ["pab_kernels/config.py", "pab_kernels/schedule.py", "pab_kernels/reference.py", "pab_kernels/checks.py"],
+    [
+        "pab_kernels/config.py",
+        "pab_kernels/schedule.py",
+        "pab_kernels/quantized.py",
+        "pab_kernels/reference.py",
+        "pab_kernels/checks.py",
+    ],
     ["triton_ops/*.py"],
-    ["pab_kernels/backends.py", "pab_kernels/ops.py"],
+    ["pab_kernels/backends.py", "pab_kernels/ops.py", "pab_kernels/fp8_ops.py"],
     ["pab_kernels/branches.py"],
-    ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
+    ["pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py", "pab_kernels/precision.py"],
     ["models/*.py", "models/hosts/*.py"],
     ["pab_kernels/workspace.py", "pab_kernels/runtime.py", "pab_kernels/plain.py", "pab_kernels/floor.py"],
     ["pab_kernels/demo/*.py", "pab_kernels/pipelines/*.py"],
