@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from pab_kernels.branches import Linear, Rope
@@ -195,3 +197,16 @@ class WeightFuser:
             if parameter.data_ptr() == pointer:
                 parameter.data = parameter.data.clone()
         self._views.clear()
+
+
+def embed_patches(latents: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Tokens [B, T', H' * W', C] of latents [B, C_in, T, H, W], zeros filling up to a whole number of patches.
+
+    One GEMM writes them in the order of the residual stream: a convolution's result would have to be rearranged, at ten
+    times the cost.
+    """
+    pt, ph, pw = (1, *proj.kernel_size)[-3:]
+    t, h, w = latents.shape[2:]
+    latents = F.pad(latents, (0, -w % pw, 0, -h % ph, 0, -t % pt))
+    patches = rearrange(latents, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return F.linear(patches, proj.weight.flatten(1), proj.bias)

@@ -8,9 +8,10 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor
 
+from pab_kernels.checks import check_shape, check_tensor
 from pab_kernels.executor import BlockStack
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_value, plain
+from pab_kernels.models.adapter import Call, check_value, embed_patches, plain
 
 
 class LatteAdapter(AdaLNSingleAdapter):
@@ -50,6 +51,10 @@ class LatteAdapter(AdaLNSingleAdapter):
         if given["encoder_attention_mask"] is not None:
             raise ValueError("encoder_attention_mask: got a mask, must be None: Latte attends to all text tokens")
         text = given["encoder_hidden_states"]
+        batch, channels = len(given["hidden_states"]), self.host.config.caption_channels
+        check_shape("encoder_hidden_states", check_tensor("encoder_hidden_states", text), (batch, "L", channels))
+        if check_tensor("timestep", given["timestep"]).numel() != 1:
+            check_shape("timestep", given["timestep"], (batch,))
         return self._call(given["hidden_states"], given["timestep"], text, (text,), None, given["return_dict"])
 
     def _call(
@@ -106,8 +111,7 @@ class LatteAdapter(AdaLNSingleAdapter):
 
     def embed(self, call: Call) -> Tensor:
         """Patches and their 2D positions."""
-        patches = self.host.pos_embed.proj(call.tensors["latents"].transpose(1, 2).flatten(0, 1))
-        return (patches.flatten(2).mT + self._positions).to(patches.dtype).contiguous().view(call.shape)
+        return embed_patches(call.tensors["latents"], self.host.pos_embed.proj).add_(self._positions)
 
     def frame_embed(self, call: Call) -> Tensor | None:
         """The sincos table over frames; a single frame has none."""

@@ -18,6 +18,7 @@ from pab_kernels.models.adapter import (
     check_forward,
     check_one_device,
     check_value,
+    embed_patches,
     linear_of,
     plain,
 )
@@ -47,6 +48,7 @@ class OpenSoraAdapter:
             "input_sq_size",
         ):
             plain(host, name)
+        check_value("x_embedder.norm", getattr(host.x_embedder, "norm", None), None)
         skip = getattr(getattr(host, "config", None), "skip_y_embedder", False)
         check_value("config.skip_y_embedder", skip, False)
         self._final = linear_of(host, "final_layer.linear")
@@ -138,7 +140,7 @@ class OpenSoraAdapter:
         t, h, w = (-(-size // patch) for size, patch in zip(x.shape[2:], self._patch, strict=True))
         check_shape("timestep", check_tensor("timestep", given["timestep"]), (batch,))
         y, mask, x_mask = given["y"], given["mask"], given["x_mask"]
-        check_shape("y", check_tensor("y", y), (batch, 1, "L", "C"))
+        check_shape("y", check_tensor("y", y), (batch, 1, "L", self.host.y_embedder.y_proj.fc1.in_features))
         tensors = {
             "latents": x.to(self._dtype),
             "timestep": given["timestep"],
@@ -186,8 +188,8 @@ class OpenSoraAdapter:
 
     def embed(self, call: Call) -> Tensor:
         """Patches and their 2D positions."""
-        tokens = self.host.x_embedder(call.tensors["latents"]).reshape(call.shape)
-        return (tokens + self._positions).contiguous()
+        assert self._positions is not None  # made by prepare
+        return embed_patches(call.tensors["latents"], self.host.x_embedder.proj).add_(self._positions)
 
     def frame_embed(self, call: Call) -> None:
         """STDiT3 has rotary embedding along time instead."""

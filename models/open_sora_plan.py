@@ -14,7 +14,7 @@ from torch import Tensor
 from pab_kernels.branches import Rope
 from pab_kernels.executor import BlockStack
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_forward, check_value, plain
+from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, plain
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
@@ -151,8 +151,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
 
     def embed(self, call: Call) -> Tensor:
         """Patches; positions come in by rotation."""
-        patches = self.host.pos_embed.proj(call.tensors["latents"].transpose(1, 2).flatten(0, 1))
-        return patches.flatten(2).mT.contiguous().view(call.shape)
+        return embed_patches(call.tensors["latents"], self.host.pos_embed.proj)
 
     def frame_embed(self, call: Call) -> None:
         """There is none."""

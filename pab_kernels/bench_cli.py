@@ -57,6 +57,9 @@ def bench(
     scale: Annotated[str, typer.Option(help="full, or tiny: two narrow layers, to try it out.")] = "full",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, float32 on cpu.")] = None,
+    cache_device: Annotated[
+        str | None, typer.Option(help="cpu keeps this runtime's slots in pinned host memory.")
+    ] = None,
 ) -> None:
     """Time a denoising run: host, plain PAB, this runtime. Example: pab bench --workload latte-16x512 --compile"""
     import torch
@@ -75,6 +78,7 @@ def bench(
             ("scale", scale, ("full", "tiny")),
             ("compile-scope", compile_scope, contenders.COMPILE_SCOPES),
             ("dtype", dtype, (None, *TOLERANCE)),
+            ("cache-device", cache_device, (None, "cpu", "cuda")),
         ):
             if value not in allowed:
                 raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(filter(None, allowed))}")
@@ -87,7 +91,9 @@ def bench(
     if scale == "tiny":
         chosen = chosen.tiny()
 
-    problem = contenders.Problem.make(chosen, settings, place, getattr(torch, number), steps, compile_scope)
+    problem = contenders.Problem.make(
+        chosen, settings, place, getattr(torch, number), steps, compile_scope, cache_device
+    )
     fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
     floor = benchmark.measure_floor(problem, fp8=fp8)
     console.print(heading(problem, floor), highlight=False)
@@ -195,6 +201,7 @@ def summary(problem: Problem, floor: Floor) -> dict[str, Any]:
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": _device_name(problem),
         "compile_scope": problem.compile_scope,
+        "cache_device": problem.cache_device,
         "versions": info.versions(),
         "ceilings": {
             "gemm_flops": floor.ceilings.flops,
@@ -239,6 +246,7 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
                 "peak_bytes": timing.peak_bytes,
                 "reserved_bytes": timing.reserved_bytes,
                 "cache_bytes": None if report is None else report.cache_bytes,
+                "host_bytes": None if report is None else report.host_bytes,
                 "graphs": None if report is None else report.graphs,
                 "eager_because": None if report is None else report.eager,
                 "variants": {} if report is None else {key: list(value) for key, value in report.seconds.items()},
@@ -259,7 +267,7 @@ def results_table(contenders: list[dict[str, Any]], title: str) -> Table:
 
     others = [name for name in RATIOS if any(row["name"] == name for row in contenders)]
     columns = ["seconds", "runs", "ms/step", *(f"x {name}" for name in others), "of floor", "frames/s"]
-    columns += ["peak GiB", "cache GiB", "difference", "warm-up s"]
+    columns += ["peak GiB", "cache GiB", "on host GiB", "difference", "warm-up s"]
     table = Table(title=title, box=box.MARKDOWN)
     table.add_column("", no_wrap=True)
     for column in columns:
@@ -276,6 +284,7 @@ def results_table(contenders: list[dict[str, Any]], title: str) -> Table:
             cell(row["frames_per_second"], ".2f"),
             cell(row["peak_bytes"], ".2f", 2**30),
             cell(row["cache_bytes"], ".2f", 2**30),
+            cell(row["host_bytes"] or None, ".2f", 2**30),
             f"{difference} ({row['difference_from']})" if difference else "",
             cell(row["warm_up_seconds"], ".1f"),
         )

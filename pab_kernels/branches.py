@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pab_kernels import fp8_ops, ops
-from pab_kernels.checks import check_like, check_shape, check_tensor
+from pab_kernels.checks import check_like, check_quantized, check_shape, check_tensor
 from pab_kernels.quantized import Quantized
 
 
@@ -105,15 +105,16 @@ class Mlp:
 class Slot:
     """Where one branch of one block keeps its output between steps.
 
-    `value` [B, T, S, C] is the ungated output, written by the out-projection itself; `gate` [G, C] is the gate of the
-    step that wrote it (None where the branch has no gate). `valid` tells whether the current run has written it.
+    `value` [B, T, S, C] is the ungated output, written by the out-projection itself, or, where it is Quantized, by the
+    pass that adds it; `gate` [G, C] is the gate of the step that wrote it (None where the branch has no gate). `valid`
+    tells whether the current run has written it.
     """
 
-    value: Tensor
+    value: Rows
     gate: Tensor | None = None
     valid: bool = False
 
-    def read(self) -> Tensor:
+    def read(self) -> Rows:
         """`value`, or ValueError if the current run has not written it: never stale data."""
         if not self.valid:
             raise ValueError("slot: not written in this run, a broadcast must follow a compute step")
@@ -214,7 +215,7 @@ def fused_pab_attention(
     modulation : (shift, scale, gate) or None
         Each [G, C], where G is B or B * T. None for no norm and no gate, as cross-attention of these models has.
     slot : Slot
-        Keeps the branch's output: `value` [B, T, S, C], and `gate` [G, C] where there is modulation.
+        Keeps the branch's output: `value` [B, T, S, C], also Quantized, and `gate` [G, C] where there is modulation.
     kind : {"spatial", "temporal", "cross"}
     broadcast : bool
         False computes and writes the slot, True reads it.
@@ -240,8 +241,11 @@ def fused_pab_attention(
     check_shape("x", check_tensor("x", x), ("B", "T", "S", "C"))
     if not x.is_contiguous():
         raise ValueError(f"x: strides are {x.stride()}, must be contiguous")
-    check_shape("slot.value", slot.value, tuple(x.shape))
-    check_like("slot.value", slot.value, x, "x")
+    if isinstance(slot.value, Quantized):
+        check_quantized("slot.value", slot.value, tuple(x.shape), x.device)
+    else:
+        check_shape("slot.value", slot.value, tuple(x.shape))
+        check_like("slot.value", slot.value, x, "x")
     if kind not in ("spatial", "temporal", "cross"):
         raise ValueError(f"kind: got {kind!r}, must be spatial, temporal or cross")
     if (kind == "cross") != isinstance(weights, CrossAttention):
@@ -255,10 +259,14 @@ def fused_pab_attention(
         raise ValueError(f"modulation: has {gate.shape[0]} rows, must be B or B * T of x {list(x.shape)}")
     rows = x.view(1 if gate is None else gate.shape[0], -1, x.shape[-1])
 
+    value: Rows
+    saved: Quantized | None = None
     if broadcast:
         value = slot.read()
         applied = gate if regate else slot.gate
     else:
+        saved = slot.value.view(*rows.shape) if isinstance(slot.value, Quantized) else None
+        out = torch.empty_like(x) if isinstance(slot.value, Quantized) else slot.value
         h: Rows
         if isinstance(weights.q if isinstance(weights, CrossAttention) else weights.qkv, Fp8Linear):
             quantized = Quantized.empty(tuple(rows.shape), fp8_ops.E4M3, x.device)
@@ -268,12 +276,12 @@ def fused_pab_attention(
         if isinstance(weights, CrossAttention):
             if text is None:
                 raise ValueError("text: got None, must be a TextKV to compute cross-attention")
-            value = cross_attention(h, weights, text, slot.value)
+            value = cross_attention(h, weights, text, out)
         else:
-            value = self_attention(h, weights, slot.value, rope)
+            value = self_attention(h, weights, out, rope)
         if gate is not None and slot.gate is not None:
             slot.gate.copy_(gate)
         slot.valid = True
         applied = gate
-    ops.residual_norm_modulate(rows, [value.view(rows.shape)], [applied])
+    ops.residual_norm_modulate(rows, [value.view(*rows.shape)], [applied], saved=saved)
     return x

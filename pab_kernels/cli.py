@@ -37,7 +37,7 @@ def _clean_errors() -> Iterator[None]:
     """A wrong input ends with its message and exit code 2; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, MemoryError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
@@ -46,6 +46,7 @@ def _clean_errors() -> Iterator[None]:
 Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360p, 480p or 720p.")]
 Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames, a multiple of 17.")]
 Aspect = Annotated[str | None, typer.Option(help="Open-Sora, height to width: 9:16 (wide), 16:9 (tall), 1:1, ...")]
+CacheDevice = Annotated[str | None, typer.Option(help="cpu keeps PAB's slots in pinned host memory.")]
 Size = Annotated[str | None, typer.Option(help="Open-Sora-Plan: 65x512x512, 221x512x512; 29x480p, 93x480p, ...")]
 
 
@@ -59,13 +60,14 @@ def info(
     pab: Annotated[str | None, typer.Option(help="A preset, a YAML file, or off; by default the family's own.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Videos in a batch; guidance doubles them.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    cache_device: CacheDevice = None,
 ) -> None:
     """Print versions, GPU and backends; or memory: pab info --model open_sora --resolution 480p --duration 8s"""
     from pab_kernels import info as about
 
     if model is not None:
         with _clean_errors():
-            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype)
+            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device)
         return
     for name, version in about.versions().items():
         console.print(f"{name:14} {version}", highlight=False)
@@ -85,6 +87,7 @@ def _print_memory(
     pab: str | None,
     prompts: int,
     dtype: str,
+    cache_device: str | None,
 ) -> None:
     from pab_kernels import generate as generation
     from pab_kernels import memory
@@ -96,16 +99,20 @@ def _print_memory(
     if video is None:
         raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
     config = generation.pab_settings(pab or family) or PABConfig()
-    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, _dtype(dtype)))
+    on_host = _on_host(cache_device)
+    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, _dtype(dtype), on_host))
     console.print(
         f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}", highlight=False
     )
     table = Table("", "GiB")
     table.add_row("weights", f"{memory.gib(need.weights):.1f}")
-    table.add_row(f"{need.slot_count} slots", f"{memory.gib(need.slots):.1f}")
+    slots = f"staging of {need.slot_count} slots" if on_host else f"{need.slot_count} slots"
+    table.add_row(slots, f"{memory.gib(need.slots):.1f}")
     table.add_row("keys and values of the text", f"{memory.gib(need.text):.1f}")
     table.add_row("activations", f"{memory.gib(need.activations):.1f}")
     table.add_row("all", f"{memory.gib(need.total):.1f}", style="bold")
+    if on_host:
+        table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
     console.print("Without text encoder and VAE.")
 
@@ -202,6 +209,7 @@ def generate(
     compare: Annotated[bool, typer.Option(help="Generate with and without PAB, and compare.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, float32 on cpu.")] = None,
+    cache_device: CacheDevice = None,
 ) -> None:
     """Generate videos. Example: pab generate --prompt "a blue star moves up" --compare"""
     import torch
@@ -232,7 +240,8 @@ def generate(
         number = _dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
         if place.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: got cuda, must be cpu: torch sees no CUDA GPU")
-        generation.check_memory(source, request, config, place, number)
+        _on_host(cache_device)
+        generation.check_memory(source, request, config, place, number, cache_device)
         pipe = load_pipeline(source, video, dtype=number, device=place)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
         results = {}
@@ -240,7 +249,7 @@ def generate(
             with _progress() as progress:
                 task = progress.add_task(name, total=request.steps)
                 show = partial(_show_progress, progress, task)
-                results[name] = generation.generate(pipe, request, settings, show)
+                results[name] = generation.generate(pipe, request, settings, show, cache_device)
         for path in generation.save(results, request, pipe, pab, output):
             console.print(f"wrote {path}")
         _print_results(results)
@@ -260,6 +269,8 @@ def _print_results(results: dict[str, Generated]) -> None:
         for kind, computed in last.report.computed.items():
             table.add_row(f"{kind}: computed + broadcast", *blank, f"{computed} + {last.report.broadcast[kind]}")
         table.add_row("cache, MiB", *blank, f"{last.report.cache_bytes / 2**20:.1f}")
+        if last.report.host_bytes:
+            table.add_row("cache in host memory, MiB", *blank, f"{last.report.host_bytes / 2**20:.1f}")
     if last.peak_bytes is not None:
         table.add_row("peak GPU memory, GiB", *(f"{memory.gib(r.peak_bytes or 0):.2f}" for r in results.values()))
     if last.latents is not None:
@@ -290,6 +301,12 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+
+def _on_host(cache_device: str | None) -> bool:
+    if cache_device not in (None, "cpu", "cuda"):
+        raise ValueError(f"cache_device: got {cache_device!r}, must be cpu or cuda")
+    return cache_device == "cpu"
 
 
 def _dtype(name: str):

@@ -17,7 +17,8 @@ KINDS = ("spatial", "temporal", "cross")
 """The kinds of attention that can be broadcast."""
 
 LINEAR_PRECISIONS = ("fp8", "fp8-all")
-"""What `linear_precision` may be, besides None: see `PABConfig`."""
+CACHE_DTYPES = ("fp8", "int8")
+"""What `linear_precision` and `cache_dtype` may be, besides None: see `PABConfig`."""
 
 ALL_BLOCKS = range(sys.maxsize)
 NO_BLOCKS = range(0)
@@ -62,6 +63,8 @@ class PABConfig:
         all of them: then the result does not hang on a measurement. By default all stay in the model's dtype.
     linear_exclude : sequence of str
         Patterns of layers that stay in the model's dtype all the same, such as "spatial.0.*" or "*.mlp".
+    cache_dtype : {"fp8", "int8"}, optional
+        Keep slots in one byte an element with a scale a row: half the memory. By default in the model's dtype.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class PABConfig:
     mlp_block: tuple[int, int] | None = None
     linear_precision: str | None = None
     linear_exclude: tuple[str, ...] = ()
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for kind in (*KINDS, "mlp"):
@@ -100,6 +104,7 @@ class PABConfig:
         self._set("mlp_temporal_broadcast_config", _mlp_windows)
         _check_choice("linear_precision", self.linear_precision, LINEAR_PRECISIONS)
         self._set("linear_exclude", _patterns)
+        _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         for kind in KINDS:
             if getattr(self, f"{kind}_broadcast"):
                 self._require(f"{kind}_broadcast", f"{kind}_threshold", f"{kind}_range")

@@ -32,6 +32,8 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     compile_scope: str = "model"
+    cache_device: str | None = None
+    """Where this runtime's slots lie, as for `accelerate`."""
 
     @classmethod
     def make(
@@ -42,11 +44,12 @@ class Problem:
         dtype: torch.dtype,
         steps: int | None = None,
         compile_scope: str = "model",
+        cache_device: str | None = None,
     ) -> Problem:
         """Random weights and inputs of `workload`, on the device."""
         timesteps = workload.timesteps(steps)
         host, inputs = workload.host(device, dtype), workload.inputs(device, dtype, steps)
-        return cls(workload, host, inputs, timesteps, config, dtype, device, compile_scope)
+        return cls(workload, host, inputs, timesteps, config, dtype, device, compile_scope, cache_device)
 
     def settings(self, contender: Contender) -> PABConfig:
         """The settings of a contender."""
@@ -148,7 +151,7 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 @contextmanager
 def _runtime(problem: Problem, config: PABConfig) -> Iterator[Session]:
-    with accelerate(problem.host, config) as handle:
+    with accelerate(problem.host, config, cache_device=problem.cache_device) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 
 

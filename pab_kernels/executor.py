@@ -23,11 +23,12 @@ from pab_kernels.branches import (
     self_attention,
     text_kv,
 )
-from pab_kernels.cache import BroadcastCache, SlotKey
+from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.fp8_ops import E4M3
-from pab_kernels.quantized import Quantized
-from pab_kernels.schedule import StepVariant
+from pab_kernels.quantized import DTYPES, Quantized
+from pab_kernels.schedule import Schedule, StepVariant
+from pab_kernels.slots import SlotKey, SlotStore
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class BlockStack:
         return tuple(kind for kind in KINDS if kind in present)
 
     def slot_keys(self, config: PABConfig) -> tuple[SlotKey, ...]:
-        """The slots that `config` can ever broadcast."""
+        """The slots that `config` can ever broadcast, in the order in which a step comes to them."""
         keys = []
         for position, block in enumerate(self.blocks):
             if block.index in config.blocks(block.kind):
@@ -76,6 +77,27 @@ class BlockStack:
             if block.index in config.mlp_blocks(block.kind):
                 keys.append(SlotKey("mlp", position))
         return tuple(keys)
+
+    def storage(self, schedule: Schedule) -> dict[SlotKey, int]:
+        """The slots of a run, and for each the number of the tensor that it lies in.
+
+        An attention slot has a tensor of its own, since it is written by every call that computes it. MLP slots that
+        are never alive at the same call share one: as soon as a window has ended, its memory serves the blocks of the
+        next. Nothing is freed within a run, since graphs know the slots by their addresses, and the peak was before.
+        """
+        storage: dict[SlotKey, int] = {}
+        in_use: list[set[int]] = []  # for each tensor, the calls at which one of its slots is alive
+        for key in self.slot_keys(schedule.config):
+            block = self.blocks[key.position]
+            alive = schedule.mlp_alive(block.kind, block.index) if key.branch == "mlp" else range(len(schedule))
+            if not alive:
+                continue  # an MLP that this run never broadcasts
+            number = next((i for i, calls in enumerate(in_use) if calls.isdisjoint(alive)), len(in_use))
+            if number == len(in_use):
+                in_use.append(set())
+            in_use[number].update(alive)
+            storage[key] = number
+        return storage
 
 
 @dataclass(frozen=True)
@@ -93,24 +115,37 @@ class Executor:
     ----------
     stack : BlockStack
         Its weights give dtype and device.
-    config : PABConfig
+    schedule : Schedule
+        Of the first run; others may follow that need the same slots.
     shape : (B, T, S, C)
         Of the residual stream, and so of every slot.
     groups : int
         Rows G of the modulation, B or B * T.
+    cache_device : torch.device
+        Where the slots lie; see `BroadcastCache`.
 
     Raises
     ------
-    torch.cuda.OutOfMemoryError
+    torch.cuda.OutOfMemoryError, MemoryError
         The slots do not fit; see `BroadcastCache`.
     """
 
-    def __init__(self, stack: BlockStack, config: PABConfig, shape: tuple[int, int, int, int], groups: int) -> None:
+    def __init__(
+        self,
+        stack: BlockStack,
+        schedule: Schedule,
+        shape: tuple[int, int, int, int],
+        groups: int,
+        cache_device: torch.device,
+    ) -> None:
         self.stack = stack
         self.shape = shape
         self.groups = groups
         table = stack.blocks[0].table
-        self.cache = BroadcastCache(stack.slot_keys(config), shape, groups, table.dtype, table.device)
+        storage = stack.storage(schedule)
+        name = schedule.config.cache_dtype
+        small = None if name is None else DTYPES[name]
+        self.cache = BroadcastCache(storage, shape, groups, table.dtype, table.device, cache_device, small)
         self.tables = torch.stack([block.table for block in stack.blocks])  # [blocks, 6, C]
         self._traffic: dict[StepVariant, Traffic] = {}
 
@@ -191,63 +226,64 @@ class Executor:
         Tensor
             [B, T, S, C], normalised and modulated for the final projection.
         """
-        traffic = self.traffic(variant)
+        traffic, cache = self.traffic(variant), self.cache
         tables = self.tables[:, None] + modulation  # [blocks, G, 6, C]
-        for kind, gates in self.cache.gates.items():
+        for kind, gates in cache.gates.items():
             if kind != "mlp" and not getattr(variant, kind):
                 # All blocks of a kind write their slots on the same steps, so their gates are kept in one launch.
-                torch.index_select(tables[:, :, 2], 0, self.cache.positions[kind], out=gates)
-        stream = Stream(x, modulation.shape[0])
-        for position, block in enumerate(self.stack.blocks):
-            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables[position].unbind(1)
-            if position == self.stack.embed_before:
-                stream.embed = embed
+                torch.index_select(tables[:, :, 2], 0, cache.positions[kind], out=gates)
+        stream = Stream(x, modulation.shape[0], cache.slots, traffic)
+        with cache.slots.step(traffic.reads):
+            for position, block in enumerate(self.stack.blocks):
+                shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables[position].unbind(1)
+                if position == self.stack.embed_before:
+                    stream.embed = embed
 
-            key = SlotKey(block.kind, position)
-            slot = self.cache.get(key)
-            if slot is not None and key in traffic.reads:
-                stream.add(slot.value, gate if self.stack.regate else slot.gate)
-            else:
-                h = stream.norm_modulate(shift, scale, block.norm_eps, fp8=isinstance(block.attention.qkv, Fp8Linear))
-                out = stream.scratch() if slot is None else slot.value
-                stream.add(self_attention(h, block.attention, out, rope), gate)
-
-            if block.cross is not None:
-                key = SlotKey("cross", position)
-                slot = self.cache.get(key)
-                if slot is not None and key in traffic.reads:
-                    stream.add(slot.value, None)
+                key = SlotKey(block.kind, position)
+                if key in traffic.reads:
+                    stream.broadcast(key, gate if self.stack.regate else cache.gate(key))
                 else:
-                    kv = text[position]
-                    assert kv is not None
-                    out = stream.scratch() if slot is None else slot.value
-                    h = stream.flush(fp8=isinstance(block.cross.q, Fp8Linear))
-                    stream.add(cross_attention(h, block.cross, kv, out), None)
+                    fp8 = isinstance(block.attention.qkv, Fp8Linear)
+                    h = stream.norm_modulate(shift, scale, block.norm_eps, fp8=fp8)
+                    stream.computed(key, self_attention(h, block.attention, stream.out(key), rope), gate)
 
-            key = SlotKey("mlp", position)
-            slot = self.cache.get(key)
-            if slot is not None and key in traffic.reads:
-                stream.add(slot.value, slot.gate)
-            else:
-                h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps, fp8=isinstance(block.mlp.up, Fp8Linear))
-                keeps = slot is not None and key in traffic.writes
-                out = slot.value if slot is not None and keeps else stream.scratch()
-                stream.add(mlp(h, block.mlp, out), mlp_gate)
-                if slot is not None and slot.gate is not None and keeps:
-                    slot.gate.copy_(mlp_gate)
-        h = stream.norm_modulate(*final, final_eps)
-        assert isinstance(h, Tensor)
-        return h
+                if block.cross is not None:
+                    key = SlotKey("cross", position)
+                    if key in traffic.reads:
+                        stream.broadcast(key, None)
+                    else:
+                        kv = text[position]
+                        assert kv is not None
+                        h = stream.flush(fp8=isinstance(block.cross.q, Fp8Linear))
+                        stream.computed(key, cross_attention(h, block.cross, kv, stream.out(key)), None)
+
+                key = SlotKey("mlp", position)
+                if key in traffic.reads:
+                    stream.broadcast(key, cache.gate(key))
+                else:
+                    fp8 = isinstance(block.mlp.up, Fp8Linear)
+                    h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps, fp8=fp8)
+                    stream.computed(key, mlp(h, block.mlp, stream.out(key)), mlp_gate)
+                    kept = cache.gate(key)
+                    if kept is not None and key in traffic.writes:
+                        kept.copy_(mlp_gate)
+            h = stream.norm_modulate(*final, final_eps)
+            assert isinstance(h, Tensor)
+            return h
 
 
 class Stream:
     """The residual stream with the branch outputs not added yet, so that each addition rides on the next pass."""
 
-    def __init__(self, x: Tensor, groups: int) -> None:
+    def __init__(self, x: Tensor, groups: int, slots: SlotStore, traffic: Traffic) -> None:
         self.x = x
         self.rows = x.view(groups, -1, x.shape[-1])
         self.embed: Tensor | None = None
-        self._branches: list[Tensor] = []
+        self._slots = slots
+        self._writes = traffic.writes
+        self._save: SlotKey | None = None
+        """The slot of one byte an element that the next pass writes: a copy of the first pending branch."""
+        self._branches: list[Rows] = []
         self._gates: list[Tensor | None] = []
 
     @cached_property
@@ -262,15 +298,31 @@ class Stream:
     def _quantized(self) -> Quantized:
         return Quantized.empty(tuple(self.x.shape), E4M3, self.x.device)
 
-    def scratch(self) -> Tensor:
-        """Where a branch without a slot goes: one tensor, since every computed branch follows a pass that used it."""
-        return self._scratch
+    def out(self, key: SlotKey) -> Tensor:
+        """Where a branch is computed: its slot, or one tensor for all, since each follows a pass that used it."""
+        if key not in self._writes or self._slots.layout.quantized:
+            return self._scratch
+        slot = self._slots.out(key)
+        assert isinstance(slot, Tensor)
+        return slot
 
-    def add(self, branch: Tensor, gate: Tensor | None) -> None:
-        """A branch's output, to be added by the next pass."""
+    def computed(self, key: SlotKey, branch: Tensor, gate: Tensor | None) -> None:
+        """Add a branch that was computed into `out`. It follows a pass, so nothing else is pending."""
+        if key in self._writes:
+            if self._slots.layout.quantized:
+                self._save = key
+            else:
+                self._slots.wrote(key)
+        self._add(branch, gate)
+
+    def broadcast(self, key: SlotKey, gate: Tensor | None) -> None:
+        """Add what a slot holds."""
         if len(self._branches) == ops.MAX_BRANCHES:
             self.flush()
-        self._branches.append(branch.view(self.rows.shape))
+        self._add(self._slots.read(key), gate)
+
+    def _add(self, branch: Rows, gate: Tensor | None) -> None:
+        self._branches.append(branch.view(*self.rows.shape))
         self._gates.append(gate)
 
     def flush(self, *, fp8: bool = False) -> Rows:
@@ -287,6 +339,8 @@ class Stream:
 
     def _pass(self, shift: Tensor | None, scale: Tensor | None, eps: float, out: Rows | None) -> None:
         if self._branches or self.embed is not None or out is not None:
+            saved = None if self._save is None else self._slots.out(self._save)
+            assert not isinstance(saved, Tensor)
             ops.residual_norm_modulate(
                 self.rows,
                 self._branches,
@@ -296,5 +350,10 @@ class Stream:
                 embed=self.embed,
                 eps=eps,
                 out=None if out is None else out.view(*self.rows.shape),
+                saved=None if saved is None else saved.view(*self.rows.shape),
             )
+            if self._save is not None:
+                self._slots.wrote(self._save)
+                self._save = None
+            self._slots.release()
         self._branches, self._gates, self.embed = [], [], None

@@ -120,7 +120,12 @@ def check_output(output: Path, source: Source) -> None:
 
 
 def check_memory(
-    source: Source, request: Request, config: PABConfig | None, device: torch.device, dtype: torch.dtype
+    source: Source,
+    request: Request,
+    config: PABConfig | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_device: str | None = None,
 ) -> None:
     """Refuse a run that will not fit in the GPU's free memory; nothing is checked on a CPU.
 
@@ -131,7 +136,7 @@ def check_memory(
     """
     if device.type == "cuda" and request.size is not None:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
-        run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype)
+        run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
         memory.check_fits(run, torch.cuda.mem_get_info(device)[0], extra=text_encoder_bytes(source, dtype))
 
 
@@ -140,6 +145,7 @@ def generate(
     request: Request,
     config: PABConfig | None,
     on_step: Callable[[int, int], None] | None = None,
+    cache_device: str | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -150,12 +156,14 @@ def generate(
     config : PABConfig or None
     on_step : callable, optional
         Called as ``on_step(done, total)`` after every call of the transformer.
+    cache_device : str, optional
+        As for `accelerate`.
     """
     on_gpu = pipe.transformer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with nullcontext() if config is None else accelerate(pipe, config) as handle:
+    with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
         frames, hidden = _run(pipe, request, on_step)
         report = None if handle is None else handle.report()
     if hidden is not None:

@@ -13,6 +13,7 @@ from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.executor import BlockStack
 from pab_kernels.models import adapter_for, checkpoints
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
+from pab_kernels.slots import STAGES, available_host_memory
 from pab_kernels.workspace import TEXT_PADDING
 
 TEXT_LENGTHS = {"open_sora": 300, "latte": 120, "open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
@@ -24,27 +25,35 @@ class Memory:
 
     weights: int
     slots: int
+    """On the GPU: all of them, or what stands in for those in host memory."""
     text: int
     """Keys and values of the text, of every block with cross-attention."""
     activations: int
     """The largest set of tensors that is alive at once during a step."""
     slot_count: int
+    host: int = 0
+    """Slots in pinned host memory."""
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
+        """Bytes of all parts on the GPU."""
         return self.weights + self.slots + self.text + self.activations
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run, as far as its memory goes: `rows` is the batch that the transformer sees, 2 a prompt with guidance."""
+    """A run, as far as its memory goes.
+
+    `rows` is the batch that the transformer sees, 2 a prompt with guidance. With `cache_on_host` slots lie in pinned
+    host memory.
+    """
 
     family: str
     size: VideoSize
     config: PABConfig
     rows: int = 2
     dtype: torch.dtype = torch.bfloat16
+    cache_on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ class ModelShape:
 def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     """Memory of the executor's path, from shapes alone.
 
-    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB).
+    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB). MLP slots
+    are counted as if none shared its memory with another, which depends on the timesteps.
 
     Parameters
     ----------
@@ -106,12 +116,14 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     item = run.dtype.itemsize
     keys = model.stack.slot_keys(run.config)
     gates = sum(key.branch != "cross" for key in keys) * run.rows * model.channels * item
+    on_device = min(STAGES, len(keys)) if run.cache_on_host else len(keys)
     return Memory(
         weights=model.elements * item,
-        slots=len(keys) * model.stream(run) + gates,
+        slots=on_device * model.stream(run) + gates,
         text=_text(run, model),
         activations=_activations(run, model),
         slot_count=len(keys),
+        host=len(keys) * model.stream(run) if run.cache_on_host else 0,
     )
 
 
@@ -133,7 +145,7 @@ def _activations(run: PlannedRun, model: ModelShape) -> int:
     return int(model.stream(run) * (3 + max(attention, mlp))) + tables + latents
 
 
-def check_fits(run: PlannedRun, free: int, extra: int = 0) -> Memory:
+def check_fits(run: PlannedRun, free: int, extra: int = 0, host_free: int | None = None) -> Memory:
     """Refuse a run that will not fit.
 
     Parameters
@@ -143,6 +155,8 @@ def check_fits(run: PlannedRun, free: int, extra: int = 0) -> Memory:
         Bytes that the GPU has free.
     extra : int
         Bytes of what else will lie there, such as the text encoder.
+    host_free : int, optional
+        Bytes that the host has free; by default what it says now.
 
     Returns
     -------
@@ -151,29 +165,38 @@ def check_fits(run: PlannedRun, free: int, extra: int = 0) -> Memory:
     Raises
     ------
     ValueError
-        The run needs more than `free`; the message names its parts, and smaller runs that would fit.
+        The run needs more than there is; the message names its parts, and other runs that would fit.
     """
     model = ModelShape.of(run.family)
+    host_free = available_host_memory() if host_free is None else host_free
+
+    def fits(memory: Memory) -> bool:
+        return memory.total + extra <= free and memory.host <= host_free
+
     need = estimate(run, model)
-    if need.total + extra <= free:
+    if fits(need):
         return need
-    fitting = [
-        f"{name} ({gib(memory.total + extra):.1f} GiB)"
-        for name, memory in ((name, estimate(smaller, model)) for name, smaller in smaller_runs(run))
-        if memory.total + extra <= free
-    ]
+    fitting = []
+    for name, smaller in smaller_runs(run):
+        memory = estimate(smaller, model)
+        if fits(memory):
+            host = f" and {gib(memory.host):.1f} in host memory" if memory.host else ""
+            fitting.append(f"{name} ({gib(memory.total + extra):.1f} GiB{host})")
     others = f", {gib(extra):.1f} others" if extra else ""
+    host = f" and {gib(need.host):.1f} GiB of host memory, of which {gib(host_free):.1f} are free" if need.host else ""
     raise ValueError(
         f"{run.family} at {run.size} with a batch of {run.rows} needs {gib(need.total + extra):.1f} GiB "
         f"({gib(need.weights):.1f} weights, {gib(need.slots):.1f} in {need.slot_count} slots, {gib(need.text):.1f} "
-        f"text, {gib(need.activations):.1f} activations{others}), but {gib(free):.1f} GiB are free. "
+        f"text, {gib(need.activations):.1f} activations{others}), but {gib(free):.1f} GiB are free{host}. "
         + (f"These would fit: {'; '.join(fitting)}." if fitting else "No smaller run of this family would fit.")
     )
 
 
 def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
-    """What could be changed to need less memory, one change at a time."""
+    """What could be changed to need less memory of the GPU, one change at a time."""
     on = [kind for kind in KINDS if getattr(run.config, f"{kind}_broadcast")]
+    if on and not run.cache_on_host:
+        yield "--cache-device cpu", dataclasses.replace(run, cache_on_host=True)
     if len(on) > 1:
         for kind in on:
             yield f"no {kind}_broadcast", _with(run, **{f"{kind}_broadcast": False})

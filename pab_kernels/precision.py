@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pab_kernels import ops
 from pab_kernels.backends import no_fp8
-from pab_kernels.branches import CrossAttention, Fp8Linear, Linear, Mlp, SelfAttention, linear, mlp
-from pab_kernels.executor import Block, BlockStack, Stream
+from pab_kernels.branches import CrossAttention, Fp8Linear, Linear, Mlp, Rows, SelfAttention, linear, mlp
+from pab_kernels.executor import Block, BlockStack
+from pab_kernels.fp8_ops import E4M3
+from pab_kernels.quantized import Quantized
 
 log = logging.getLogger(__name__)
 
@@ -179,29 +182,28 @@ def replace_layer(block: Block, layer: str, weights: Weights) -> Block:
 def measure(block: Block, layer: str, rows: int) -> Trial:
     """Time one layer of a block both ways on random rows, with the pass before it: it writes less for fp8."""
     weights = layer_weights(block, layer)
-    x = torch.randn(1, 1, rows, block.table.shape[-1], dtype=block.table.dtype, device=block.table.device)
-    plain, fp8 = (_median_ms(_runner(block.table, each, x)) for each in (weights, quantize_layer(weights)))
+    x = torch.randn(1, rows, block.table.shape[-1], dtype=block.table.dtype, device=block.table.device)
+    plain, fp8 = (_median_ms(_runner(each, x)) for each in (weights, quantize_layer(weights)))
     return Trial(plain, fp8)
 
 
-def _runner(table: Tensor, weights: Weights, x: Tensor) -> Callable[[], object]:
-    """One pass with a gated branch, and the GEMMs, as the executor runs them."""
+def _runner(weights: Weights, x: Tensor) -> Callable[[], object]:
+    """A pass with a gated branch, and the layer's GEMMs, as the executor runs them."""
     first = first_linear(weights)
-    fp8 = isinstance(first, Fp8Linear)
-    branch, out = torch.randn_like(x), torch.empty(*x.shape[:-1], first.weight.shape[0], dtype=x.dtype, device=x.device)
-    vector = torch.zeros(1, x.shape[-1], dtype=x.dtype, device=x.device)
+    branch, vector = torch.randn_like(x), torch.zeros(1, x.shape[-1], dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], first.weight.shape[0], dtype=x.dtype, device=x.device)
+    h: Rows = torch.empty_like(x)
+    if isinstance(first, Fp8Linear):
+        h = Quantized.empty(tuple(x.shape), E4M3, x.device)
 
     def run() -> None:
-        stream = Stream(x, 1)
-        stream.add(branch, vector)
-        if isinstance(weights, CrossAttention):
-            h = stream.flush(fp8=fp8)
+        if isinstance(weights, CrossAttention):  # its input is not normalised: x itself, or a copy in e4m3
+            written = ops.residual_norm_modulate(x, [branch], [vector], out=h if isinstance(h, Quantized) else None)
+            linear(written, first, out)
+        elif isinstance(weights, SelfAttention):
+            linear(ops.residual_norm_modulate(x, [branch], [vector], vector, vector, out=h), first, out)
         else:
-            h = stream.norm_modulate(vector, vector, 1e-6, fp8=fp8)
-        if isinstance(weights, Mlp):
-            mlp(h, weights, branch)
-        else:
-            linear(h, first, out)
+            mlp(ops.residual_norm_modulate(x, [branch], [vector], vector, vector, out=h), weights, branch)
 
     return run
 

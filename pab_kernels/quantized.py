@@ -9,6 +9,8 @@ from torch import Tensor
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest magnitude of each one-byte dtype; that of a row is scaled to it."""
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""What settings call them."""
 TINY = 1e-30
 """Least magnitude that a row is scaled by, so that a row of zeros has a scale too."""
 

@@ -32,6 +32,9 @@ class Report:
     broadcast: dict[str, int]
     slots: int
     cache_bytes: int
+    """On the transformer's device."""
+    host_bytes: int
+    """Of slots in pinned host memory."""
     graphs: int
     eager: str | None
     """Why steps run without CUDA graphs, None where they have them."""
@@ -44,7 +47,8 @@ class Report:
             f"  {kind}: {self.computed[kind]} computed, {self.broadcast[kind]} broadcast" for kind in self.computed
         ]
         graphs = f"{self.graphs} CUDA graphs" if self.eager is None else f"no CUDA graphs: {self.eager}"
-        lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB; {graphs}")
+        host = f" and {self.host_bytes / 2**20:.1f} MiB in host memory" if self.host_bytes else ""
+        lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB{host}; {graphs}")
         for name, (count, seconds) in self.seconds.items():
             lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
         return "\n".join(lines)
@@ -79,6 +83,7 @@ class PABHandle:
         *,
         cuda_graphs: bool = True,
         forwards_per_step: int = 1,
+        cache_device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
             raise TypeError(f"config: got {type(config).__name__}, must be a PABConfig")
@@ -88,6 +93,7 @@ class PABHandle:
             raise TypeError(
                 f"{type(transformer).__name__}: its forward is replaced already (another handle, or an offloading hook)"
             )
+        self._cache_device = _cache_device(cache_device, next(transformer.parameters()).device)
         self.config = config
         self.transformer = transformer
         self._pipeline = pipeline
@@ -147,9 +153,13 @@ class PABHandle:
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         self._adapter.check_weights()
         self._run = _Run(Schedule(self.config, values))
-        for workspace in self._workspaces:
-            if workspace is not None:
+        for i, workspace in enumerate(self._workspaces):
+            if workspace is None:
+                continue
+            if workspace.serves(self._run.schedule):
                 workspace.begin_run()
+            else:
+                self._workspaces[i] = None
         return self._run.schedule
 
     def report(self) -> Report:
@@ -173,6 +183,7 @@ class PABHandle:
             broadcast=dict(broadcast),
             slots=sum(map(len, self.caches)),
             cache_bytes=sum(cache.nbytes for cache in self.caches),
+            host_bytes=sum(cache.host_bytes for cache in self.caches),
             graphs=sum(workspace.graphs for workspace in workspaces),
             eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
             seconds=seconds,
@@ -192,7 +203,7 @@ class PABHandle:
             # Slots of another shape are freed before new ones are made.
             workspace = self._workspaces[forward] = None
             stack = self._adapter.stack if self._fp8 is None else self._fp8.at(math.prod(call.shape[:3]))
-            workspace = Workspace(self._adapter, stack, self.config, call, self._cuda_graphs)
+            workspace = Workspace(self._adapter, stack, run.schedule, call, self._cuda_graphs, self._cache_device)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]
         sample = workspace.step(call, variant)
@@ -254,11 +265,22 @@ def _from_first_call(timesteps: Any, first: Tensor) -> list[float]:
     raise ValueError(f"timestep: the run begins at {begin}, which is not among the scheduler's timesteps {values}")
 
 
+def _cache_device(asked: torch.device | str | None, own: torch.device) -> torch.device:
+    """Where the slots lie: `own` by default."""
+    if asked is None or str(asked) in (own.type, str(own)):
+        return own
+    if str(asked) == "cpu":
+        return torch.device("cpu")
+    raise ValueError(f"cache_device: got {str(asked)!r}, must be {own.type} or cpu")
+
+
 def accelerate(
     target: Any,
     config: PABConfig,
     *,
     linear_precision: str | None = None,
+    cache_dtype: str | None = None,
+    cache_device: torch.device | str | None = None,
     cuda_graphs: bool = True,
     forwards_per_step: int = 1,
 ) -> PABHandle:
@@ -272,11 +294,18 @@ def accelerate(
     config : PABConfig
     linear_precision : {"fp8", "fp8-all"}, optional
         Instead of the config's.
+    cache_dtype : {"fp8", "int8"}, optional
+        Instead of the config's.
     cuda_graphs : bool
         On a GPU, replay each `StepVariant` from a captured graph.
     forwards_per_step : int
         How often the transformer is called in a denoising step: 1 where guidance doubles the batch, 2 where the
         conditional and the unconditional half are called one after the other. Each has a cache of its own.
+    cache_device : torch.device or str, optional
+        "cpu" keeps the slots in pinned host memory, with a few staging tensors on the GPU, from which they are copied
+        to and fro beside the computation. It pays where attention costs more than its output's way over PCIe: much
+        for the full attention of Open-Sora-Plan 1.2, little or nothing for cross-attention and short sequences. By
+        default slots lie with the transformer.
 
     Returns
     -------
@@ -287,11 +316,13 @@ def accelerate(
     ------
     TypeError, ValueError
         The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
-        linears, hooks, unknown attention processors) that the executor would skip over; the message names them. Or
-        `linear_precision` is fp8 on a device without fp8 tensor cores.
+        linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
+        Or an argument is out of range, or `linear_precision` is fp8 on a device without fp8 tensor cores.
     """
-    if linear_precision is not None:
-        config = dataclasses.replace(config, linear_precision=linear_precision)
+    given = {"linear_precision": linear_precision, "cache_dtype": cache_dtype}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if changes and isinstance(config, PABConfig):
+        config = dataclasses.replace(config, **changes)
     if isinstance(target, nn.Module):
         pipeline, transformer = None, target
     elif isinstance(getattr(target, "transformer", None), nn.Module) and hasattr(target, "scheduler"):
@@ -300,4 +331,11 @@ def accelerate(
         raise TypeError(
             f"target: got {type(target).__name__}, must be a transformer or a pipeline with one and a scheduler"
         )
-    return PABHandle(transformer, config, pipeline, cuda_graphs=cuda_graphs, forwards_per_step=forwards_per_step)
+    return PABHandle(
+        transformer,
+        config,
+        pipeline,
+        cuda_graphs=cuda_graphs,
+        forwards_per_step=forwards_per_step,
+        cache_device=cache_device,
+    )

@@ -90,6 +90,21 @@ class Schedule(Sequence[StepVariant]):
     def __getitem__(self, index: int | slice) -> StepVariant | tuple[StepVariant, ...]:
         return self._steps[index]
 
+    def mlp_alive(self, kind: str, index: int) -> frozenset[int]:
+        """The calls at which the slot of an MLP is in use: from the one that writes it to the last that reads it.
+
+        `kind` ("spatial" or "temporal") and `index` name the block.
+        """
+        alive: set[int] = set()
+        written = 0
+        for call, step in enumerate(self._steps):
+            if index in step.mlp(kind).keep:
+                written = call
+                alive.add(call)
+            elif index in step.mlp(kind).broadcast:
+                alive.update(range(written, call + 1))
+        return frozenset(alive)
+
     def broadcast_count(self, kind: str) -> int:
         """Number of calls on which attention of `kind` is broadcast."""
         return sum(getattr(step, kind) for step in self._steps)

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pab_kernels.branches import TextKV
 from pab_kernels.cache import BroadcastCache
-from pab_kernels.config import PABConfig
 from pab_kernels.executor import BlockStack, Executor
 from pab_kernels.graphs import StepGraphs
 from pab_kernels.models.adapter import Adapter, Call
-from pab_kernels.schedule import StepVariant
+from pab_kernels.schedule import Schedule, StepVariant
 
 TEXT_PADDING = 64
 """For graphs, text is padded to a multiple of this many tokens."""
@@ -28,16 +27,27 @@ class Workspace:
     adapter : Adapter
     stack : BlockStack
         The adapter's, or the same with linears in fp8.
-    config : PABConfig
+    schedule : Schedule
+        Of the first run.
     call : Call
         The first call; its shape is that of all.
     cuda_graphs : bool
         Replay steps from graphs where the device allows it.
+    cache_device : torch.device
+        Where the slots lie; see `BroadcastCache`.
     """
 
-    def __init__(self, adapter: Adapter, stack: BlockStack, config: PABConfig, call: Call, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        stack: BlockStack,
+        schedule: Schedule,
+        call: Call,
+        cuda_graphs: bool,
+        cache_device: torch.device,
+    ) -> None:
         self._adapter = adapter
-        self._executor = Executor(stack, config, call.shape, call.groups)
+        self._executor = Executor(stack, schedule, call.shape, call.groups, cache_device)
         self._latents_shape = call.tensors["latents"].shape
         self._text: list[TextKV | None] = []
         self._text_shape: torch.Size | None = None
@@ -65,6 +75,10 @@ class Workspace:
         """Whether `call` has the shape that this workspace is for."""
         same = (self._executor.shape, self._executor.groups) == (call.shape, call.groups)
         return same and self._latents_shape == call.tensors["latents"].shape
+
+    def serves(self, schedule: Schedule) -> bool:
+        """Whether a run of this plan needs the slots that there are."""
+        return self._adapter.stack.storage(schedule) == self.cache.storage
 
     def begin_run(self) -> None:
         """Forget every slot's content, and which text was last seen."""

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from pab_kernels.models import checkpoints
+from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import FAMILIES
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
@@ -63,6 +64,8 @@ def save_text(text: T5Text, folder: Path) -> None:
 
 
 def tiny_pipeline(family: str, vae: Any = None, **overrides: Any) -> Any:
-    """Open-Sora or Open-Sora-Plan with the tiny T5."""
+    """Open-Sora or Open-Sora-Plan with the tiny T5; Latte with random text."""
+    if family == "latte":
+        return LatteLatents(tiny_transformer(family, **overrides))
     cls = OpenSoraPipeline if family == "open_sora" else OpenSoraPlanPipeline
     return cls(tiny_transformer(family, **overrides), tiny_text(), vae)

@@ -96,6 +96,8 @@ def test_info_names_versions_and_backends():
         (["--model", "latte", "--prompts", "2"], "84 slots .* 11.8"),
         (["--model", "open_sora_plan", "--size", "29x480p"], "64 slots .* 5.3"),
         (["--model", "open_sora_plan", "--size", "65x512x512", "--dtype", "float32"], "84 slots .* 12.6"),
+        (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "staging of 112 slots .* 0.4"),
+        (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "slots in host memory .* 11.5"),
     ],
 )
 def test_info_tells_memory(arguments, slots):
@@ -113,6 +115,7 @@ def test_info_tells_memory(arguments, slots):
         (["--model", "open_sora", "--size", "29x480p"], "size: got '29x480p' for open_sora"),
         (["--model", "latte", "--pab", "nothing"], "pab: got 'nothing'"),
         (["--model", "latte", "--dtype", "int8"], "dtype: got 'int8'"),
+        (["--model", "latte", "--cache-device", "disk"], "cache_device: got 'disk', must be cpu or cuda"),
     ],
 )
 def test_info_refuses(arguments, message):
@@ -247,11 +250,14 @@ def test_generate_refuses_a_gpu_that_is_not_there():
 def test_generate_refuses_a_run_that_does_not_fit(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (40 * 2**30, 80 * 2**30))
+    monkeypatch.setattr("pab_kernels.memory.available_host_memory", lambda: 64 * 2**30)
     line = refused(
         *("generate", "--model", "open_sora", "--resolution", "480p", "--duration", "8s", "--random-weights"),
         *("--device", "cuda", "--output", tmp_path / "v.mp4"),
     )
-    assert re.search(r"needs 51\.\d GiB .* 45.9 in 112 slots.* but 40.0 GiB are free.* --duration 4s", line)
+    assert re.search(
+        r"needs 51\.\d GiB .* 45.9 in 112 slots.* but 40.0 GiB are free.* --cache-device cpu .* --duration 4s", line
+    )
 
 
 # verify

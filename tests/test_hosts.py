@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pab_kernels import PABConfig, accelerate
 from pab_kernels.models.checkpoints import CLASSES
 from pab_kernels.models.hosts import OpenSoraPlanV110, OpenSoraPlanV120, STDiT3
 from pab_kernels.models.hosts.layers import rotate
@@ -200,18 +202,29 @@ def test_unsupported_settings_raise(family: str, overrides: dict[str, Any], matc
         small(family, **overrides)
 
 
+@pytest.mark.parametrize("accelerated", [False, True], ids=["host", "runtime"])
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
-def test_misshapen_inputs_raise(family: str) -> None:
+def test_misshapen_inputs_raise(family: str, accelerated: bool) -> None:
     model = small(family)
     x, t, y = inputs()
-    with pytest.raises(ValueError, match="timestep"):
-        predict(model, x, t[:1], y)
-    with pytest.raises(ValueError, match=r"y|encoder_hidden_states"):
-        predict(model, x, t, y[:, 0])
-    with pytest.raises(ValueError, match="mask"):
-        predict(model, x, t, y, torch.ones(2, 6))
-    with pytest.raises(ValueError, match="mask"):
-        predict(model, x, t, y, torch.ones(3, 7))
+    latent = "x" if family == "open_sora" else "hidden_states"
+    text, mask = ("y", "mask") if family == "open_sora" else ("encoder_hidden_states", "encoder_attention_mask")
+    with accelerate(model, PABConfig()) if accelerated else nullcontext() as handle:
+        if handle is not None:
+            handle.begin([700.5])
+        for arguments, name in (
+            ((x[:, :3], t, y), latent),
+            ((x[:, :, 0], t, y), latent),
+            ((x, t[:1], y), "timestep"),
+            ((x, t, y[:, 0]), text),
+            ((x, t, y[:1]), text),
+            ((x, t, y[..., :3]), text),
+            ((x, t, y, torch.ones(2, 6)), mask),
+            ((x, t, y, torch.ones(3, 7)), mask),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: (shape is|has 3 rows)"):
+                predict(model, *arguments)
+        assert predict(model, x, t, y).isfinite().all(), "a refused call leaves the run as it was"
 
 
 @pytest.mark.parametrize("family", ["open_sora_plan_v110", "open_sora_plan_v120"])

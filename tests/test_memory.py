@@ -1,11 +1,14 @@
 """Memory told from shapes alone: against the published slot sizes, and against what a run really holds."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from pab_kernels import PABConfig, accelerate
+from pab_kernels import PABConfig, accelerate, cache
 from pab_kernels.memory import ModelShape, PlannedRun, check_fits, estimate, gib, smaller_runs
 from pab_kernels.pipelines.sizes import family_size, open_sora_size
+from pab_kernels.slots import STAGES, HostSlots
 from tests.pipeline_tools import SMALLEST, TINY, tiny_pipeline
 
 
@@ -53,16 +56,22 @@ def test_kinds_and_blocks_that_never_broadcast_have_no_slots():
     assert estimate(planned("open_sora", config=some)).slot_count == 7
 
 
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
 @pytest.mark.parametrize("family", ["open_sora", "open_sora_plan_v110", "open_sora_plan_v120"])
-def test_what_a_run_holds_is_what_was_told(family):
+def test_what_a_run_holds_is_what_was_told(family, on_host, monkeypatch):
+    if on_host:  # on a CPU: staging tensors as a GPU has them
+        monkeypatch.setattr(cache, "DeviceSlots", HostSlots)
     pipe = tiny_pipeline(family)
     config = PABConfig.preset(family)
     size = open_sora_size(**SMALLEST) if family == "open_sora" else pipe.size()
-    told = estimate(PlannedRun(family, size, config, 4, torch.float32), ModelShape.of(family, **TINY[family]))
+    planned_run = PlannedRun(family, size, config, 4, torch.float32, on_host)
+    told = estimate(planned_run, ModelShape.of(family, **TINY[family]))
     with accelerate(pipe, config) as handle:
         pipe(["a cat", "a dog"], num_inference_steps=4, **(SMALLEST if family == "open_sora" else {}))
         report = handle.report()
     assert told.slots == report.cache_bytes
+    assert told.host == report.host_bytes
+    assert (told.host > 0) == on_host
     assert told.slot_count == report.slots
     tensors = (*pipe.transformer.parameters(), *pipe.transformer.buffers())
     assert told.weights == sum(tensor.nbytes for tensor in tensors)
@@ -96,6 +105,24 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would():
         assert advice in message
     assert "--duration 16s" not in message
     assert "_block of [0, 14]" in message
+
+
+def test_slots_in_host_memory_are_a_remedy_where_the_host_has_room():
+    run = planned("open_sora", resolution="480p", duration="8s")
+    on_host = dataclasses.replace(run, cache_on_host=True)
+    need, moved = estimate(run), estimate(on_host)
+    assert moved.host == 112 * run.rows * 60 * 1590 * 1152 * 2
+    assert moved.total == need.total - moved.host * (112 - STAGES) // 112
+    room = need.total - 2**30
+    with pytest.raises(
+        ValueError, match=r"fit: --cache-device cpu \(\d+\.\d GiB and 45\.9 in host memory\); no spatial"
+    ):
+        check_fits(run, room, host_free=moved.host)
+    with pytest.raises(ValueError, match="fit: no spatial"):
+        check_fits(run, room, host_free=moved.host - 1)
+    assert check_fits(on_host, room, host_free=moved.host) == moved
+    with pytest.raises(ValueError, match=r"and 45\.9 GiB of host memory, of which 1\.0 are free.* fit: .*--pab off"):
+        check_fits(on_host, 79 * 2**30, host_free=2**30)
 
 
 def test_what_lies_beside_the_run_counts():

@@ -1,9 +1,11 @@
 """Open-Sora's and Open-Sora-Plan's pipelines, on tiny transformers and a tiny T5."""
 
+import io
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 from safetensors.torch import save_file
@@ -264,7 +266,7 @@ def test_callbacks_see_every_call_and_may_change_the_latents():
 # Bad input
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "latte"])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -272,7 +274,7 @@ def test_callbacks_see_every_call_and_may_change_the_latents():
         ({"prompt": PROMPTS, "seed": [1]}, "seed must be a single value or one for each of 2 prompts, got 1"),
         ({"prompt": PROMPTS, "negative_prompt": ["a"] * 3}, "negative_prompt .* got 3"),
         ({"num_inference_steps": 1001}, r"num_inference_steps must be in \[1, 1000\], got 1001"),
-        ({"prompt": "a " * 600}, "prompt: 'a a .*' has 60.* tokens, must have at most (300|512)"),
+        ({"prompt": "a " * 600}, "prompt: 'a a .*' has 60.* tokens, must have at most (120|300|512)"),
     ],
     ids=["no prompt", "seeds", "negatives", "steps", "long prompt"],
 )
@@ -377,6 +379,29 @@ def test_a_pipeline_loads_from_folders(family, tmp_path):
     assert text_encoder_bytes(source, torch.bfloat16) == 2 * sum(p.numel() for p in pipe.text_encoder.parameters())
     assert pipe.tokenizer is not None
     assert next(pipe.to(torch.bfloat16).text_encoder.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["open_sora", "open_sora_plan_v120"])
+def test_a_text_encoder_loads_from_the_sentencepiece_file_of_its_release(family, tmp_path):
+    """The released T5 and mT5 have no tokenizer.json, so that transformers needs sentencepiece and protobuf."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat runs over the hill", "a dog runs at night"] * 50),
+        model_writer=model,
+        vocab_size=21,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    tiny_text().encoder.save_pretrained(tmp_path)
+    text = load_text(family, tmp_path, dtype=torch.float32, device="cpu")
+    ids = text.tokenizer("a cat")["input_ids"]
+    assert text.tokenizer.convert_ids_to_tokens(ids)[-1] == "</s>"
+    assert text.tokenizer.decode(ids, skip_special_tokens=True) == "a cat"
 
 
 def test_plan_weights_lie_in_a_folder_for_each_size(tmp_path):

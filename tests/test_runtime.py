@@ -327,10 +327,17 @@ def test_what_the_executor_would_skip_over_is_refused(spoil, words):
         ({"latents": torch.randn(2, 4, FRAMES, 7, 8)}, "patch size 2"),
         ({"latents": torch.randn(2, 4, 2, 8, 8)}, "2 frames, must be 3"),
         ({"latents": torch.randn(2, 4, FRAMES, 8, 8).double()}, "torch.float64"),
+        (
+            {"encoder_hidden_states": torch.randn(5, 6)},
+            r"encoder_hidden_states: shape is \[5, 6\], must be \[2, L, 6\]",
+        ),
+        ({"encoder_hidden_states": torch.randn(1, 5, 6)}, "encoder_hidden_states: shape"),
+        ({"encoder_hidden_states": torch.randn(2, 5, 7)}, "encoder_hidden_states: shape"),
+        ({"timestep": torch.ones(3)}, r"timestep: shape is \[3\], must be \[2\]"),
         ({"encoder_attention_mask": torch.ones(2, 5)}, "encoder_attention_mask"),
         ({"enable_temporal_attentions": False}, "enable_temporal_attentions"),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_unsupported_calls_are_named(arguments, match):
     model = tiny_latte()
@@ -339,7 +346,7 @@ def test_unsupported_calls_are_named(arguments, match):
     with accelerate(model, PABConfig()) as handle:
         handle.begin(TIMESTEPS)
         with pytest.raises(ValueError, match=match):
-            model(latents, timestep=torch.tensor([5.0, 5.0]), encoder_hidden_states=text, **arguments)
+            model(latents, **{"timestep": torch.tensor([5.0, 5.0]), "encoder_hidden_states": text, **arguments})
 
 
 @pytest.mark.parametrize("target", [object(), nn.Linear(2, 2), None])

@@ -292,27 +292,7 @@ class OpenSoraPlanV120(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the noise of a latent.
-
-        Parameters
-        ----------
-        hidden_states : [B, in_channels, T, H, W]
-            H and W are multiples of the patch size.
-        timestep : [B]
-        encoder_hidden_states : [B, 1, L, caption_channels]
-            Text embedding.
-        encoder_attention_mask : [B, 1, L] or [B, L], optional
-            One for real tokens, zero for padding.
-
-        Returns
-        -------
-        ``.sample`` (or a tuple of one): [B, out_channels, T, H, W].
-
-        Raises
-        ------
-        ValueError
-            Where a shape does not fit.
-        """
+        """Predict the noise of a latent of any number of frames; otherwise as `OpenSoraPlanV110.forward`."""
         check_inputs(self.config, "T", hidden_states, timestep, encoder_hidden_states)
         batch, _, t, h, w = hidden_states.shape
         patch = self.patch_size
