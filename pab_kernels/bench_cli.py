@@ -40,8 +40,8 @@ def bench(
     runs: Annotated[
         str | None,
         typer.Option(
-            help="Contenders, separated by commas: eager,compile,plain,hook,runtime,runtime+pab, "
-            "runtime-fp8,runtime-fp8+pab (these two where there are fp8 tensor cores)."
+            help="Contenders, separated by commas: eager,compile,plain,hook,runtime,runtime+pab,runtime+pab8 (slots in "
+            "fp8), and with linears in fp8, where the GPU can, runtime-fp8,runtime-fp8+pab,runtime-fp8+pab8."
         ),
     ] = None,
     compile_host: Annotated[bool, typer.Option("--compile", help="Also run the host under torch.compile.")] = False,

@@ -89,7 +89,7 @@ def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
         With `error` set if the contender failed: one that fails must not cost the others their turn.
     """
     contender, device, result = CONTENDERS[name], problem.device, Timing(name)
-    config = problem.settings(contender)
+    config = problem.settings(contender.pab)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -190,7 +190,7 @@ def measure_floor(problem: Problem, *, fp8: bool = False) -> Floor:
         shape = (2, *problem.workload.grid, stack.blocks[0].table.shape[-1])
         without, with_pab = (
             run_work(stack, Schedule(config, problem.timesteps), shape, problem.workload.text_used)
-            for config in (PABConfig(), problem.config)
+            for config in (problem.settings(False), problem.settings(True))
         )
         on_gpu = problem.device.type == "cuda"
         seconds = 0.1 if on_gpu else 0.01

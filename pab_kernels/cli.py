@@ -20,6 +20,7 @@ from pab_kernels.config import PRESETS, PABConfig
 
 if TYPE_CHECKING:
     from pab_kernels.generate import Generated
+    from pab_kernels.memory import PlannedRun
 
 DEMO_PROMPT = "a red circle moves right over a striped background"
 
@@ -47,6 +48,11 @@ Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360
 Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames, a multiple of 17.")]
 Aspect = Annotated[str | None, typer.Option(help="Open-Sora, height to width: 9:16 (wide), 16:9 (tall), 1:1, ...")]
 CacheDevice = Annotated[str | None, typer.Option(help="cpu keeps PAB's slots in pinned host memory.")]
+CacheDtype = Annotated[str | None, typer.Option(help="fp8 or int8: PAB's slots in half the memory.")]
+LinearPrecision = Annotated[
+    str | None,
+    typer.Option(help="fp8: the blocks' linears in fp8 where that is faster; fp8-all: all of them, measured or not."),
+]
 Size = Annotated[str | None, typer.Option(help="Open-Sora-Plan: 65x512x512, 221x512x512; 29x480p, 93x480p, ...")]
 
 
@@ -61,13 +67,16 @@ def info(
     prompts: Annotated[int, typer.Option(min=1, help="Videos in a batch; guidance doubles them.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     cache_device: CacheDevice = None,
+    cache_dtype: CacheDtype = None,
+    linear_precision: LinearPrecision = None,
 ) -> None:
     """Print versions, GPU and backends; or memory: pab info --model open_sora --resolution 480p --duration 8s"""
     from pab_kernels import info as about
 
     if model is not None:
         with _clean_errors():
-            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device)
+            small = {"cache_dtype": cache_dtype, "linear_precision": linear_precision}
+            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device, small)
         return
     for name, version in about.versions().items():
         console.print(f"{name:14} {version}", highlight=False)
@@ -88,6 +97,7 @@ def _print_memory(
     prompts: int,
     dtype: str,
     cache_device: str | None,
+    small: dict[str, str | None],
 ) -> None:
     from pab_kernels import generate as generation
     from pab_kernels import memory
@@ -98,9 +108,10 @@ def _print_memory(
     video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
     if video is None:
         raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
-    config = generation.pab_settings(pab or family) or PABConfig()
+    config = generation.pab_settings(pab or family, **small) or PABConfig()
     on_host = _on_host(cache_device)
-    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, _dtype(dtype), on_host))
+    run = memory.PlannedRun(family, video, config, 2 * prompts, _dtype(dtype), on_host)
+    need = memory.estimate(run)
     console.print(
         f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}", highlight=False
     )
@@ -115,6 +126,23 @@ def _print_memory(
         table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
     console.print("Without text encoder and VAE.")
+    if config.linear_precision is not None:
+        _print_fp8(run)
+
+
+def _print_fp8(run: PlannedRun) -> None:
+    from pab_kernels import memory
+
+    trials = memory.fp8_trials(run)
+    if isinstance(trials, str):
+        console.print(f"No linears in fp8: {trials}")
+        return
+    table = Table("layer", "rows", "channels", "features", str(run.dtype), "fp8", "runs in fp8")
+    for shape, trial in trials.items():
+        sizes = map(str, (shape.rows, shape.channels, shape.features))
+        times = f"{trial.plain_ms:.3f} ms", f"{trial.fp8_ms:.3f} ms"
+        table.add_row(shape.layer, *sizes, *times, "yes" if trial.pays else "no")
+    console.print(table)
 
 
 @app.command()
@@ -210,6 +238,8 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, float32 on cpu.")] = None,
     cache_device: CacheDevice = None,
+    cache_dtype: CacheDtype = None,
+    linear_precision: LinearPrecision = None,
 ) -> None:
     """Generate videos. Example: pab generate --prompt "a blue star moves up" --compare"""
     import torch
@@ -233,7 +263,7 @@ def generate(
             video,
         )
         pab = defaults.preset if pab is None else pab
-        config = generation.pab_settings(pab)
+        config = generation.pab_settings(pab, cache_dtype=cache_dtype, linear_precision=linear_precision)
         if compare and config is None:
             raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -250,7 +280,7 @@ def generate(
                 task = progress.add_task(name, total=request.steps)
                 show = partial(_show_progress, progress, task)
                 results[name] = generation.generate(pipe, request, settings, show, cache_device)
-        for path in generation.save(results, request, pipe, pab, output):
+        for path in generation.save(results, request, pipe, config, output):
             console.print(f"wrote {path}")
         _print_results(results)
 

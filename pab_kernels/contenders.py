@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ class Problem:
         host, inputs = workload.host(device, dtype), workload.inputs(device, dtype, steps)
         return cls(workload, host, inputs, timesteps, config, dtype, device, compile_scope, cache_device)
 
-    def settings(self, contender: Contender) -> PABConfig:
-        """The settings of a contender."""
-        return dataclasses.replace(self.config if contender.pab else PABConfig(), **contender.changes)
+    def settings(self, pab: bool) -> PABConfig:
+        """The settings of a contender with PAB, or without."""
+        return self.config if pab else PABConfig()
 
 
 @dataclass
@@ -67,18 +67,13 @@ class Session:
 
 @dataclass(frozen=True)
 class Contender:
-    """One form of the run. `like` is the contender whose result it should come near; `changes` are to the settings."""
+    """One form of the run. `like` is the contender whose result it should come near; `fp8` linears few devices have."""
 
     label: str
     pab: bool
     like: str
     open: Callable[[Problem, PABConfig], AbstractContextManager[Session]]
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def fp8(self) -> bool:
-        """Whether its linears are in fp8, which few devices can."""
-        return "linear_precision" in self.changes
+    fp8: bool = False
 
 
 @contextmanager
@@ -150,12 +145,12 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 
 @contextmanager
-def _runtime(problem: Problem, config: PABConfig) -> Iterator[Session]:
-    with accelerate(problem.host, config, cache_device=problem.cache_device) as handle:
+def _runtime(problem: Problem, config: PABConfig, **options: Any) -> Iterator[Session]:
+    with accelerate(problem.host, config, cache_device=problem.cache_device, **options) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 
 
-FP8 = {"linear_precision": "fp8"}
+_fp8 = partial(_runtime, linear_precision="fp8")
 CONTENDERS: dict[str, Contender] = {
     "eager": Contender("host, eager", False, "eager", _eager),
     "compile": Contender("host, torch.compile", False, "eager", _compiled),
@@ -163,7 +158,11 @@ CONTENDERS: dict[str, Contender] = {
     "hook": Contender("PAB, diffusers' hook", True, "plain", _diffusers_hook),
     "runtime": Contender("this runtime, no PAB", False, "eager", _runtime),
     "runtime+pab": Contender("this runtime, PAB", True, "plain", _runtime),
-    "runtime-fp8": Contender("fp8 linears, no PAB", False, "runtime", _runtime, FP8),
-    "runtime-fp8+pab": Contender("fp8 linears, PAB", True, "runtime+pab", _runtime, FP8),
+    "runtime+pab8": Contender("PAB, slots in fp8", True, "runtime+pab", partial(_runtime, cache_dtype="fp8")),
+    "runtime-fp8": Contender("linears in fp8, no PAB", False, "runtime", _fp8, fp8=True),
+    "runtime-fp8+pab": Contender("linears in fp8, PAB", True, "runtime+pab", _fp8, fp8=True),
+    "runtime-fp8+pab8": Contender(
+        "linears and slots in fp8", True, "runtime+pab", partial(_fp8, cache_dtype="fp8"), fp8=True
+    ),
 }
 """In the order in which they run."""

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,8 @@ class Fp8Linears:
         Patterns (`fnmatch`) of layers that stay as they are. A layer is called ``{kind}.{index}.{layer}``, such as
         "spatial.0.qkv", "temporal.27.mlp", "spatial.3.cross.q".
     measure : bool
-        Only where it is faster, by a measurement of each shape; otherwise everywhere.
+        Only where it is faster, by a measurement of each shape; otherwise everywhere, also at sizes that are no
+        multiples of 16, where the reference does what no GEMM can.
 
     Raises
     ------
@@ -102,7 +104,7 @@ class Fp8Linears:
                 if any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
                     continue
                 weights = layer_weights(block, layer)
-                if fits_fp8(weights) and (not self._measure or self._trial(block, layer, rows).pays):
+                if not self._measure or (fits_fp8(weights) and self._trial(block, layer, rows).pays):
                     key = (position, layer)
                     if key not in self._quantized:
                         self._quantized[key] = quantize_layer(weights)
@@ -170,6 +172,54 @@ def quantize_layer(weights: Weights) -> Weights:
     if isinstance(weights, CrossAttention):
         return dataclasses.replace(weights, q=of(weights.q))
     return dataclasses.replace(weights, qkv=of(weights.qkv))
+
+
+def layer_bytes(weights: Weights) -> int:
+    """What a layer's weights take in fp8: a byte an element, and a scale of 4 for each output channel."""
+    parts = (weights.up, weights.down) if isinstance(weights, Mlp) else (first_linear(weights),)
+    return sum(part.weight.shape.numel() + 4 * part.weight.shape[0] for part in parts)
+
+
+def count_fp8(stack: BlockStack) -> dict[str, int]:
+    """In how many blocks each layer runs in fp8; only those that do."""
+    found = Counter(
+        layer
+        for block in stack.blocks
+        for layer in layer_names(block).values()
+        if isinstance(first_linear(layer_weights(block, layer)), Fp8Linear)
+    )
+    return {layer: found[layer] for layer in LAYERS if found[layer]}
+
+
+def measure_shapes(stack: BlockStack, rows: int, device: torch.device, dtype: torch.dtype) -> dict[Shape, Trial]:
+    """What a model's layers take both ways, for each shape once; its weights may be on the meta device.
+
+    Raises
+    ------
+    ValueError
+        As `Fp8Linears`.
+    """
+    kinds = {block.kind: block for block in reversed(stack.blocks)}
+    blocks = tuple(_random_block(block, {"device": device, "dtype": dtype}) for block in kinds.values())
+    linears = Fp8Linears(dataclasses.replace(stack, blocks=blocks))
+    linears.at(rows)
+    return linears.trials
+
+
+def _random_block(block: Block, options: dict[str, Any]) -> Block:
+    """The block with random weights of other device and dtype."""
+
+    def of(part: Linear | Fp8Linear) -> Linear:
+        features, channels = part.weight.shape
+        return Linear(torch.randn(features, channels, **options) * channels**-0.5, torch.zeros(features, **options))
+
+    return dataclasses.replace(
+        block,
+        table=torch.zeros(block.table.shape, **options),
+        attention=dataclasses.replace(block.attention, qkv=of(block.attention.qkv)),
+        cross=None if block.cross is None else dataclasses.replace(block.cross, q=of(block.cross.q)),
+        mlp=Mlp(of(block.mlp.up), of(block.mlp.down)),
+    )
 
 
 def replace_layer(block: Block, layer: str, weights: Weights) -> Block:

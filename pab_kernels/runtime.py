@@ -18,7 +18,7 @@ from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Call
-from pab_kernels.precision import Fp8Linears
+from pab_kernels.precision import Fp8Linears, count_fp8
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.workspace import Workspace
 
@@ -35,6 +35,8 @@ class Report:
     """On the transformer's device."""
     host_bytes: int
     """Of slots in pinned host memory."""
+    fp8: dict[str, int]
+    """In how many blocks each layer runs in fp8."""
     graphs: int
     eager: str | None
     """Why steps run without CUDA graphs, None where they have them."""
@@ -49,6 +51,8 @@ class Report:
         graphs = f"{self.graphs} CUDA graphs" if self.eager is None else f"no CUDA graphs: {self.eager}"
         host = f" and {self.host_bytes / 2**20:.1f} MiB in host memory" if self.host_bytes else ""
         lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB{host}; {graphs}")
+        if self.fp8:
+            lines.append(f"  in fp8: {', '.join(f'{layer} of {count} blocks' for layer, count in self.fp8.items())}")
         for name, (count, seconds) in self.seconds.items():
             lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
         return "\n".join(lines)
@@ -184,6 +188,7 @@ class PABHandle:
             slots=sum(map(len, self.caches)),
             cache_bytes=sum(cache.nbytes for cache in self.caches),
             host_bytes=sum(cache.host_bytes for cache in self.caches),
+            fp8=next((count_fp8(workspace.stack) for workspace in workspaces), {}),
             graphs=sum(workspace.graphs for workspace in workspaces),
             eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
             seconds=seconds,

@@ -67,6 +67,11 @@ class Workspace:
         return self._executor.cache
 
     @property
+    def stack(self) -> BlockStack:
+        """The blocks as they run."""
+        return self._executor.stack
+
+    @property
     def graphs(self) -> int:
         """How many graphs are captured."""
         return 0 if self._graphs is None else len(self._graphs)

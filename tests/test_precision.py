@@ -14,9 +14,14 @@ from pab_kernels.models import adapter_for
 from pab_kernels.precision import Fp8Linears, Shape, Trial
 
 from .latte_tools import call, inputs, tiny_latte
+from .test_slots import CONFIGS, gpu_latte, gpu_run
 
 TIMESTEPS = [900.0, 700.0, 600.0]
 PAB: dict[str, Any] = {"spatial_broadcast": True, "spatial_threshold": (100, 800), "spatial_range": 2}
+
+
+def has_fp8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 @pytest.fixture
@@ -93,10 +98,12 @@ def test_a_shape_is_measured_once_and_decides(model, monkeypatch):
 
 
 @pytest.mark.usefixtures("_any_device")
-def test_sizes_that_do_not_fit_stay(monkeypatch):
+def test_sizes_that_do_not_fit_stay_where_fp8_must_pay(monkeypatch):
     model = tiny_latte(heads=3).bfloat16()  # 24 channels
-    linears = Fp8Linears(adapter_for(model).stack, measure=False)
-    assert all(isinstance(block.mlp.up, Linear) for block in linears.at(4).blocks)
+    stack = adapter_for(model).stack
+    monkeypatch.setattr(precision, "measure", lambda block, layer, rows: Trial(2.0, 1.0))
+    assert all(isinstance(block.mlp.up, Linear) for block in Fp8Linears(stack).at(4).blocks)
+    assert all(isinstance(block.mlp.up, Fp8Linear) for block in Fp8Linears(stack, measure=False).at(4).blocks)
 
 
 def test_errors(model, monkeypatch):
@@ -129,3 +136,34 @@ def test_fused_attention_in_fp8():
         weights = SelfAttention(part, proj, 2, "spatial")
         results.append(fused_pab_attention(x, weights, modulation, slot, kind="spatial", broadcast=False))
     assert 1e-4 < error(results[1], results[0]) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8(), reason="no GPU with fp8 tensor cores")
+@pytest.mark.parametrize("cache_dtype", [None, "fp8", "int8"])
+def test_on_a_gpu(cache_dtype, device):
+    """All linears in fp8 with each kind of slot: graphs repeat the eager steps bit for bit, near those in bfloat16."""
+    model = gpu_latte()
+    config = CONFIGS["attention"]
+    with accelerate(model, config) as handle:
+        expected = gpu_run(model, handle)
+    options: dict[str, Any] = {"linear_precision": "fp8-all", "cache_dtype": cache_dtype}
+    with accelerate(model, config, cuda_graphs=False, **options) as handle:
+        result = gpu_run(model, handle)
+        assert handle.report().fp8 == {"qkv": 6, "cross.q": 3, "mlp": 6}
+    assert 1e-3 < error(result, expected) < 0.1
+    with accelerate(model, config, **options) as handle:
+        for _ in range(3):
+            assert torch.equal(gpu_run(model, handle), result)
+        assert handle.report().eager is None
+        assert handle.report().graphs > 1
+    with accelerate(model, config, cache_device="cpu", **options) as handle:
+        assert torch.equal(gpu_run(model, handle), result)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8(), reason="no GPU with fp8 tensor cores")
+def test_on_a_gpu_shapes_are_measured(device):
+    trials = precision.measure_shapes(adapter_for(gpu_latte()).stack, 4096, torch.device(device), torch.bfloat16)
+    assert {shape.layer for shape in trials} == {"qkv", "cross.q", "mlp"}
+    assert all(trial.plain_ms > 0 and trial.fp8_ms > 0 for trial in trials.values())

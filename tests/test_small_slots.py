@@ -58,7 +58,10 @@ def test_a_slot_holds_what_was_computed(dtype):
             kept.append({key: slots.slots.read(key) for key in slots})
     assert len(kept[0]) == 6
     for key, wide in kept[0].items():
-        check_rows(kept[1][key], wide, atol=0)
+        narrow = kept[1][key]
+        assert isinstance(narrow, Quantized)
+        assert isinstance(wide, Tensor)
+        check_rows(narrow, wide, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,7 +71,7 @@ def test_fused_attention_with_a_small_slot(dtype):
     weights = SelfAttention(qkv, proj, 2, "temporal")
     modulation: Any = tuple(torch.randn(2, 16) for _ in range(3))
     first, later = torch.randn(2, 2, 3, 5, 16)
-    results = []
+    results: list[Any] = []
     for value in (torch.full((2, 3, 5, 16), float("nan")), poisoned((2, 3, 5, 16), dtype)):
         slot = Slot(value, torch.empty(2, 16))
         with pytest.raises(ValueError, match="slot: not written in this run"):
