@@ -29,7 +29,7 @@ from pab_kernels.demo.captions import evaluation_prompts
 from pab_kernels.demo.evaluate import accuracy, generate
 from pab_kernels.pipelines.demo import DemoPipeline
 
-PROMPTS = 32
+PROMPTS = 16
 PAB = PABConfig.preset("latte")
 FP8: dict[str, Any] = {"linear_precision": "fp8-all"}
 FORMS = {

@@ -177,7 +177,7 @@ def schedule(
         )
         if plot is not None:
             figures.plot_schedule(plan, plot, f"{name}, {steps} steps")
-            console.print(f"wrote {plot}")
+            console.print(f"wrote {plot}", soft_wrap=True)
 
 
 @app.command()
@@ -281,7 +281,7 @@ def generate(
                 show = partial(_show_progress, progress, task)
                 results[name] = generation.generate(pipe, request, settings, show, cache_device)
         for path in generation.save(results, request, pipe, config, output):
-            console.print(f"wrote {path}")
+            console.print(f"wrote {path}", soft_wrap=True)
         _print_results(results)
 
 

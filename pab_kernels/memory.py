@@ -229,8 +229,6 @@ def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
     on = [kind for kind in KINDS if getattr(run.config, f"{kind}_broadcast")]
     if on and not run.cache_on_host:
         yield "--cache-device cpu", dataclasses.replace(run, cache_on_host=True)
-    if on and run.config.cache_dtype is None:
-        yield "--cache-dtype fp8", _with(run, cache_dtype="fp8")
     if len(on) > 1:
         for kind in on:
             yield f"no {kind}_broadcast", _with(run, **{f"{kind}_broadcast": False})
@@ -238,6 +236,8 @@ def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
         if on:
             blocks = {f"{kind}_block": (0, count) for kind in on}
             yield f"{', '.join(blocks)} of [0, {count}]", _with(run, **blocks)
+    if on and run.config.cache_dtype is None:
+        yield "--cache-dtype fp8", _with(run, cache_dtype="fp8")
     if on:
         yield "--pab off", dataclasses.replace(run, config=PABConfig())
     if run.rows > 2:

@@ -308,9 +308,9 @@ def accelerate(
         conditional and the unconditional half are called one after the other. Each has a cache of its own.
     cache_device : torch.device or str, optional
         "cpu" keeps the slots in pinned host memory, with a few staging tensors on the GPU, from which they are copied
-        to and fro beside the computation. It pays where attention costs more than its output's way over PCIe: much
-        for the full attention of Open-Sora-Plan 1.2, little or nothing for cross-attention and short sequences. By
-        default slots lie with the transformer.
+        to and fro beside the computation. Broadcasting then saves time only where computing attention takes longer
+        than moving its output over PCIe, as full attention over many tokens does. By default slots lie with the
+        transformer.
 
     Returns
     -------

@@ -114,8 +114,9 @@ def test_scaled_linear_gelu(backend, device, size):
     result = fp8_ops.scaled_linear_gelu(x, weight, bias, **bounds, backend=backend)
     wanted = gelu(wide_x @ wide_weight.T + bias.double())
     got = result.values.double() * result.row_scale.double()[:, None]
-    # Half a step of e4m3: 2**-4 of a value, 2**-10 of the scale below its normal range; and bfloat16 in between.
-    allowed = (2**-4 + 2**-7) * wanted.abs() + result.row_scale.double()[:, None] * 2**-9 + 1e-3
+    # Half a step of e4m3: 2**-4 of a value, 2**-10 of the scale below its normal range; bfloat16 in between; and
+    # tensor cores keep about 13 bits of a sum of many products.
+    allowed = (2**-4 + 2**-7) * wanted.abs() + result.row_scale.double()[:, None] * 2**-9 + 1e-2
     assert ((got - wanted).abs() <= allowed).all()
     assert ((got - wanted).norm() / wanted.norm()).item() < 0.03
 

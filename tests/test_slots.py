@@ -252,7 +252,7 @@ def test_on_a_gpu_host_slots_give_the_bits_of_device_slots_in_less_memory(name, 
         torch.cuda.reset_peak_memory_stats()
         with accelerate(model, CONFIGS[name], cuda_graphs=cuda_graphs, cache_device=cache_device) as handle:
             # Every variant comes up several times, so that graphs are captured and replayed back to back.
-            results.append(torch.stack([gpu_run(model, handle, seed) for seed in (0, 0, 1, 2)]))
+            results.append(torch.stack([gpu_run(model, handle, seed).cpu() for seed in (0, 0, 1, 2)]))
             reports.append(handle.report())
             assert reports[-1].eager == (None if cuda_graphs else "switched off")
         peaks.append(torch.cuda.max_memory_allocated())
@@ -262,7 +262,7 @@ def test_on_a_gpu_host_slots_give_the_bits_of_device_slots_in_less_memory(name, 
     count = reports[1].host_bytes // slot
     saved = reports[0].cache_bytes - reports[1].cache_bytes
     assert saved == max(count - STAGES, 0) * slot
-    assert peaks[0] - peaks[1] >= 0.95 * saved
+    assert peaks[0] - peaks[1] >= 0.95 * saved - 2**20
 
 
 @pytest.mark.gpu
