@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moves right over a striped background
 
-.PHONY: help install demo test lint format gpu clean
+.PHONY: help install demo test lint docs format gpu clean
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
@@ -11,7 +11,7 @@ help:            ## this list
 $(VENV)/installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 install: $(VENV)/installed   ## a virtual environment with the project and its tools
@@ -27,6 +27,9 @@ lint: install    ## ruff, mypy and clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+docs: install    ## the documentation as HTML: outputs/docs/docs/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . outputs/docs
 
 format: install  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .

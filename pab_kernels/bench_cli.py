@@ -1,4 +1,4 @@
-"""`pab bench`: the command, its table and its files."""
+"""`pab bench` and `pab report`: the commands, their tables and files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import datetime
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,16 +16,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pab_kernels import options
+from pab_kernels.files import replaced
+
 if TYPE_CHECKING:
     import torch
 
     from pab_kernels.benchmark import Floor, Timing
     from pab_kernels.contenders import Problem
+    from pab_kernels.report import Grid
 
 CSV_COLUMNS = ("date", "gpu", "commit", "op", "shape", "dtype", "backend", "ms", "figure", "unit")
 """Those of the microbenchmarks' results.csv."""
-RATIOS = ("eager", "compile", "plain", "hook", "runtime+pab")
-"""Contenders that the others are compared with."""
 TOLERANCE = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}
 """Largest relative error of the latents after one step of this runtime, against the eager host.
 
@@ -34,9 +37,13 @@ float32, at full depth and a quarter of the width), while leaving out a kind of 
 
 
 def bench(
+    context: typer.Context,
     workload: Annotated[str, typer.Option(help="What to run, such as open_sora-480p-2s, latte-16x512.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything here, as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also append a row for each contender here.")] = None,
+    report_folder: Annotated[
+        Path | None, typer.Option("--report", help="Also write report.html and report.md into this folder.")
+    ] = None,
     runs: Annotated[
         str | None,
         typer.Option(
@@ -53,23 +60,31 @@ def bench(
         float, typer.Option(min=0, help="Seconds a contender's timed runs may take together; one is made in any case.")
     ] = 30.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps, by default the workload's.")] = None,
-    pab: Annotated[str | None, typer.Option(help="Other settings of PAB: a preset (latte:347) or a YAML file.")] = None,
+    pab: options.Pab = None,
     scale: Annotated[str, typer.Option(help="full, or tiny: two narrow layers, to try it out.")] = "full",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, float32 on cpu.")] = None,
-    cache_device: Annotated[
-        str | None, typer.Option(help="cpu keeps this runtime's slots in pinned host memory.")
-    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    cache_device: options.CacheDevice = None,
 ) -> None:
-    """Time a denoising run: host, plain PAB, this runtime. Example: pab bench --workload latte-16x512 --compile"""
-    import torch
+    """Time a denoising run: host, plain PAB, this runtime.
 
+    Exit code 1 if a contender failed or this runtime strays from the eager host, 2 for a wrong option.
+
+    Examples:
+
+    pab bench --workload latte-16x512 --compile --json latte.json
+
+    pab bench --workload open_sora-480p-2s --report reports/480p
+
+    pab bench --workload latte-16x512 --scale tiny --device cpu
+    """
     from pab_kernels import benchmark, contenders, generate
+    from pab_kernels import report as pages
     from pab_kernels import workloads as named
     from pab_kernels.config import PABConfig
 
     console = Console(width=max(Console().width, 190))  # a log file gives 80, too narrow for the table
-    try:
+    with options.clean_errors():
         chosen = named.workload(workload)
         settings = PABConfig.preset(chosen.family) if pab is None else generate.pab_settings(pab)
         if settings is None:
@@ -77,39 +92,30 @@ def bench(
         for option, value, allowed in (
             ("scale", scale, ("full", "tiny")),
             ("compile-scope", compile_scope, contenders.COMPILE_SCOPES),
-            ("dtype", dtype, (None, *TOLERANCE)),
-            ("cache-device", cache_device, (None, "cpu", "cuda")),
         ):
             if value not in allowed:
-                raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(filter(None, allowed))}")
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        number = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+                raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(allowed)}")
+        options.on_host(cache_device)
+        if report_folder is not None:
+            pages.check_folder(report_folder)
+        place = options.device_named(device)
+        number = options.dtype_named(dtype or options.default_dtype(place))
         names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     if scale == "tiny":
         chosen = chosen.tiny()
 
-    problem = contenders.Problem.make(
-        chosen, settings, place, getattr(torch, number), steps, compile_scope, cache_device
-    )
+    problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
     fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
     floor = benchmark.measure_floor(problem, fp8=fp8)
     console.print(heading(problem, floor), highlight=False)
     timings: dict[str, Timing] = {}
-    result: dict[str, Any] = summary(problem, floor)
-    within = True
+    result: dict[str, Any] = summary(problem, floor, command_line(context))
     if {"runtime", "runtime+pab"} & set(names):
         prediction, latents = benchmark.check(problem)
-        tolerance = TOLERANCE[number]
+        tolerance = TOLERANCE[str(number).removeprefix("torch.")]
         within = latents <= tolerance and prediction <= 2 * tolerance
         result["check"] = {"latents": latents, "prediction": prediction, "tolerance": tolerance, "within": within}
-        console.print(
-            f"first step against the eager host: latents {latents:.1e} (at most {tolerance:.0e}), "
-            f"prediction {prediction:.1e} (at most {2 * tolerance:.0e}){'' if within else ': TOO LARGE'}",
-            highlight=False,
-        )
+        console.print(pages.check_line(result["check"]), highlight=False)
     for name in names:
         timing = timings[name] = benchmark.measure(name, problem, repeats, budget)
         times = timing.error or " ".join(f"{seconds:.3f}" for seconds in timing.runs)
@@ -117,19 +123,53 @@ def bench(
         result["contenders"] = rows(timings, problem, floor)
         if json_file is not None:
             write_json(result, json_file)  # after each, so that a run cut short leaves what it has
-    console.print(results_table(result["contenders"], chosen.name))
-    if variants := variants_table(timings):
-        console.print(variants)
+    console.print(markdown_table(pages.runs_grid(result["contenders"]), chosen.name))
+    if any(row["variants"] for row in result["contenders"]):
+        console.print(markdown_table(pages.variants_grid(result["contenders"]), "this runtime, by step variant"))
     if csv_file is not None:
         append_csv(result, csv_file)
-    if not within or any(timing.error for timing in timings.values()):
+    if report_folder is not None:
+        console.print(f"wrote {pages.write([result], report_folder)[0]}", soft_wrap=True)
+    if not result.get("check", {"within": True})["within"] or any(timing.error for timing in timings.values()):
         raise typer.Exit(1)
 
 
-def _no_fp8(place: torch.device, dtype: str) -> str | None:
+def report(
+    files: Annotated[list[Path], typer.Argument(help="What `pab bench --json` wrote, a file for each workload.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("outputs/report"),
+) -> None:
+    """Make one page of several benchmarks.
+
+    Example:
+
+    pab report latte.json open_sora.json --output reports/h100
+    """
+    from pab_kernels import report as pages
+
+    with options.clean_errors():
+        results = [pages.load(file) for file in files]
+        console = Console()
+        console.print(f"wrote {pages.write(results, output)[0]}", soft_wrap=True)
+
+
+def command_line(context: typer.Context) -> str:
+    """The command with the options that were given, but for those that say where files go."""
+    words = ["pab", "bench"]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        source = context.get_parameter_source(parameter.name or "")
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and parameter.name not in ("json_file", "csv_file", "report_folder"):
+            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return shlex.join(words)
+
+
+def _no_fp8(place: torch.device, dtype: torch.dtype) -> str | None:
+    import torch
+
     from pab_kernels.backends import no_fp8
 
-    return no_fp8(place) if dtype == "bfloat16" else f"fp8 linears need bfloat16 weights, got {dtype}"
+    return no_fp8(place) if dtype == torch.bfloat16 else f"fp8 linears need bfloat16 weights, got {dtype}"
 
 
 def contender_names(family: str, runs: str | None, compile_host: bool, no_fp8: str | None = None) -> list[str]:
@@ -184,8 +224,8 @@ def _device_name(problem: Problem) -> str:
     return torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "CPU"
 
 
-def summary(problem: Problem, floor: Floor) -> dict[str, Any]:
-    """Everything about the run but the contenders, as plain values."""
+def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
+    """Everything about the run but the contenders, as plain values; `command` repeats it."""
     from pab_kernels import info
 
     workload = problem.workload
@@ -202,6 +242,9 @@ def summary(problem: Problem, floor: Floor) -> dict[str, Any]:
         "device": _device_name(problem),
         "compile_scope": problem.compile_scope,
         "cache_device": problem.cache_device,
+        "command": command,
+        "commit": _commit(Path(__file__).parent),
+        "machine": {"gpu": info.gpu(), "cpu": info.cpu()},
         "versions": info.versions(),
         "ceilings": {
             "gemm_flops": floor.ceilings.flops,
@@ -221,6 +264,7 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
     """One row a contender; ratios are how many times faster it is than another."""
     from pab_kernels.benchmark import relative_error
     from pab_kernels.contenders import CONTENDERS
+    from pab_kernels.report import RATIOS
 
     def ratio(of: Timing, to: str) -> float | None:
         other = timings[to].seconds if to in timings else None
@@ -237,8 +281,10 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
             {
                 "name": name,
                 "label": contender.label,
+                "pab": contender.pab,
                 "seconds": seconds,
                 "runs": timing.runs,
+                "step_seconds": timing.steps,
                 "ms_per_step": None if seconds is None else seconds * 1e3 / len(problem.timesteps),
                 **{f"against_{to}": ratio(timing, to) for to in RATIOS},
                 "floor_share": None if seconds is None else floor.seconds(contender.pab, fp8=contender.fp8) / seconds,
@@ -259,56 +305,21 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
     return found
 
 
-def results_table(contenders: list[dict[str, Any]], title: str) -> Table:
-    """The table of a benchmark. A column "x NAME" says how many times faster than that contender."""
-
-    def cell(value: float | None, form: str, unit: float = 1.0) -> str:
-        return "" if value is None else format(value / unit, form)
-
-    others = [name for name in RATIOS if any(row["name"] == name for row in contenders)]
-    columns = ["seconds", "runs", "ms/step", *(f"x {name}" for name in others), "of floor", "frames/s"]
-    columns += ["peak GiB", "cache GiB", "on host GiB", "difference", "warm-up s"]
+def markdown_table(grid: Grid, title: str) -> Table:
+    """A grid for the terminal, to be pasted into Markdown."""
+    header, rows = grid
     table = Table(title=title, box=box.MARKDOWN)
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in contenders:
-        difference = cell(row["difference"], ".1e")
-        table.add_row(
-            row["label"],
-            "failed" if row["error"] else cell(row["seconds"], ".3f"),
-            str(len(row["runs"])),
-            cell(row["ms_per_step"], ".2f"),
-            *(cell(row[f"against_{name}"], ".2f") for name in others),
-            cell(row["floor_share"], ".3f"),
-            cell(row["frames_per_second"], ".2f"),
-            cell(row["peak_bytes"], ".2f", 2**30),
-            cell(row["cache_bytes"], ".2f", 2**30),
-            cell(row["host_bytes"] or None, ".2f", 2**30),
-            f"{difference} ({row['difference_from']})" if difference else "",
-            cell(row["warm_up_seconds"], ".1f"),
-        )
+    for name in header:
+        table.add_column(name, justify="left" if name in ("", "variant") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def variants_table(timings: dict[str, Timing]) -> Table | None:
-    """Time of each step variant of this runtime; None where it did not run."""
-    table = Table("", "variant", "steps", "ms/step", title="this runtime, by step variant", box=box.MARKDOWN)
-    for name, timing in timings.items():
-        if timing.report is not None:
-            for variant, (count, seconds) in timing.report.seconds.items():
-                table.add_row(name, variant, str(count), f"{seconds / count * 1e3:.2f}")
-            graphs = f"{timing.report.graphs} CUDA graphs"
-            table.add_row(name, graphs if timing.report.eager is None else f"no CUDA graphs: {timing.report.eager}")
-    return table if table.row_count else None
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
     """Write `result`; an existing file is replaced only once the new one is complete."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def append_csv(result: dict[str, Any], path: Path) -> None:
@@ -320,7 +331,6 @@ def append_csv(result: dict[str, Any], path: Path) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(columns) + "\n")
-    commit = os.environ.get("PAB_COMMIT") or _commit(path.resolve().parent)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         for row in result["contenders"]:
@@ -329,7 +339,7 @@ def append_csv(result: dict[str, Any], path: Path) -> None:
                     {
                         "date": result["date"][:10],
                         "gpu": result["device"],
-                        "commit": commit,
+                        "commit": result["commit"],
                         "op": "denoising run",
                         "shape": result["workload"],
                         "dtype": result["dtype"],
@@ -342,7 +352,9 @@ def append_csv(result: dict[str, Any], path: Path) -> None:
 
 
 def _commit(folder: Path) -> str:
-    """The commit that `folder` is at, or "unknown"."""
+    """The commit that `folder` is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
+    if named := os.environ.get("PAB_COMMIT"):
+        return named
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

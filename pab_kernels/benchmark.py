@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pab_kernels import clock
 from pab_kernels.config import PABConfig
 from pab_kernels.contenders import CONTENDERS, Problem, Session
 from pab_kernels.floor import CHIP_FILLING_TOKENS, Ceilings, Work, measure_copy, measure_gemms, run_work
@@ -22,10 +26,15 @@ from pab_kernels.workloads import CHANNELS
 
 @dataclass
 class Timing:
-    """One contender's result. `warm_up` are the seconds of everything before the timed runs: compiling, capturing."""
+    """One contender's result.
+
+    `warm_up` are the seconds of everything before the timed runs: compiling, capturing. `steps` are the seconds of each
+    step of the last run, on the device: from the end of the step before to its own, sampler included.
+    """
 
     name: str
     runs: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
     warm_up: float = 0.0
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -56,11 +65,14 @@ def advance(problem: Problem, latents: Tensor, prediction: Tensor, call: int) ->
 
 
 @torch.no_grad()
-def denoise(model: nn.Module, problem: Problem, calls: int | None = None) -> Tensor:
+def denoise(
+    model: nn.Module, problem: Problem, calls: int | None = None, after_step: Callable[[], object] = lambda: None
+) -> Tensor:
     """The denoising loop, or its first `calls` calls: the latents in the end."""
     latents = problem.inputs.latents
     for call in range(len(problem.timesteps))[:calls]:
         latents = advance(problem, latents, predict(model, problem, latents, call), call)
+        after_step()
     return latents
 
 
@@ -101,22 +113,30 @@ def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
             wait(device)
             result.warm_up = time.perf_counter() - start
             while len(result.runs) < repeats and sum(result.runs) + max(result.runs, default=-budget) <= budget:
-                wait(device)
-                start = time.perf_counter()
-                session.begin(problem.timesteps)
-                latents = denoise(session.model, problem)
-                wait(device)
-                result.runs.append(time.perf_counter() - start)
+                seconds, latents, result.steps = _timed_run(session, problem)
+                result.runs.append(seconds)
             if not latents.isfinite().all():
                 raise ArithmeticError("its latents are not finite, so its times mean nothing")
             result.latents = latents.cpu()
             result.report = None if session.report is None else session.report()
     except Exception as error:
-        result.error, result.runs = f"{type(error).__name__}: {error}", []
+        result.error, result.runs, result.steps = f"{type(error).__name__}: {error}", [], []
     if device.type == "cuda":
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
         result.reserved_bytes = torch.cuda.max_memory_reserved(device)
     return result
+
+
+def _timed_run(session: Session, problem: Problem) -> tuple[float, Tensor, list[float]]:
+    """Seconds of one run, its latents, and the seconds of each step."""
+    device = problem.device
+    wait(device)
+    start = time.perf_counter()
+    session.begin(problem.timesteps)
+    marks: list[Any] = [clock.mark(device)]
+    latents = denoise(session.model, problem, after_step=lambda: marks.append(clock.mark(device)))
+    wait(device)
+    return time.perf_counter() - start, latents, [clock.seconds(*pair) for pair in itertools.pairwise(marks)]
 
 
 def _warm_up(session: Session, problem: Problem, config: PABConfig) -> None:

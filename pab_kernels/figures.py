@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pab_kernels.config import KINDS
+from pab_kernels.files import replaced
 from pab_kernels.quality import Frames
 from pab_kernels.schedule import Schedule
 
@@ -42,8 +43,8 @@ def schedule_table(schedule: Schedule) -> Table:
     return table
 
 
-def plot_schedule(schedule: Schedule, path: Path, title: str) -> None:
-    """Draw the schedule as a PNG (or any suffix matplotlib knows)."""
+def schedule_figure(schedule: Schedule, title: str) -> Figure:
+    """The schedule: a row a kind, a column a step, computed or broadcast."""
     kinds = kinds_shown(schedule)
     grid = np.array([[int(getattr(step, kind)) for step in schedule] for kind in kinds])
     figure = Figure(figsize=(max(6.0, 0.2 * len(schedule) + 2), 0.55 * len(kinds) + 1.5), layout="constrained")
@@ -63,7 +64,7 @@ def plot_schedule(schedule: Schedule, path: Path, title: str) -> None:
         bbox_to_anchor=(1, 1),
         frameon=False,
     )
-    _save(figure, path)
+    return figure
 
 
 def contact_sheet(videos: Mapping[str, Frames], path: Path, title: str, columns: int = 8) -> None:
@@ -78,7 +79,7 @@ def contact_sheet(videos: Mapping[str, Frames], path: Path, title: str, columns:
             axes.set_title(f"frame {index}", fontsize=8)
         row[0].set_ylabel(label)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_video(frames: Frames, path: Path, fps: int = 8, least_size: int = 256) -> None:
@@ -89,21 +90,28 @@ def save_video(frames: Frames, path: Path, fps: int = 8, least_size: int = 256) 
     ValueError
         Another suffix.
     """
-    factor = max(1, least_size // min(frames.shape[1:3]))
-    frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".mp4":
-        iio.imwrite(partial, frames, fps=fps, codec="libx264", macro_block_size=2)
-    elif path.suffix == ".gif":
-        iio.imwrite(partial, frames, duration=1000 / fps, loop=0)
-    else:
+    frames = _enlarged(frames, least_size)
+    if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"output: got {path.name!r}, must end in .mp4 or .gif")
-    partial.replace(path)
+    with replaced(path) as partial:
+        if path.suffix == ".mp4":
+            iio.imwrite(partial, frames, fps=fps, codec="libx264", macro_block_size=2)
+        else:
+            iio.imwrite(partial, frames, duration=1000 / fps, loop=0)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(partial, dpi=130)
-    partial.replace(path)
+def save_frame(frame: Frames, path: Path, least_size: int = 256) -> None:
+    """Write a frame [1, H, W, 3] as a PNG, enlarged like a video."""
+    with replaced(path) as partial:
+        iio.imwrite(partial, _enlarged(frame, least_size)[0])
+
+
+def _enlarged(frames: Frames, least_size: int) -> Frames:
+    factor = max(1, least_size // min(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, or as what else the suffix says."""
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import torch
 from diffusers.pipelines.latte.pipeline_latte import LattePipeline
 from torch import Tensor
 
-from pab_kernels import figures, latents, memory
+from pab_kernels import figures, latents, memory, quality
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
@@ -24,7 +25,8 @@ from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.sizes import FPS, VideoSize
 from pab_kernels.quality import Frames
-from pab_kernels.runtime import Report, accelerate
+from pab_kernels.runtime import PABHandle, Report, accelerate
+from pab_kernels.schedule import StepVariant
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,30 @@ class Generated:
 
     frames: tuple[Frames, ...] | None
     latents: Tensor | None
+    finite: bool
+    """Whether all frames and latents are."""
     seconds: float
     """Of everything: text, denoising, decoding."""
     report: Report | None
     peak_bytes: int | None
     """Most GPU memory in use at once, None on a CPU."""
 
-    @property
-    def finite(self) -> bool:
-        """Whether all latents are."""
-        return self.latents is not None and bool(self.latents.isfinite().all())
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken, the `done`-th of `total`; on a GPU the one before it is complete.
+
+    `variant` is what it did, None without PAB. `sample` [B, C, T, H, W] are latents, or of the demo the pixels in
+    [-1, 1] that it now takes the video to have.
+    """
+
+    done: int
+    total: int
+    variant: StepVariant | None
+    sample: Tensor
+
+
+OnStep = Callable[[Step], None]
 
 
 def pab_settings(text: str, **given: str | None) -> PABConfig | None:
@@ -127,6 +143,9 @@ def check_output(output: Path, source: Source) -> None:
     """Raise ValueError for a file that cannot be written, before anything is generated."""
     if output.suffix not in (".mp4", ".gif"):
         raise ValueError(f"output: got {output.name!r}, must end in .mp4 or .gif")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"output: got {str(output)!r}, must be in a folder that can be written: {folder} is not one")
     if output.suffix == ".mp4" and source.decodes and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ValueError(f"output: got {output.name!r}, must end in .gif: .mp4 needs `pip install imageio[ffmpeg]`")
 
@@ -156,7 +175,7 @@ def generate(
     pipe: Pipeline,
     request: Request,
     config: PABConfig | None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     cache_device: str | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
@@ -167,7 +186,7 @@ def generate(
     request : Request
     config : PABConfig or None
     on_step : callable, optional
-        Called as ``on_step(done, total)`` after every call of the transformer.
+        Called with a `Step` after every call of the transformer.
     cache_device : str, optional
         As for `accelerate`.
     """
@@ -176,42 +195,69 @@ def generate(
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
-        frames, hidden = _run(pipe, request, on_step)
+        frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle))
         report = None if handle is None else handle.report()
     if hidden is not None:
         hidden = hidden.cpu()  # waits for the GPU
+    finite = (frames is None or bool(np.isfinite(frames).all())) and (hidden is None or bool(hidden.isfinite().all()))
     return Generated(
-        frames=None if frames is None else tuple((frames * 255).round().clip(0, 255).astype(np.uint8)),
+        frames=None if frames is None else tuple(_bytes(frames)),
         latents=hidden,
+        finite=finite,
         seconds=time.perf_counter() - start,
         report=report,
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
     )
 
 
-def _run(
-    pipe: Pipeline, request: Request, on_step: Callable[[int, int], None] | None
-) -> tuple[np.ndarray | None, Tensor | None]:
+class _Steps:
+    """A pipeline's callback after each step. On a GPU it waits for the step before, else the loop would run ahead."""
+
+    def __init__(self, on_step: OnStep, handle: PABHandle | None) -> None:
+        self.on_step, self.handle = on_step, handle
+        self.last: torch.cuda.Event | None = None
+
+    def __call__(self, pipe: Any, index: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        if tensors["latents"].is_cuda:
+            if self.last is not None:
+                self.last.synchronize()
+            self.last = torch.cuda.Event()
+            self.last.record()
+        schedule = None if self.handle is None else self.handle.schedule
+        variant = None if schedule is None else schedule[index]
+        sample = tensors.get("denoised", tensors["latents"])
+        self.on_step(Step(index + 1, len(pipe.scheduler.timesteps), variant, sample))
+        return {}
+
+
+def preview(pipe: Pipeline, step: Step) -> Frames:
+    """The middle frame of every video, side by side [1, H, B * W, 3]: pixels of the demo, else a look at latents."""
+    middle = step.sample.shape[2] // 2
+    if isinstance(pipe, DemoPipeline):
+        pixels = (step.sample[:, :, middle].float().cpu().numpy() / 2 + 0.5).clip(0, 1)
+        return np.concatenate(list(_bytes(pixels.transpose(0, 2, 3, 1))), axis=1)[None]
+    return np.concatenate([latents.first_look(video)[middle] for video in step.sample], axis=1)[None]
+
+
+def _bytes(frames: np.ndarray) -> np.ndarray:
+    """Frames in [0, 1] as uint8; what is not finite becomes black."""
+    return (np.nan_to_num(frames, nan=0.0) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[np.ndarray | None, Tensor | None]:
     """Frames [B, T, H, W, 3] in [0, 1], and latents."""
     arguments: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
+        "callback_on_step_end": after_step,
     }
     prompts = list(request.prompts)
     if isinstance(pipe, LattePipeline):
-
-        def callback(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                on_step(index + 1, request.steps)
-            return tensors
-
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.all_seeds]
-        result = pipe(prompts, generator=generators, output_type="np", callback_on_step_end=callback, **arguments)
-        return np.asarray(result.frames), None
-
-    arguments |= {"seed": request.all_seeds, "progress": on_step}
+        return np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments).frames), None
+    arguments["seed"] = request.all_seeds
     if isinstance(pipe, DemoPipeline):
         return pipe(prompts, **arguments).cpu().numpy(), None
     size = request.size
@@ -287,8 +333,38 @@ def _metadata(request: Request, pipe: Any, config: PABConfig | None, index: int)
     }
 
 
-def difference(result: Generated, baseline: Generated) -> float:
-    """||result - baseline|| / ||baseline|| of the latents."""
+def comparison(result: Generated, baseline: Generated) -> dict[str, Any]:
+    """How `result` differs from `baseline`, as plain values: speed-up, and quality of each video or latents' distance.
+
+    `latents_difference` is ||result - baseline|| / ||baseline||.
+    """
+    found: dict[str, Any] = {"speed_up": baseline.seconds / result.seconds}
+    if result.frames is not None and baseline.frames is not None:
+        pairs = zip(result.frames, baseline.frames, strict=True)
+        return found | {"videos": [dataclasses.asdict(quality.compare(*pair)) for pair in pairs]}
     assert result.latents is not None
     assert baseline.latents is not None
-    return float((result.latents - baseline.latents).norm() / baseline.latents.norm())
+    distance = (result.latents - baseline.latents).norm() / baseline.latents.norm()
+    return found | {"latents_difference": float(distance)}
+
+
+def summary(results: Mapping[str, Generated], request: Request) -> dict[str, Any]:
+    """The request and its runs as plain values, as `pab generate --json` prints them."""
+    runs = list(results.values())
+    return {
+        "prompts": list(request.prompts),
+        "negative_prompt": request.negative_prompt,
+        "seeds": request.all_seeds,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "runs": {
+            name: {
+                "seconds": run.seconds,
+                "finite": run.finite,
+                "peak_bytes": run.peak_bytes,
+                "report": None if run.report is None else dataclasses.asdict(run.report),
+            }
+            for name, run in results.items()
+        },
+        "comparison": comparison(runs[-1], runs[0]) if len(runs) > 1 else None,
+    }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -35,6 +37,17 @@ def gpu() -> str:
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
         f"CUDA {torch.version.cuda}"
     )
+
+
+def cpu() -> str:
+    """Model of the processor, and how many cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")
+    if known.is_file():
+        lines = known.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {cores} cores"
 
 
 def backends() -> dict[str, table.Choice]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pab_kernels.files import replaced
 from pab_kernels.quality import Frames
 
 
@@ -28,11 +29,9 @@ def save(latents: Tensor, path: Path, metadata: Mapping[str, Any]) -> None:
     metadata : mapping
         Values are written as JSON; `load` reads them back.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     values = {key: json.dumps(value) for key, value in metadata.items()}
-    save_file({"latents": latents.detach().float().cpu().contiguous()}, partial, values)
-    partial.replace(path)
+    with replaced(path) as partial:
+        save_file({"latents": latents.detach().float().cpu().contiguous()}, partial, values)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pab_kernels import clock
 from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
@@ -171,13 +171,8 @@ class PABHandle:
         done = [] if self._run is None else self._run.clock
         seconds: dict[str, tuple[int, float]] = {}
         for variant, start, end in done:
-            if isinstance(start, torch.cuda.Event):
-                end.synchronize()
-                took = start.elapsed_time(end) / 1e3
-            else:
-                took = end - start
             count, total = seconds.get(str(variant), (0, 0.0))
-            seconds[str(variant)] = (count + 1, total + took)
+            seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
         kinds = self._adapter.stack.kinds
         broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
         workspaces = [workspace for workspace in self._workspaces if workspace is not None]
@@ -253,11 +248,7 @@ class PABHandle:
             )
 
     def _now(self) -> Any:
-        if next(self.transformer.parameters()).device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return clock.mark(next(self.transformer.parameters()).device)
 
 
 def _from_first_call(timesteps: Any, first: Tensor) -> list[float]:

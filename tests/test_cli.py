@@ -1,9 +1,19 @@
 """The `pab` command, on tiny models."""
 
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+from typing import Any
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
+import typer
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -11,9 +21,12 @@ from pab_kernels import latents
 from pab_kernels.cli import app
 from pab_kernels.config import PABConfig
 from pab_kernels.demo.text import TextEmbedding
+from pab_kernels.generate import Request, Step
+from pab_kernels.generate import generate as run
 from pab_kernels.models import checkpoints
 from pab_kernels.pipelines import sizes
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.schedule import Schedule
 from tests.pipeline_tools import TINY, save_text, tiny_text, tiny_transformer
 
 RUNNER = CliRunner()
@@ -150,7 +163,7 @@ def test_generate_runs_every_family_on_random_weights(tiny, family, tmp_path):
         *("--prompt", "a cat", "--prompt", "a dog that runs", "--negative-prompt", "red", "--seed", 4, "--seed", 9),
         *("--output", tmp_path / "v.mp4", "--device", "cpu", "--cfg", 3),
     )
-    assert re.search("finite latents .* yes .* yes", output)
+    assert re.search("finite .* yes .* yes", output)
     assert "speed-up" in output
     assert "latents' difference to no PAB" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -213,6 +226,157 @@ def test_generate_compares_the_demo_with_itself(demo, tmp_path):
     )
     assert all(word in output for word in ("PSNR against no PAB, video 1", "SSIM", "speed-up", "4 transformer calls"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v-0.gif", "v-0.png", "v-1.gif", "v-1.png"]
+
+
+def invoke(*arguments: object) -> Any:
+    """A command's result with stdout and stderr apart."""
+    return RUNNER.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_generate_prints_json_alone_on_stdout(demo, tmp_path):
+    result = invoke(
+        *("generate", "--model", demo, "--prompt", "a red circle moves right", "--steps", 4, "--compare", "--json"),
+        *("--output", tmp_path / "v.gif", "--device", "cpu", "--seed", 7, "--preview", 2),
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["model"], summary["steps"], summary["seeds"], summary["guidance"]) == ("demo", 4, [7], 2.0)
+    assert (summary["device"], summary["dtype"]) == ("cpu", "float32")
+    assert PABConfig.from_dict(summary["pab"]) == PABConfig.preset("latte")
+    assert sorted(summary["files"]) == sorted(map(str, tmp_path.iterdir()))
+    without, with_pab = summary["runs"].values()
+    assert without["report"] is None
+    assert with_pab["finite"]
+    computed, broadcast = with_pab["report"]["computed"], with_pab["report"]["broadcast"]
+    assert all(computed[kind] + broadcast[kind] == 4 for kind in computed)
+    (video,) = summary["comparison"]["videos"]
+    assert video["psnr"] is None or video["psnr"] > 0
+    assert 0 < video["ssim"] <= 1
+    assert summary["comparison"]["speed_up"] == pytest.approx(without["seconds"] / with_pab["seconds"])
+    assert "with PAB" in result.stderr  # the progress bar
+
+
+def test_generate_writes_previews_of_every_second_step(demo, tmp_path):
+    prompts = ("--prompt", "a red circle moves right", "--prompt", "a blue star moves up")
+    arguments = (
+        "--model",
+        demo,
+        *prompts,
+        "--steps",
+        5,
+        "--preview",
+        2,
+        "--output",
+        tmp_path / "v.gif",
+        "--pab",
+        "off",
+    )
+    assert pab("generate", *arguments, "--device", "cpu", "--quiet") == ""
+    names = ["v-0.gif", "v-1.gif", "v-denoising-step-002.png", "v-denoising-step-004.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    frames = [iio.imread(tmp_path / name) for name in names[2:]]
+    assert frames[0].shape == (256, 512, 3)  # two videos of 16 x 16, enlarged
+    assert not np.array_equal(frames[0], frames[1])
+    # The last but one preview is near the video: the demo's previews are without the noise that is still to go.
+    video = iio.imread(tmp_path / "v-0.gif")[2].astype(int)
+    distance = [abs(frame[:, :256].astype(int) - video).mean() for frame in frames]
+    assert distance[1] < distance[0]
+
+
+def test_generate_previews_latents(tiny, tmp_path):
+    arguments = ("--model", "latte", "--random-weights", "--steps", 2, "--preview", 1, "--device", "cpu")
+    pab("generate", *arguments, "--output", tmp_path / "v.mp4", "--quiet")
+    frame = iio.imread(tmp_path / "v-denoising-step-001.png")
+    assert frame.shape[2] == 3
+    assert frame.std() > 10
+
+
+def test_generate_tells_of_every_step_what_it_did(demo):
+    pipe = DemoPipeline.from_pretrained(demo)
+    request = Request(["a red circle moves right"], steps=6)
+    steps: list[Step] = []
+    config = PABConfig.preset("latte")
+    run(pipe, request, config, steps.append)
+    plan = Schedule(config, pipe.scheduler.timesteps.tolist())
+    assert [(step.done, step.total, step.variant) for step in steps] == [(i + 1, 6, v) for i, v in enumerate(plan)]
+    assert len(set(plan)) > 1
+    run(pipe, request, None, steps.append)
+    assert steps[-1].variant is None
+
+
+def test_generate_ends_with_1_for_a_result_that_is_not_finite(demo, tmp_path, monkeypatch):
+    step = DDIMScheduler.step
+
+    def broken(self, *args, **kwargs):
+        latents, denoised = step(self, *args, **kwargs)
+        return latents * torch.nan, denoised
+
+    monkeypatch.setattr(DDIMScheduler, "step", broken)
+    arguments = ("--model", demo, "--prompt", "a red circle moves right", "--steps", 2, "--device", "cpu")
+    result = invoke("generate", *arguments, "--pab", "off", "--output", tmp_path / "v.gif", "--quiet")
+    assert result.exit_code == 1
+    assert "not finite" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("no room for 3 GiB"), 1), (OSError("disk full"), 1), (ValueError("x: got 1"), 2)],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_end_with_one_line_and_their_code(error, code, demo, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(DemoPipeline, "__call__", fail)
+    arguments = ("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif", "--quiet")
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert result.output == f"error: {error}\n"
+    monkeypatch.setenv("PAB_DEBUG", "1")
+    assert invoke(*arguments).exception is error
+
+
+def test_a_bug_keeps_its_traceback(demo, tmp_path, monkeypatch):
+    bug = RuntimeError("shapes do not fit")
+    monkeypatch.setattr(DemoPipeline, "__call__", lambda *args, **kwargs: (_ for _ in ()).throw(bug))
+    assert invoke("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif").exception is bug
+
+
+def test_generate_refuses_a_folder_that_cannot_be_written(demo, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "file" / "v.gif")
+    assert "must be in a folder that can be written" in line
+
+
+# help
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "report", "info", "schedule", "verify"])
+def test_help_shows_examples_that_the_command_line_understands(command, monkeypatch):
+    output = pab(command, "--help")
+    examples = [line.strip() for line in output.splitlines() if line.strip().startswith(f"pab {command}")]
+    assert examples
+    parser: Any = typer.main.get_command(app)
+    for example in examples:
+        words = shlex.split(example.split(" > ")[0])[2:]
+        parser.commands[command].make_context(command, words)  # raises for an unknown option
+
+
+def test_help_names_the_exit_codes():
+    assert "Exit codes: 0 done" in pab("--help")
+
+
+def test_the_shell_completes_presets():
+    environment = {
+        **os.environ,
+        "_PAB_COMPLETE": "complete_bash",
+        "COMP_WORDS": "pab generate --pab la",
+        "COMP_CWORD": "3",
+    }
+    command = [sys.executable, "-c", "from pab_kernels.cli import app; app(prog_name='pab')"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout.split() == ["latte"], result.stderr
 
 
 def test_generate_refuses_a_word_that_the_demo_does_not_know(demo, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
+    ["pab_kernels/files.py"],
     [
         "pab_kernels/config.py",
         "pab_kernels/schedule.py",
@@ -27,13 +28,20 @@ FLOORS = [
         "pab_kernels/precision.py",
     ],
     ["models/*.py", "models/hosts/*.py"],
-    ["pab_kernels/workspace.py", "pab_kernels/runtime.py", "pab_kernels/plain.py", "pab_kernels/floor.py"],
+    [
+        "pab_kernels/clock.py",
+        "pab_kernels/workspace.py",
+        "pab_kernels/runtime.py",
+        "pab_kernels/plain.py",
+        "pab_kernels/floor.py",
+    ],
     ["pab_kernels/demo/*.py", "pab_kernels/pipelines/*.py"],
     ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/info.py"],
     ["pab_kernels/latents.py", "pab_kernels/memory.py"],
     ["pab_kernels/generate.py", "pab_kernels/verify.py"],
     ["pab_kernels/workloads.py", "pab_kernels/contenders.py", "pab_kernels/benchmark.py"],
-    ["pab_kernels/bench_cli.py", "pab_kernels/cli.py"],
+    ["pab_kernels/bench_figures.py", "pab_kernels/report.py"],
+    ["pab_kernels/options.py", "pab_kernels/bench_cli.py", "pab_kernels/generate_cli.py", "pab_kernels/cli.py"],
 ]
 TOP = {"pab_kernels/__init__.py"}  # names every public home, but only imports them on use
 

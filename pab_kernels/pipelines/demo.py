@@ -230,8 +230,9 @@ class DemoPipeline:
             Seed of each video's noise. An int s gives the i-th prompt s + i. A video depends on its prompt
             and its seed, not on its neighbours in the batch nor on the device that draws.
         callback_on_step_end : callable, optional
-            Called as `callback(pipeline, step, timestep, {"latents": latents})` after each step, as in diffusers; may
-            return a dict with other "latents", float32 [B, 3, T, H, W].
+            Called as `callback(pipeline, step, timestep, {"latents": latents, "denoised": denoised})` after each step,
+            as in diffusers, with what the model now takes the video to be; may return a dict with other "latents",
+            float32 [B, 3, T, H, W].
         progress : callable, optional
             Called as `progress(done, total)` after each step.
 
@@ -279,9 +280,9 @@ class DemoPipeline:
                 prediction = uncond + guidance_scale * (cond - uncond)
                 ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / prediction.std(dim=(1, 2, 3, 4), keepdim=True)
                 prediction = prediction * (1 + guidance_rescale * (ratio - 1))
-            latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+            latents, denoised = self.scheduler.step(prediction, t, latents, return_dict=False)
             if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step, t, {"latents": latents})
+                changed = callback_on_step_end(self, step, t, {"latents": latents, "denoised": denoised})
                 latents = (changed or {}).get("latents", latents)
             if progress is not None:
                 progress(step + 1, num_inference_steps)

@@ -1,0 +1,150 @@
+"""What the commands share: options, the values of options, errors and exit codes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
+
+if TYPE_CHECKING:
+    import torch
+
+EXIT_CODES = "Exit codes: 0 done, 1 failed while running, 2 wrong option or file. PAB_DEBUG=1 shows tracebacks."
+DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DEVICES = ("cpu", "cuda")
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """A wrong option or file ends with its message and exit code 2; lack of memory or disk with exit code 1.
+
+    Anything else is a bug and keeps its traceback; with PAB_DEBUG=1 in the environment everything does.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        _fail(error, 2)
+    except (OSError, MemoryError) as error:
+        _fail(error, 1)
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("PAB_DEBUG", "0") not in ("", "0"):
+        raise error
+    print_error(str(error) or type(error).__name__)
+    raise typer.Exit(code) from error
+
+
+def print_error(message: str) -> None:
+    """To stderr, as every error of the command line."""
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of an option; by default cuda where there is one.
+
+    Raises
+    ------
+    ValueError
+        Unknown, or a GPU that torch does not see.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, must be cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, must be cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name}, must be cpu: torch sees no CUDA GPU")
+    return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of an option, or ValueError."""
+    import torch
+
+    if name not in DTYPES:
+        raise ValueError(f"dtype: got {name!r}, must be one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def on_host(cache_device: str | None) -> bool:
+    """Whether slots go to pinned host memory; ValueError for another device than the option allows."""
+    if cache_device not in (None, *CACHE_DEVICES):
+        raise ValueError(f"cache_device: got {cache_device!r}, must be {' or '.join(CACHE_DEVICES)}")
+    return cache_device == "cpu"
+
+
+def _families() -> list[str]:
+    return ["demo", *PRESETS]
+
+
+def _presets() -> list[str]:
+    return ["off", *PRESETS]
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="demo, latte, open_sora, open_sora_plan_v110, open_sora_plan_v120, or a folder or hub id of a Latte "
+        "pipeline.",
+        autocompletion=_families,
+    ),
+]
+Pab = Annotated[
+    str | None,
+    typer.Option(
+        help="A preset (latte, latte:347), a YAML file, or off; by default the family's own.", autocompletion=_presets
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda; by default cuda where there is one.", autocompletion=lambda: ["cpu", "cuda"]),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="By default bfloat16 on cuda, float32 on cpu.", autocompletion=lambda: list(DTYPES)),
+]
+CacheDevice = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu keeps this runtime's slots in pinned host memory.", autocompletion=lambda: list(CACHE_DEVICES)
+    ),
+]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="fp8 or int8: slots in half the memory.", autocompletion=lambda: list(CACHE_DTYPES)),
+]
+LinearPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: the blocks' linears in fp8 where that is faster; fp8-all: all of them, measured or not.",
+        autocompletion=lambda: list(LINEAR_PRECISIONS),
+    ),
+]
+Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360p, 480p or 720p.")]
+Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames, a multiple of 17.")]
+Aspect = Annotated[str | None, typer.Option(help="Open-Sora, height to width: 9:16 (wide), 16:9 (tall), 1:1, ...")]
+Size = Annotated[str | None, typer.Option(help="Open-Sora-Plan: 65x512x512, 221x512x512; 29x480p, 93x480p, ...")]
