@@ -53,8 +53,10 @@ def demo() -> Table:
     pipe = DemoPipeline.from_pretrained(None, dtype=torch.bfloat16, device="cuda")
     videos: dict[str, np.ndarray] = {}
     for name, config in FORMS.items():
+        start = time.perf_counter()
         with accelerate(pipe, config):
             videos[name] = generate(pipe, items)
+        console.print(f"{name}: made in {time.perf_counter() - start:.0f} s", highlight=False)
     columns = ("form", "PSNR against bf16", "least", "SSIM", "PSNR against bf16, PAB", "least", "SSIM", "as prompted")
     table = Table(*columns, title=f"demo model, {PROMPTS} prompts and seeds")
     for name, made in videos.items():

@@ -162,7 +162,7 @@ def test_contenders_agree_and_leave_the_host_alone(name: str, monkeypatch: pytes
     effect = relative_error(latents["plain"], latents["eager"])
     assert effect > 1e-3
     for contender, result in latents.items():
-        near = {"hook": effect, "runtime+pab8": 2e-2}.get(contender, 1e-5)  # the hook gates anew what it broadcasts
+        near = {"hook": effect, "runtime+pab8": 5e-2}.get(contender, 1e-5)  # the hook gates anew what it broadcasts
         assert relative_error(result, latents[CONTENDERS[contender].like]) < near
     assert max(check(made)) < 1e-5
 
