@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "temporal_attention.h"
 
 namespace py = pybind11;
@@ -55,6 +56,29 @@ void bind_temporal_attention(uintptr_t qkv, const std::array<int64_t, 5>& qkv_st
     temporal_attention(params, dtype, device, pointer<void>(stream));
 }
 
+AttentionOperand operand(uintptr_t address, const std::array<int64_t, 3>& strides) {
+    return {pointer<const void>(address), strides[0], strides[1], strides[2]};
+}
+
+void bind_attention(uintptr_t q, const std::array<int64_t, 3>& q_strides, uintptr_t k,
+                    const std::array<int64_t, 3>& k_strides, uintptr_t v, const std::array<int64_t, 3>& v_strides,
+                    const std::array<int64_t, 5>& shape, const std::string& dtype, uintptr_t kv_len,
+                    float softmax_scale, uintptr_t out, int device, uintptr_t stream) {
+    AttentionParams params{};
+    params.q = operand(q, q_strides);
+    params.k = operand(k, k_strides);
+    params.v = operand(v, v_strides);
+    params.batch = size(shape[0]);
+    params.queries = size(shape[1]);
+    params.keys = size(shape[2]);
+    params.heads = size(shape[3]);
+    params.head_dim = size(shape[4]);
+    params.kv_len = pointer<const int>(kv_len);
+    params.softmax_scale = softmax_scale;
+    params.out = pointer<void>(out);
+    attention(params, dtype, device, pointer<void>(stream));
+}
+
 py::dict build_info() {
     py::list architectures;
     std::stringstream list(PAB_CUDA_ARCHS);
@@ -63,7 +87,7 @@ py::dict build_info() {
     info["cuda"] = PAB_CUDA_VERSION;
     info["architectures"] = architectures;
     info["compiler"] = PAB_CXX_COMPILER;
-    info["kernels"] = py::make_tuple("temporal_attention");
+    info["kernels"] = py::make_tuple("temporal_attention", "attention");
     return info;
 }
 
@@ -75,6 +99,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("shape"), py::arg("dtype"), py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
           py::arg("eps"), py::arg("softmax_scale"), py::arg("out"), py::arg("device"), py::arg("stream"),
           "Self-attention along T on qkv [B, T, S, 3, H, D]: strides in elements, addresses in bytes, 0 for none.\n\n"
+          "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
+    m.def("attention", &bind_attention, py::kw_only(), py::arg("q"), py::arg("q_strides"), py::arg("k"),
+          py::arg("k_strides"), py::arg("v"), py::arg("v_strides"), py::arg("shape"), py::arg("dtype"),
+          py::arg("kv_len"), py::arg("softmax_scale"), py::arg("out"), py::arg("device"), py::arg("stream"),
+          "Attention on Hopper, q [B, Lq, H, D] on k and v [B, Lk, H, D]: strides of B, L, H in elements, shape "
+          "(B, Lq, Lk, H, D), addresses in bytes, 0 for none.\n\n"
           "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def("build_info", &build_info, "CUDA version, architectures, host compiler and kernels of this build.");
 }

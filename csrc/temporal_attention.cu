@@ -3,28 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
+#include "checks.h"
 #include "temporal_attention.cuh"
 
 namespace {
 
-void check(bool good, const char* name, const std::string& message) {
-    if (!good) throw std::invalid_argument(std::string(name) + ": " + message);
-}
-
-void check(cudaError_t error, const char* call) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("temporal_attention: ") + call + ": " + cudaGetErrorString(error));
-    }
-}
-
-void check_aligned(const char* name, const void* pointer) {
-    check(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, name, "address must be a multiple of 16 bytes");
-}
-
 void check_arguments(const TemporalAttentionParams& p, const std::string& dtype) {
-    check(dtype == "bfloat16" || dtype == "float16", "dtype", "got " + dtype + ", must be bfloat16 or float16");
+    check_half_precision(dtype);
     check(p.head_dim == 64 || p.head_dim == 72 || p.head_dim == 96 || p.head_dim == 128, "shape",
           "head_dim is " + std::to_string(p.head_dim) + ", must be 64, 72, 96 or 128");
     check(p.frames >= 1 && p.frames <= kMaxFrames, "shape",
@@ -51,24 +37,6 @@ void check_arguments(const TemporalAttentionParams& p, const std::string& dtype)
     }
 }
 
-// Makes `device` current, and puts back what was.
-class DeviceGuard {
-public:
-    explicit DeviceGuard(int device) {
-        check(cudaGetDevice(&previous_), "cudaGetDevice");
-        if (device == previous_) return;
-        check(cudaSetDevice(device), "cudaSetDevice");
-        changed_ = true;
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
-    }
-
-private:
-    int previous_ = 0;
-    bool changed_ = false;
-};
-
 template <typename Elem, int D, Prepare kPrepare>
 void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
     const int tiles = (p.frames + kTile - 1) / kTile;
@@ -83,11 +51,11 @@ void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
         const int bytes = sequences * tiles * 4 * D * static_cast<int>(sizeof(uint4));
         if (bytes > 48 * 1024) {  // more than a block gets unasked
             check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                  "cudaFuncSetAttribute");
+                  "temporal_attention: cudaFuncSetAttribute");
         }
         kernel<<<grid, block, bytes, stream>>>(p, scale_log2);
     }
-    check(cudaGetLastError(), "launch");
+    check(cudaGetLastError(), "temporal_attention: launch");
 }
 
 template <typename Elem, int D>

@@ -19,4 +19,20 @@ def temporal_attention(
     device: int,
     stream: int,
 ) -> None: ...
+def attention(
+    *,
+    q: int,
+    q_strides: Sequence[int],
+    k: int,
+    k_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    shape: Sequence[int],
+    dtype: str,
+    kv_len: int,
+    softmax_scale: float,
+    out: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def build_info() -> dict[str, Any]: ...

@@ -35,6 +35,11 @@ TRITON_HEAD_DIMS = (72,)
 """Head dimensions at which Triton attention was measured faster than the best of SDPA (H100, 144 to 1590 keys)."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
 """Head dimensions compiled into the CUDA temporal kernel."""
+HOPPER_KEYS = {72: 256, 96: 2048}
+"""Head dimensions compiled into the Hopper attention kernel, and from how many keys on it serves. On an H100 it was
+faster than every other backend from 300 keys on (72), and at 9,600 and 28,800 (96); fewer keys were not timed."""
+HOPPER_QUERIES = 256
+"""Fewest queries for it: it takes 192 at a time."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,35 @@ def _no_cuda_temporal(qkv: Tensor) -> str | None:
     return None
 
 
-def _no_triton_attention(q: Tensor, k: Tensor | None = None, kv_len: Tensor | None = None) -> str | None:
+@functools.cache
+def _built_for_hopper() -> bool:
+    return any(name.startswith("90a") for name in _C.build_info()["architectures"])
+
+
+def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
+    head_dim = q.shape[-1]
+    if _C is None:
+        return "the CUDA kernels were left out of this build"
+    if q.device.type != "cuda":
+        return f"cuda needs a CUDA tensor, got one on {q.device.type}"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "cuda needs compute capability 9.0"
+    if not _built_for_hopper():
+        return "the CUDA kernels were not built for sm_90a"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"cuda takes float16 and bfloat16, got {q.dtype}"
+    if head_dim not in HOPPER_KEYS:
+        return f"cuda takes head_dim {tuple(HOPPER_KEYS)}, got {head_dim}"
+    if q.shape[1] < HOPPER_QUERIES or k.shape[1] < HOPPER_KEYS[head_dim]:
+        return f"cuda is for {HOPPER_QUERIES} queries and {HOPPER_KEYS[head_dim]} keys or more at head_dim {head_dim}"
+    for x in (q, k, v):
+        strides = zip(x.shape[:3], x.stride()[:3], strict=True)
+        if x.storage_offset() % 8 or any(size > 1 and (stride % 8 or stride == 0) for size, stride in strides):
+            return "cuda needs rows on 16-byte boundaries, none of them shared"
+    return None
+
+
+def _no_triton_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"triton takes float16 and bfloat16, got {q.dtype}"
     if q.shape[-1] > 128:
@@ -158,14 +191,19 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
         ("reference", _serves_all),
     ),
     "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
-    "attention": (("triton", _no_triton_attention), ("sdpa", _serves_all), ("reference", _serves_all)),
+    "attention": (
+        ("cuda", _no_cuda_attention),
+        ("triton", _no_triton_attention),
+        ("sdpa", _serves_all),
+        ("reference", _serves_all),
+    ),
 }
 
 
 def choose(op: str, *tensors: Tensor | None) -> Choice:
     """The backend that serves `op` for tensors like these.
 
-    The first argument; for attention q, k and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
+    The first argument; for attention q, k, v and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
     """
     refusals: list[str] = []
     for name, refusal in BACKENDS[op]:

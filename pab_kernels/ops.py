@@ -444,7 +444,7 @@ def attention(
         values beyond must be finite (the Triton backend never reads them).
     softmax_scale : float, optional
         Factor on the scores, D**-0.5 by default.
-    backend : {"triton", "sdpa", "reference"}, optional
+    backend : {"cuda", "triton", "sdpa", "reference"}, optional
         Forces a backend.
 
     Returns
@@ -472,12 +472,14 @@ def attention(
     if k.shape[1] == 0 or q.numel() == 0:
         return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return torch.ops.pab.attention(q, k, v, kv_len, scale, resolve("attention", backend, q, k, kv_len))
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, resolve("attention", backend, q, k, v, kv_len))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float, backend: str) -> Tensor:
     if backend == "reference":
         return reference.attention_ref(q, k, v, kv_len=kv_len, softmax_scale=softmax_scale)
+    if backend == "cuda":
+        return _attention_cuda(q, k, v, kv_len, softmax_scale)
     if backend == "triton":
         from pab_kernels.triton_ops.attention import attention_triton
 
@@ -493,6 +495,32 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_s
         y = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=mask, scale=softmax_scale)
     # The fused backends lay their output out like q, so that this is a view.
     return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float) -> Tensor:
+    if backends._C is None:
+        raise ValueError("backend: cuda was left out of this build")
+    if q.device.type != "cuda":
+        raise ValueError(f"backend: cuda got a tensor on {q.device}, must be on a CUDA device")
+    batch, queries, heads, head_dim = q.shape
+    out = q.new_empty(batch, queries, heads * head_dim)
+    lengths = None if kv_len is None else kv_len.contiguous()
+    backends._C.attention(
+        q=q.data_ptr(),
+        q_strides=q.stride()[:3],
+        k=k.data_ptr(),
+        k_strides=k.stride()[:3],
+        v=v.data_ptr(),
+        v_strides=v.stride()[:3],
+        shape=(batch, queries, k.shape[1], heads, head_dim),
+        dtype=str(q.dtype).removeprefix("torch."),
+        kv_len=0 if lengths is None else lengths.data_ptr(),
+        softmax_scale=softmax_scale,
+        out=out.data_ptr(),
+        device=q.device.index,
+        stream=torch.cuda.current_stream(q.device).cuda_stream,
+    )
+    return out
 
 
 # Registration

@@ -1,0 +1,137 @@
+// Checks, tensor maps and launch of attention on Hopper.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+
+#include "attention.h"
+#include "attention_sm90.cuh"
+#include "checks.h"
+
+namespace {
+
+void check_operand(const char* name, const AttentionOperand& x, int batch, int tokens, int heads) {
+    check(x.data != nullptr, name, "got a null pointer");
+    check_aligned(name, x.data);
+    const int sizes[] = {batch, tokens, heads};
+    const int64_t strides[] = {x.stride_b, x.stride_n, x.stride_h};
+    for (int i = 0; i < 3; ++i) {
+        check(sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0 && strides[i] < int64_t{1} << 39), name,
+              "stride " + std::to_string(i) + " is " + std::to_string(strides[i]) +
+                  ", must be a positive multiple of 8 elements under 2^39, for the tensor copies");
+    }
+}
+
+void check_arguments(const AttentionParams& p, const std::string& dtype) {
+    check_half_precision(dtype);
+    check(p.head_dim == 72 || p.head_dim == 96, "shape",
+          "head_dim is " + std::to_string(p.head_dim) + ", must be 72 or 96");
+    check(p.batch >= 1 && p.queries >= 1 && p.keys >= 1 && p.heads >= 1, "shape", "all sizes must be at least 1");
+    check(static_cast<double>(p.batch) * p.heads * (p.queries / 64 + 1) < INT32_MAX, "shape",
+          "B * H * Lq is too large for 32-bit tile numbers");
+    check(std::isfinite(p.softmax_scale), "softmax_scale", "must be finite");
+    check(p.out != nullptr, "out", "got a null pointer");
+    check_aligned("out", p.out);
+    check_operand("q", p.q, p.batch, p.queries, p.heads);
+    check_operand("k", p.k, p.batch, p.keys, p.heads);
+    check_operand("v", p.v, p.batch, p.keys, p.heads);
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// A function of the driver, found at run time: so the build needs no driver.
+Encode tensor_map_encoder() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "attention: cudaGetDriverEntryPointByVersion");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+          "attention: cudaGetDriverEntryPoint");
+#endif
+    if (found != cudaDriverEntryPointSuccess)
+        throw std::runtime_error("attention: no cuTensorMapEncodeTiled in driver");
+    return reinterpret_cast<Encode>(function);
+}
+
+// Boxes of `rows` tokens and `columns` columns of one head, swizzled over the bytes of a row.
+template <typename Elem>
+CUtensorMap tensor_map(const AttentionOperand& x, const AttentionParams& p, int tokens, int rows, int columns) {
+    static const Encode encode = tensor_map_encoder();
+    const auto bytes = [](int size, int64_t stride) { return static_cast<cuuint64_t>(size == 1 ? 16 : 2 * stride); };
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.heads),
+                                static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(p.batch)};
+    const cuuint64_t strides[] = {bytes(p.heads, x.stride_h), bytes(tokens, x.stride_n), bytes(p.batch, x.stride_b)};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
+    const cuuint32_t steps[] = {1, 1, 1, 1};
+    CUtensorMap map;
+    const CUresult error =
+        encode(&map, std::is_same_v<Elem, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+               4, const_cast<void*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+               : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                               : CU_TENSOR_MAP_SWIZZLE_32B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS) {
+        throw std::runtime_error("attention: cuTensorMapEncodeTiled: error " + std::to_string(error));
+    }
+    return map;
+}
+
+template <typename P>
+void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
+    using Elem = typename P::Elem;
+    AttentionArgs args;
+    args.q = tensor_map<Elem>(p.q, p, p.queries, P::rows, 64);
+    args.q_tail = tensor_map<Elem>(p.q, p, p.queries, P::rows, P::tail);
+    args.k = tensor_map<Elem>(p.k, p, p.keys, P::half, 64);
+    args.k_tail = tensor_map<Elem>(p.k, p, p.keys, P::half, P::tail);
+    args.v = tensor_map<Elem>(p.v, p, p.keys, P::half, P::value_width);
+    args.out = p.out;
+    args.kv_len = p.kv_len;
+    args.queries = p.queries;
+    args.keys = p.keys;
+    args.heads = p.heads;
+    args.row_tiles = (p.queries + P::rows - 1) / P::rows;
+    args.tiles = args.row_tiles * p.heads * p.batch;
+    // Not zero, for that times minus infinity is no number.
+    args.scale_log2 = std::max(std::fabs(p.softmax_scale) * static_cast<float>(M_LOG2E), FLT_MIN);
+    args.flip = p.softmax_scale < 0 ? 0x80008000u : 0;
+    const auto kernel = attention_sm90_kernel<P>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::shared_bytes),
+          "attention: cudaFuncSetAttribute");
+    kernel<<<std::min(args.tiles, multiprocessors), P::threads, P::shared_bytes, stream>>>(args);
+    check(cudaGetLastError(), "attention: launch");
+}
+
+// Of the plans that were timed on an H100, the best. At head_dim 72 bringing keys and values is what limits: rows of
+// 144 bytes start anywhere, and two boxes of v in 64 columns, the second mostly padding, came faster than three in 32.
+template <typename Elem>
+void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
+    if (p.head_dim == 72) {
+        launch<Plan<Elem, 72, 128, 2, 64, true>>(p, multiprocessors, stream);
+    } else {
+        launch<Plan<Elem, 96, 96, 3, 32, false>>(p, multiprocessors, stream);
+    }
+}
+
+}  // namespace
+
+void attention(const AttentionParams& params, const std::string& dtype, int device, void* stream) {
+    check_arguments(params, dtype);
+    const DeviceGuard guard(device);
+    int major = 0, minor = 0, multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check(major == 9 && minor == 0, "device",
+          "compute capability is " + std::to_string(major) + "." + std::to_string(minor) + ", must be 9.0");
+    if (dtype == "bfloat16") {
+        launch_best<__nv_bfloat16>(params, multiprocessors, static_cast<cudaStream_t>(stream));
+    } else {
+        launch_best<__half>(params, multiprocessors, static_cast<cudaStream_t>(stream));
+    }
+}

@@ -1,0 +1,22 @@
+// The host's view of attention on Hopper: what the binding fills in and calls.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+// A tensor [B, tokens, H, D]: strides count elements, that of the last dimension is 1.
+struct AttentionOperand {
+    const void* data;
+    int64_t stride_b, stride_n, stride_h;
+};
+
+struct AttentionParams {
+    AttentionOperand q, k, v;
+    int batch, queries, keys, heads, head_dim;
+    const int* kv_len;  // [B] on the device: keys that count; or nullptr
+    float softmax_scale;
+    void* out;  // [B, queries, H * D], contiguous
+};
+
+// Throws std::invalid_argument that names the argument, or std::runtime_error when the launch fails.
+void attention(const AttentionParams& params, const std::string& dtype, int device, void* stream);

@@ -1,0 +1,106 @@
+// What producer and consumers of attention on Hopper agree on: sizes, arguments, shared memory, the ring, the tiles.
+#pragma once
+
+#include "hopper.cuh"
+
+// What the kernel is compiled for. `turns`: consumers issue q @ k^T in a fixed order.
+template <typename Elem_, int D_, int kKeys, int kStages, int kValueWidth, bool kTurns>
+struct Plan {
+    using Elem = Elem_;
+    static constexpr int D = D_, keys = kKeys, stages = kStages;
+    static constexpr bool turns = kTurns;
+
+    static constexpr int consumers = 3;
+    static constexpr int threads = 128 * (consumers + 1);
+    static constexpr int consumer_registers = 160, producer_registers = 32;  // together the 64 Ki of a multiprocessor
+
+    static constexpr int group_rows = 64;  // queries of a consumer: the height of wgmma
+    static constexpr int rows = group_rows * consumers;
+    static constexpr int half = keys / 2;            // keys of one box
+    static constexpr int k_steps = (D + 15) / 16;    // of q @ k^T
+    static constexpr int tail = 16 * (k_steps - 4);  // columns of the second box of a row of q or k
+    static_assert(D % 8 == 0 && (tail == 16 || tail == 32) && keys % 32 == 0);
+    static constexpr int value_width = kValueWidth;  // columns of a box of v
+    static constexpr int value_boxes = (D + kValueWidth - 1) / kValueWidth;
+
+    static constexpr int key_row_bytes = 2 * (64 + tail);
+    static constexpr int value_row_bytes = 2 * value_width * value_boxes;
+    static constexpr int q_bytes = rows * key_row_bytes;
+    static constexpr int k_bytes = keys * key_row_bytes;
+    static constexpr int v_bytes = keys * value_row_bytes;
+    static_assert(q_bytes % 1024 == 0 && k_bytes % 1024 == 0 && v_bytes % 1024 == 0,
+                  "swizzle repeats every 1024 bytes");
+    static constexpr int shared_bytes = 1024 + q_bytes + stages * (k_bytes + v_bytes) + 8 * (2 + 4 * stages);
+};
+
+struct AttentionArgs {
+    CUtensorMap q, q_tail, k, k_tail, v;  // [batch, token, head, column]; a box of one head
+    void* out;                            // [B, Lq, H * D]
+    const int* kv_len;                    // [B], or nullptr
+    int queries, keys, heads;
+    int row_tiles;     // tiles of one head
+    int tiles;         // of all heads
+    float scale_log2;  // positive, for exp2
+    uint32_t flip;     // sign bits of two elements, for a negative softmax scale
+};
+
+// Shared memory: queries, the stages of keys, those of values, barriers.
+template <typename P>
+struct Shared {
+    uint32_t q;
+    __device__ __forceinline__ uint32_t k(int stage) const {
+        return q + P::q_bytes + stage * P::k_bytes;
+    }
+    __device__ __forceinline__ uint32_t v(int stage) const {
+        return q + P::q_bytes + P::stages * P::k_bytes + stage * P::v_bytes;
+    }
+    __device__ __forceinline__ uint32_t q_full() const {
+        return q + P::q_bytes + P::stages * (P::k_bytes + P::v_bytes);
+    }
+    __device__ __forceinline__ uint32_t q_empty() const {
+        return q_full() + 8;
+    }
+    __device__ __forceinline__ uint32_t k_full(int stage) const {
+        return q_full() + 16 + 32 * stage;
+    }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const {
+        return k_full(stage) + 8;
+    }
+    __device__ __forceinline__ uint32_t v_full(int stage) const {
+        return k_full(stage) + 16;
+    }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const {
+        return k_full(stage) + 24;
+    }
+};
+
+// Where producer and consumers are in the ring.
+template <int kStages>
+struct Cursor {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+struct Tile {
+    int batch, head, row;  // row: its first query
+    int keys, steps;
+};
+
+template <typename P>
+__device__ __forceinline__ Tile tile_at(const AttentionArgs& args, int index) {
+    Tile tile;
+    const int group = index / args.row_tiles;
+    tile.row = (index - group * args.row_tiles) * P::rows;
+    tile.batch = group / args.heads;
+    tile.head = group - tile.batch * args.heads;
+    tile.keys = args.keys;
+    if (args.kv_len != nullptr) tile.keys = uniform(max(0, min(args.kv_len[tile.batch], args.keys)));
+    tile.steps = (tile.keys + P::keys - 1) / P::keys;
+    return tile;
+}

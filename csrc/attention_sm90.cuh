@@ -1,0 +1,321 @@
+// Attention forward on Hopper (sm_90a) for head_dim 72 and 96: flash attention (arXiv:2307.08691) on TMA and wgmma,
+// with warpgroups that take turns as in FlashAttention-3 (arXiv:2407.08608).
+//
+// A block stays on its multiprocessor and goes through tiles of 192 queries of one head, the tiles of a head one after
+// the other over the blocks, so that its keys and values stay in L2. It has four warpgroups:
+//   - the producer, of which one thread works: it has the copy engine bring 192 queries, then the keys and values of
+//     the head in steps of `keys`, into a ring of `stages` stages. Every stage has a barrier that says full and one
+//     that says empty, for keys and values apart;
+//   - three consumers of 64 queries each, which share the keys and values. While one is at its softmax, the others keep
+//     the tensor cores busy; where `turns` is set, they issue their first products in a fixed order.
+//
+// A consumer keeps in registers: its queries (as the left side of wgmma), scores [64, keys], sums [64, D]. A step is
+//   scores = q @ k^T;  weights = exp2(scores * scale - largest * scale);  sums = sums * decay + weights @ v,
+// where the weights, rounded to 16 bits, are already laid out as the left side of the second product. The queries are
+// in registers so that the producer can bring the next tile's while this one is computed.
+//
+// head_dim 72 is the point: a library pads it to 96 or 128. Here q @ k^T takes five steps of 16 columns, 80 in all, and
+// weights @ v has exactly 72 columns. The tensor maps say that a row has 72 columns, so the copy engine fills what a
+// box has beyond with zeros. A row of q or k is a box of 64 columns and one of 16 (32 for head_dim 96), so that the
+// swizzled rows are 128 and 32 (64) bytes; a row of v is in boxes of one width, for one product takes all of them.
+//
+// Steps go from the last keys to the first: then only the first step has keys to mask. Where at most half of its keys
+// exist, it is computed at half its width.
+#pragma once
+
+#include "attention_plan.cuh"
+#include "hopper.cuh"
+#include "mma.cuh"
+#include "wgmma.cuh"
+
+// A box of rows of q or k, as rows `first` and on of the `kAll` rows at `target`.
+template <typename P, int kAll>
+__device__ __forceinline__ void load_rows(uint32_t target, int first, const CUtensorMap& map, const CUtensorMap& tail,
+                                          uint32_t barrier, const Tile& tile, int token) {
+    load_box(target + first * 128, map, barrier, 0, tile.head, token, tile.batch);
+    load_box(target + kAll * 128 + first * 2 * P::tail, tail, barrier, 64, tile.head, token, tile.batch);
+}
+
+template <typename P>
+__device__ __forceinline__ void produce(const AttentionArgs& args, const Shared<P>& shared) {
+    constexpr int pitch = 2 * P::value_width;
+    const bool leader = threadIdx.x == 0;
+    Cursor<P::stages> cursor;
+    uint32_t q_phase = 1;
+    for (int index = blockIdx.x; index < args.tiles; index += gridDim.x) {
+        const Tile tile = tile_at<P>(args, index);
+        if (tile.steps == 0) continue;
+        barrier_wait(shared.q_empty(), q_phase);
+        q_phase ^= 1;
+        if (leader) {
+            barrier_expect(shared.q_full(), P::q_bytes);
+            load_rows<P, P::rows>(shared.q, 0, args.q, args.q_tail, shared.q_full(), tile, tile.row);
+        }
+        int halves = (tile.keys - (tile.steps - 1) * P::keys + P::half - 1) / P::half;
+        for (int step = tile.steps - 1; step >= 0; --step) {
+            const int s = cursor.stage, token = step * P::keys;
+            barrier_wait(shared.k_empty(s), cursor.phase ^ 1);
+            if (leader) {
+                barrier_expect(shared.k_full(s), halves * P::half * P::key_row_bytes);
+                for (int row = 0; row < halves * P::half; row += P::half) {
+                    load_rows<P, P::keys>(shared.k(s), row, args.k, args.k_tail, shared.k_full(s), tile, token + row);
+                }
+            }
+            barrier_wait(shared.v_empty(s), cursor.phase ^ 1);
+            if (leader) {
+                barrier_expect(shared.v_full(s), halves * P::half * P::value_row_bytes);
+                for (int row = 0; row < halves * P::half; row += P::half) {
+#pragma unroll
+                    for (int i = 0; i < P::value_boxes; ++i) {
+                        load_box(shared.v(s) + (i * P::keys + row) * pitch, args.v, shared.v_full(s),
+                                 i * P::value_width, tile.head, token + row, tile.batch);
+                    }
+                }
+            }
+            halves = 2;
+            cursor.advance();
+            __syncwarp();  // no lane may be a phase behind
+        }
+    }
+}
+
+// The fragments of this warpgroup's 64 queries.
+template <typename P>
+__device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint32_t base, int group, uint32_t flip) {
+    const int lane = threadIdx.x % 32;
+    const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int step = 0; step < P::k_steps; ++step) {
+        const uint32_t pitch = step < 4 ? 128 : 2 * P::tail;
+        uint32_t offset = row * pitch + step % 4 * 32 + lane / 16 * 16;
+        offset ^= (offset >> 7 & (pitch / 16 - 1)) << 4;  // the swizzle
+        load_matrices(q[step], base + step / 4 * P::rows * 128 + offset);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[step][i] ^= flip;
+    }
+}
+
+// scores[64, N] = q @ k^T
+template <typename P, int N>
+__device__ __forceinline__ void multiply_keys(float (&scores)[N / 2], const uint32_t (&q)[P::k_steps][4], uint32_t k) {
+    const Matrix wide = matrix<128>(k);
+    const Matrix tail = matrix<2 * P::tail>(k + P::keys * 128);
+#pragma unroll
+    for (int step = 0; step < P::k_steps; ++step) {
+        const uint64_t b = (step < 4 ? wide : tail).at(step % 4 * 32);
+        wgmma<typename P::Elem, N, 0>(scores, q[step], b, step > 0);
+    }
+}
+
+// sums[64, D] += weights[64, N] @ v
+template <typename P, int N>
+__device__ __forceinline__ void multiply_values(float (&sums)[P::D / 2], const uint32_t (&weights)[N / 16][4],
+                                                uint32_t v) {
+    constexpr int pitch = 2 * P::value_width;
+    const Matrix b = matrix<pitch>(v, P::keys * pitch);
+#pragma unroll
+    for (int step = 0; step < N / 16; ++step) {
+        wgmma<typename P::Elem, P::D, 1>(sums, weights[step], b.at(step * 16 * pitch), 1);
+    }
+}
+
+// Of the rows g and g + 8 that a lane has a part of.
+struct Softmax {
+    float largest[2] = {-INFINITY, -INFINITY};  // score; up to 2^8 times the weight of a later one
+    float norm[2] = {0.f, 0.f};                 // this lane's share of the sum of weights
+};
+
+// Scores to weights in place; `decay` is what the sums so far are to be multiplied by.
+template <int N>
+__device__ __forceinline__ void soften(float (&scores)[N / 2], Softmax& softmax, float (&decay)[2], float scale) {
+    constexpr float slack = 8.f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float a = softmax.largest[r], b = scores[2 * r + 1];
+#pragma unroll
+        for (int i = 2 * r; i < N / 2; i += 4) {
+            a = fmaxf(a, scores[i]);
+            b = fmaxf(b, scores[i + 1]);
+        }
+        const float largest = quad_max(fmaxf(a, b));
+        // A weight of up to 2^8 does no harm, and most steps then leave the sums as they are.
+        const float growth = (largest - softmax.largest[r]) * scale;
+        decay[r] = 1.f;
+        if (growth > slack) {
+            decay[r] = exp2_approx(-growth);
+            softmax.largest[r] = largest;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float offset = softmax.largest[r] * scale;
+        float a = 0.f, b = 0.f;
+#pragma unroll
+        for (int i = 2 * r; i < N / 2; i += 4) {
+            a += scores[i] = exp2_approx(fmaf(scores[i], scale, -offset));
+            b += scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale, -offset));
+        }
+        softmax.norm[r] = fmaf(softmax.norm[r], decay[r], a + b);
+    }
+}
+
+template <typename P>
+struct Consumer {
+    const AttentionArgs& args;
+    const Shared<P>& shared;
+    const int group;  // 0 to 2
+    Cursor<P::stages> cursor{};
+    uint32_t q_phase = 0;
+
+    // All lanes must have seen what they waited for, or a late one could miss that phase.
+    __device__ __forceinline__ void release(uint32_t barrier) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+    }
+    __device__ __forceinline__ void take_turn() const {
+        if constexpr (P::turns) named_sync(1 + group, 256);
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        if constexpr (P::turns) named_arrive(1 + (group + 1) % P::consumers, 256);
+    }
+
+    // One step, on its first N keys, of which those from `valid` on do not count.
+    template <int N, bool kMasked>
+    __device__ __forceinline__ void step(const uint32_t (&q)[P::k_steps][4], float (&sums)[P::D / 2], Softmax& softmax,
+                                         int valid) {
+        float scores[N / 2], decay[2];
+        uint32_t weights[N / 16][4];
+        barrier_wait(shared.k_full(cursor.stage), cursor.phase);
+        take_turn();
+        pin_registers(scores);
+        wgmma_fence();
+        multiply_keys<P, N>(scores, q, shared.k(cursor.stage));
+        wgmma_commit();
+        pass_turn();
+        wgmma_wait();
+        pin_registers(scores);
+        release(shared.k_empty(cursor.stage));
+        if constexpr (kMasked) {
+            const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) {
+                if (column + i / 4 * 8 + i % 2 >= valid) scores[i] = -INFINITY;
+            }
+        }
+        soften<N>(scores, softmax, decay, args.scale_log2);
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i) {
+            weights[i / 4][i % 4] = pack<typename P::Elem>(scores[2 * i], scores[2 * i + 1]);
+        }
+        // Asked here and not in soften: there it costs registers, and nvcc 13.0 then serialises wgmma (warning C7512).
+        if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {
+#pragma unroll
+            for (int i = 0; i < P::D / 2; ++i) sums[i] *= decay[i / 2 % 2];
+        }
+        barrier_wait(shared.v_full(cursor.stage), cursor.phase);
+        pin_registers(sums);
+#pragma unroll
+        for (int i = 0; i < N / 16; ++i) pin_registers(weights[i]);
+        wgmma_fence();
+        multiply_values<P, N>(sums, weights, shared.v(cursor.stage));
+        wgmma_commit();
+        wgmma_wait();
+        pin_registers(sums);
+        release(shared.v_empty(cursor.stage));
+        cursor.advance();
+    }
+
+    // A warpgroup whose rows lie beyond the last query only keeps the ring turning.
+    __device__ __forceinline__ void pass(int steps) {
+        for (int step = 0; step < steps; ++step) {
+            take_turn();
+            pass_turn();
+            barrier_wait(shared.k_full(cursor.stage), cursor.phase);
+            release(shared.k_empty(cursor.stage));
+            barrier_wait(shared.v_full(cursor.stage), cursor.phase);
+            release(shared.v_empty(cursor.stage));
+            cursor.advance();
+        }
+    }
+
+    __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[P::D / 2],
+                                          const Softmax& softmax) const {
+        using Elem = typename P::Elem;
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float norm = quad_sum(softmax.norm[r]);
+            const float inverse = norm > 0.f ? __fdividef(1.f, norm) : 0.f;  // without keys, zeros
+            const int row = tile.row + group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * r;
+            if (row >= args.queries) continue;
+            const int64_t token = static_cast<int64_t>(tile.batch) * args.queries + row;
+            Elem* target = static_cast<Elem*>(args.out) + (token * args.heads + tile.head) * P::D + 2 * (lane % 4);
+#pragma unroll
+            for (int i = 0; i < P::D / 8; ++i) {
+                *reinterpret_cast<uint32_t*>(target + 8 * i) =
+                    pack<Elem>(sums[4 * i + 2 * r] * inverse, sums[4 * i + 2 * r + 1] * inverse);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        if (group == P::consumers - 1) pass_turn();  // the first turn is of group 0
+        for (int index = blockIdx.x; index < args.tiles; index += gridDim.x) {
+            const Tile tile = tile_at<P>(args, index);
+            float sums[P::D / 2];
+#pragma unroll
+            for (int i = 0; i < P::D / 2; ++i) sums[i] = 0.f;
+            Softmax softmax;
+            if (tile.steps > 0) {
+                barrier_wait(shared.q_full(), q_phase);
+                q_phase ^= 1;
+                if (tile.row + group * P::group_rows >= args.queries) {
+                    release(shared.q_empty());
+                    pass(tile.steps);
+                    continue;
+                }
+                uint32_t q[P::k_steps][4];
+                load_queries<P>(q, shared.q, group, args.flip);
+                release(shared.q_empty());
+                const int valid = tile.keys - (tile.steps - 1) * P::keys;
+                if (valid <= P::half) {
+                    step<P::half, true>(q, sums, softmax, valid);
+                } else {
+                    step<P::keys, true>(q, sums, softmax, valid);
+                }
+#pragma unroll 1
+                for (int i = 1; i < tile.steps; ++i) step<P::keys, false>(q, sums, softmax, P::keys);
+            }
+            store(tile, sums, softmax);
+        }
+    }
+};
+
+template <typename P>
+__global__ void __launch_bounds__(P::threads, 1) attention_sm90_kernel(const __grid_constant__ AttentionArgs args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ uint8_t raw[];
+    const Shared<P> shared{(shared_address(raw) + 1023) / 1024 * 1024};
+    if (threadIdx.x == 0) {
+        barrier_init(shared.q_full(), 1);
+        barrier_init(shared.q_empty(), 4 * P::consumers);  // an arrival a warp
+        for (int s = 0; s < P::stages; ++s) {
+            barrier_init(shared.k_full(s), 1);
+            barrier_init(shared.k_empty(s), 4 * P::consumers);
+            barrier_init(shared.v_full(s), 1);
+            barrier_init(shared.v_empty(s), 4 * P::consumers);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        shrink_registers<P::producer_registers>();
+        if (uniform(threadIdx.x / 32) == 0) produce<P>(args, shared);
+    } else {
+        grow_registers<P::consumer_registers>();
+        Consumer<P>{args, shared, uniform(threadIdx.x / 128) - 1}.run();
+    }
+#else
+    __trap();  // code for another architecture; the launch checks that it is not asked for
+#endif
+}
