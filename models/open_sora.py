@@ -246,6 +246,7 @@ class OpenSoraAdapter:
     def check_weights(self) -> None:
         """Nothing is fused here, but the weights must still be those the blocks were made from."""
         first = self.stack.blocks[0].attention.qkv.weight
+        assert isinstance(first, Tensor)
         if self.host.spatial_blocks[0].attn.qkv.weight.data_ptr() != first.data_ptr():
             raise ValueError(
                 "the host's weights were moved, cast or replaced after accelerate(): leave the handle, "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pab_kernels.branches import (
         CrossAttention,
+        Fp8Linear,
         Linear,
         Mlp,
         SelfAttention,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "branches": (
         "CrossAttention",
+        "Fp8Linear",
         "Linear",
         "Mlp",
         "SelfAttention",
@@ -38,6 +40,7 @@ _HOMES = {
 
 __all__ = [
     "CrossAttention",
+    "Fp8Linear",
     "Linear",
     "Mlp",
     "PABConfig",

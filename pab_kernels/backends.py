@@ -29,6 +29,8 @@ MAX_FRAMES = 128
 """Longest sequence along T that the temporal kernels take."""
 MAX_CHANNELS = 4608
 """Widest row that the Triton pass takes."""
+MAX_HIDDEN = 16384
+"""Widest row that Triton's GELU and quantisation take."""
 TRITON_HEAD_DIMS = (72,)
 """Head dimensions at which Triton attention was measured faster than the best of SDPA (H100, 144 to 1590 keys)."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
@@ -62,6 +64,46 @@ def _no_triton_pass(x: Tensor) -> str | None:
     if x.shape[-1] > MAX_CHANNELS:
         return f"triton takes at most {MAX_CHANNELS} channels, got {x.shape[-1]}"
     return _no_triton(x)
+
+
+def _no_triton_gelu(x: Tensor) -> str | None:
+    if x.shape[-1] > MAX_HIDDEN:
+        return f"triton takes at most {MAX_HIDDEN} channels, got {x.shape[-1]}"
+    return _no_triton(x)
+
+
+def _no_scaled_mm(values: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if values.dtype != torch.float8_e4m3fn or weight.dtype != torch.float8_e4m3fn:
+        return f"scaled_mm takes float8_e4m3fn, got {values.dtype} and {weight.dtype}"
+    if bias.dtype != torch.bfloat16:
+        return f"scaled_mm gives bfloat16, asked for {bias.dtype}"
+    if any(size % 16 for size in weight.shape):
+        return f"scaled_mm needs channels and features that are multiples of 16, got {list(weight.shape)}"
+    return no_fp8(values.device)
+
+
+def _no_triton_scaled(values: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "triton with tensor descriptors is not installed"
+    if any(size % 16 for size in weight.shape):
+        return f"triton needs channels and features that are multiples of 16, got {list(weight.shape)}"
+    if why_not := no_fp8(values.device):
+        return why_not
+    if torch.cuda.get_device_capability(values.device)[0] != 9:
+        return "triton's fp8 GEMM was written for, and measured on, compute capability 9.0"
+    return None
+
+
+def no_fp8(device: torch.device) -> str | None:
+    """Why `device` has no fp8 GEMMs, None if it has."""
+    if device.type != "cuda":
+        return f"fp8 GEMMs need a CUDA GPU, got {device.type}"
+    if torch.version.hip is not None:
+        return "fp8 GEMMs were written for NVIDIA's e4m3"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"fp8 tensor cores need compute capability 8.9 or newer, this GPU has {major}.{minor}"
+    return None
 
 
 def _no_triton_temporal(qkv: Tensor) -> str | None:
@@ -136,6 +178,13 @@ Refusal = Callable[..., str | None]
 """Why a backend does not serve a call with these tensors, None if it does."""
 BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
     "residual_norm_modulate": (("triton", _no_triton_pass), ("reference", _serves_all)),
+    "gelu_quantize": (("triton", _no_triton_gelu), ("reference", _serves_all)),
+    "scaled_linear_gelu": (
+        ("triton", _no_triton_scaled),
+        ("scaled_mm", _no_scaled_mm),
+        ("reference", _serves_all),
+    ),
+    "scaled_linear": (("scaled_mm", _no_scaled_mm), ("reference", _serves_all)),
     "temporal_attention": (
         ("cuda", _no_cuda_temporal),
         ("triton", _no_triton_temporal),
@@ -152,7 +201,10 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
 
 
 def choose(op: str, *tensors: Tensor | None) -> Choice:
-    """The backend that serves `op` for tensors like these: the first argument; for attention q, k, v and kv_len."""
+    """The backend that serves `op` for tensors like these.
+
+    The first argument; for attention q, k, v and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
+    """
     refusals: list[str] = []
     for name, refusal in BACKENDS[op]:
         why_not = refusal(*tensors)

@@ -20,6 +20,8 @@ from pab_kernels import options
 from pab_kernels.files import replaced
 
 if TYPE_CHECKING:
+    import torch
+
     from pab_kernels.benchmark import Floor, Timing
     from pab_kernels.contenders import Problem
     from pab_kernels.report import Grid
@@ -43,7 +45,11 @@ def bench(
         Path | None, typer.Option("--report", help="Also write report.html and report.md into this folder.")
     ] = None,
     runs: Annotated[
-        str | None, typer.Option(help="Contenders, separated by commas: eager,compile,plain,hook,runtime,runtime+pab.")
+        str | None,
+        typer.Option(
+            help="Contenders, separated by commas: eager,compile,plain,hook,runtime,runtime+pab,runtime+pab8 (slots in "
+            "fp8), and with linears in fp8, where the GPU can, runtime-fp8,runtime-fp8+pab,runtime-fp8+pab8."
+        ),
     ] = None,
     compile_host: Annotated[bool, typer.Option("--compile", help="Also run the host under torch.compile.")] = False,
     compile_scope: Annotated[
@@ -80,7 +86,6 @@ def bench(
     console = Console(width=max(Console().width, 190))  # a log file gives 80, too narrow for the table
     with options.clean_errors():
         chosen = named.workload(workload)
-        names = contender_names(chosen.family, runs, compile_host)
         settings = PABConfig.preset(chosen.family) if pab is None else generate.pab_settings(pab)
         if settings is None:
             raise ValueError("pab: got 'off', must be a preset or a file: runs without PAB are timed anyway")
@@ -95,11 +100,13 @@ def bench(
             pages.check_folder(report_folder)
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
+        names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
     if scale == "tiny":
         chosen = chosen.tiny()
 
     problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
-    floor = benchmark.measure_floor(problem)
+    fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
+    floor = benchmark.measure_floor(problem, fp8=fp8)
     console.print(heading(problem, floor), highlight=False)
     timings: dict[str, Timing] = {}
     result: dict[str, Any] = summary(problem, floor, command_line(context))
@@ -157,18 +164,27 @@ def command_line(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def contender_names(family: str, runs: str | None, compile_host: bool) -> list[str]:
-    """The contenders to run, in order.
+def _no_fp8(place: torch.device, dtype: torch.dtype) -> str | None:
+    import torch
+
+    from pab_kernels.backends import no_fp8
+
+    return no_fp8(place) if dtype == torch.bfloat16 else f"fp8 linears need bfloat16 weights, got {dtype}"
+
+
+def contender_names(family: str, runs: str | None, compile_host: bool, no_fp8: str | None = None) -> list[str]:
+    """The contenders to run, in order; `no_fp8` says why the device has no fp8 linears, None if it has.
 
     Raises
     ------
     ValueError
-        An unknown name, or diffusers' hook for another family than Latte.
+        An unknown name, diffusers' hook for another family than Latte, or fp8 linears where there are none.
     """
     from pab_kernels.contenders import CONTENDERS
 
     if runs is None:
-        wanted = set(CONTENDERS) - {"compile"} - (set() if family == "latte" else {"hook"})
+        fp8 = {name for name, contender in CONTENDERS.items() if contender.fp8}
+        wanted = set(CONTENDERS) - {"compile"} - (set() if family == "latte" else {"hook"}) - (fp8 if no_fp8 else set())
     else:
         wanted = {name.strip() for name in runs.split(",")}
     if compile_host:
@@ -177,6 +193,8 @@ def contender_names(family: str, runs: str | None, compile_host: bool) -> list[s
         raise ValueError(f"runs: got {', '.join(sorted(unknown))}, must be among {', '.join(CONTENDERS)}")
     if "hook" in wanted and family != "latte":
         raise ValueError(f"runs: got hook for {family}, but diffusers' hook only fits latte")
+    if no_fp8 and any(CONTENDERS[name].fp8 for name in wanted):
+        raise ValueError(f"runs: got {runs}, must be without fp8: {no_fp8}")
     return [name for name in CONTENDERS if name in wanted]
 
 
@@ -186,13 +204,17 @@ def heading(problem: Problem, floor: Floor) -> str:
 
     batch, frames, tokens, channels = floor.shape
     filled = "" if floor.gemm_filled is None else f", {floor.gemm_filled / 1e12:.0f} on enough tokens to fill the GPU"
+    fp8_rate = fp8_floor = ""
+    if floor.ceilings.fp8_flops is not None:
+        fp8_rate = f"; fp8 GEMMs {floor.ceilings.fp8_flops / 1e12:.0f} TFLOP/s"
+        fp8_floor = f"; in fp8 {floor.seconds(False, fp8=True):.3f} s and {floor.seconds(True, fp8=True):.3f} s"
     return (
         f"{problem.workload.name}: {len(problem.timesteps)} calls of [{batch}, {frames}, {tokens}, {channels}], "
         f"{str(problem.dtype).removeprefix('torch.')}, on {_device_name(problem)}\n"
         f"{', '.join(f'{name} {version}' for name, version in info.versions().items())}\n"
         f"ceilings: GEMMs {floor.gemm_own / 1e12:.3g} TFLOP/s on the run's tokens{filled}; "
-        f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s\n"
-        f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB"
+        f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s{fp8_rate}\n"
+        f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB{fp8_floor}"
     )
 
 
@@ -229,6 +251,7 @@ def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
             "gemm_flops_own_tokens": floor.gemm_own,
             "gemm_flops_filled": floor.gemm_filled,
             "copy_bytes": floor.ceilings.bandwidth,
+            "fp8_gemm_flops": floor.ceilings.fp8_flops,
         },
         "floor": {
             name: {"seconds": floor.seconds(pab), "flops": work.flops, "bytes": work.nbytes}
@@ -264,7 +287,7 @@ def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dic
                 "step_seconds": timing.steps,
                 "ms_per_step": None if seconds is None else seconds * 1e3 / len(problem.timesteps),
                 **{f"against_{to}": ratio(timing, to) for to in RATIOS},
-                "floor_share": None if seconds is None else floor.seconds(contender.pab) / seconds,
+                "floor_share": None if seconds is None else floor.seconds(contender.pab, fp8=contender.fp8) / seconds,
                 "frames_per_second": None if seconds is None else problem.workload.pixels[0] / seconds,
                 "peak_bytes": timing.peak_bytes,
                 "reserved_bytes": timing.reserved_bytes,

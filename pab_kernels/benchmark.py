@@ -197,26 +197,31 @@ class Floor:
     with_pab: Work
     shape: tuple[int, int, int, int]
 
-    def seconds(self, pab: bool) -> float:
-        """The least time of a run with PAB, or without."""
-        return (self.with_pab if pab else self.without).seconds(self.ceilings)
+    def seconds(self, pab: bool, *, fp8: bool = False) -> float:
+        """The least time of a run with PAB or without, with the blocks' GEMMs in fp8 or not."""
+        return (self.with_pab if pab else self.without).seconds(self.ceilings, fp8=fp8)
 
 
-def measure_floor(problem: Problem) -> Floor:
-    """Measure the ceilings, and count what the run must do."""
+def measure_floor(problem: Problem, *, fp8: bool = False) -> Floor:
+    """Measure the ceilings, with `fp8` that of fp8 GEMMs too, and count what the run must do."""
     adapter = adapter_for(problem.host)
     try:
         stack = adapter.stack
         shape = (2, *problem.workload.grid, stack.blocks[0].table.shape[-1])
         without, with_pab = (
-            run_work(stack, Schedule(problem.settings(pab), problem.timesteps), shape, problem.workload.text_used)
-            for pab in (False, True)
+            run_work(stack, Schedule(config, problem.timesteps), shape, problem.workload.text_used)
+            for config in (problem.settings(False), problem.settings(True))
         )
         on_gpu = problem.device.type == "cuda"
         seconds = 0.1 if on_gpu else 0.01
-        own = measure_gemms(stack, shape[0] * shape[1] * shape[2], seconds)
+        rows = shape[0] * shape[1] * shape[2]
+        own = measure_gemms(stack, rows, seconds)
         filled = measure_gemms(stack, CHIP_FILLING_TOKENS, seconds) if on_gpu else None
+        fp8_flops = None
+        if fp8:
+            fp8_flops = max(measure_gemms(stack, count, seconds, fp8=True) for count in (rows, CHIP_FILLING_TOKENS))
         copy = measure_copy(problem.device, 2**30 if on_gpu else 2**24, seconds)
     finally:
         adapter.restore()
-    return Floor(own, filled, Ceilings(max(own, filled or 0.0), copy), without, with_pab, shape)
+    ceilings = Ceilings(max(own, filled or 0.0), copy, fp8_flops)
+    return Floor(own, filled, ceilings, without, with_pab, shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pab_kernels.slots import DeviceSlots, HostSlots, Shape, SlotKey, SlotStore
+from pab_kernels.slots import DeviceSlots, HostSlots, Shape, SlotKey, SlotLayout, SlotStore
 
 
 class BroadcastCache:
@@ -23,9 +23,12 @@ class BroadcastCache:
     groups : int
         Rows G of a gate [G, C].
     dtype : torch.dtype
+        Of the gates, and of the slots if `slot_dtype` is None.
     device : torch.device
     cache_device : torch.device
         Where the slots lie: as `device`, or the CPU for pinned host memory. Gates lie on `device` in any case.
+    slot_dtype : torch.dtype, optional
+        float8_e4m3fn or int8: slots of one byte an element, with a scale a row.
 
     Attributes
     ----------
@@ -52,7 +55,9 @@ class BroadcastCache:
         dtype: torch.dtype,
         device: torch.device,
         cache_device: torch.device,
+        slot_dtype: torch.dtype | None = None,
     ) -> None:
+        layout = SlotLayout(shape, slot_dtype or dtype)
         self.storage = dict(storage)
         self.positions: dict[str, Tensor] = {}
         self.gates: dict[str, Tensor] = {}
@@ -67,16 +72,17 @@ class BroadcastCache:
                 if branch != "cross":
                     self.gates[branch] = torch.empty(len(own), groups, shape[-1], dtype=dtype, device=device)
                     self._gate |= zip(own, self.gates[branch], strict=True)
-            self.slots: SlotStore = store(storage, shape, dtype, device)
+            self.slots: SlotStore = store(storage, layout, device)
         except torch.cuda.OutOfMemoryError as error:
             self.gates.clear()
             self._gate.clear()
             count = len(set(storage.values()))
-            size = count * torch.Size(shape).numel() * dtype.itemsize / 2**30
+            size = count * layout.nbytes / 2**30
             raise torch.cuda.OutOfMemoryError(
-                f"the broadcast cache needs {size:.1f} GiB: {count} slots of {list(shape)} {dtype}. "
+                f"the broadcast cache needs {size:.1f} GiB: {count} slots of {layout}. "
                 "Fewer blocks (spatial_block, temporal_block, cross_block), fewer kinds, fewer frames or a smaller "
-                'resolution or batch would shrink it; cache_device="cpu" keeps it in host memory.'
+                "resolution or batch would shrink it; so would slots of one byte an element, or in host memory "
+                '(cache_dtype="fp8", cache_device="cpu").'
             ) from error
 
     def gate(self, key: SlotKey) -> Tensor | None:

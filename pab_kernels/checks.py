@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pab_kernels.quantized import LIMITS, Quantized
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -47,3 +49,19 @@ def check_last_contiguous(name: str, value: Tensor) -> None:
     """Raise unless the last dimension has stride 1."""
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name}: stride of the last dimension is {value.stride(-1)}, must be 1")
+
+
+def check_quantized(name: str, value: Quantized, expected: Sequence[int | str], device: torch.device) -> None:
+    """Raise unless `value` has values of the expected shape and of one byte an element, and a scale for each row."""
+    values, row_scale = value.values, value.row_scale
+    check_shape(f"{name}.values", values, expected)
+    if values.dtype not in LIMITS:
+        raise TypeError(f"{name}.values: dtype is {values.dtype}, must be one of {', '.join(map(str, LIMITS))}")
+    check_last_contiguous(f"{name}.values", values)
+    check_shape(f"{name}.row_scale", row_scale, tuple(values.shape[:-1]))
+    if row_scale.dtype != torch.float32 or not row_scale.is_contiguous():
+        found = f"{row_scale.dtype} of strides {row_scale.stride()}"
+        raise TypeError(f"{name}.row_scale: is {found}, must be contiguous float32")
+    for part, tensor in (("values", values), ("row_scale", row_scale)):
+        if tensor.device != device:
+            raise ValueError(f"{name}.{part}: device is {tensor.device}, must be {device}")

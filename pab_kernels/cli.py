@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from pab_kernels.bench_cli import bench, report
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.generate_cli import generate
 from pab_kernels.tune_cli import compare, profile, quality, tune
+
+if TYPE_CHECKING:
+    from pab_kernels.memory import PlannedRun
 
 app = typer.Typer(
     help="Pyramid Attention Broadcast: faster video diffusion transformers, without training.",
@@ -38,6 +41,8 @@ def info(
     prompts: Annotated[int, typer.Option(min=1, help="Videos in a batch; guidance doubles them.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     cache_device: options.CacheDevice = None,
+    cache_dtype: options.CacheDtype = None,
+    linear_precision: options.LinearPrecision = None,
 ) -> None:
     """Print versions, GPU and backends; or the memory that a run needs.
 
@@ -51,7 +56,8 @@ def info(
 
     if model is not None:
         with options.clean_errors():
-            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device)
+            small = {"cache_dtype": cache_dtype, "linear_precision": linear_precision}
+            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device, small)
         return
     for name, version in about.versions().items():
         console.print(f"{name:14} {version}", highlight=False)
@@ -72,6 +78,7 @@ def _print_memory(
     prompts: int,
     dtype: str,
     cache_device: str | None,
+    small: dict[str, str | None],
 ) -> None:
     from pab_kernels import generate as generation
     from pab_kernels import memory
@@ -82,9 +89,10 @@ def _print_memory(
     video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
     if video is None:
         raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
-    config = generation.pab_settings(pab or family) or PABConfig()
+    config = generation.pab_settings(pab or family, **small) or PABConfig()
     on_host = options.on_host(cache_device)
-    need = memory.estimate(memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype), on_host))
+    run = memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype), on_host)
+    need = memory.estimate(run)
     console.print(
         f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}", highlight=False
     )
@@ -99,6 +107,23 @@ def _print_memory(
         table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
     console.print("Without text encoder and VAE.")
+    if config.linear_precision is not None:
+        _print_fp8(run)
+
+
+def _print_fp8(run: PlannedRun) -> None:
+    from pab_kernels import memory
+
+    trials = memory.fp8_trials(run)
+    if isinstance(trials, str):
+        console.print(f"No linears in fp8: {trials}")
+        return
+    table = Table("layer", "rows", "channels", "features", str(run.dtype), "fp8", "runs in fp8")
+    for shape, trial in trials.items():
+        sizes = map(str, (shape.rows, shape.channels, shape.features))
+        times = f"{trial.plain_ms:.3f} ms", f"{trial.fp8_ms:.3f} ms"
+        table.add_row(shape.layer, *sizes, *times, "yes" if trial.pays else "no")
+    console.print(table)
 
 
 @app.command()

@@ -18,6 +18,10 @@ from pab_kernels.files import replaced
 KINDS = ("spatial", "temporal", "cross")
 """The kinds of attention that can be broadcast."""
 
+LINEAR_PRECISIONS = ("fp8", "fp8-all")
+CACHE_DTYPES = ("fp8", "int8")
+"""What `linear_precision` and `cache_dtype` may be, besides None: see `PABConfig`."""
+
 ALL_BLOCKS = range(sys.maxsize)
 NO_BLOCKS = range(0)
 Blocks = range | frozenset[int]
@@ -56,6 +60,13 @@ class PABConfig:
         The original's form, ``{timestep: {"block": [indices], "skip_count": n}}``: keyed by exact timesteps.
     mlp_threshold, mlp_range, mlp_block : optional
         The same rule as for attention, for the MLPs of spatial and temporal blocks, whatever the exact timesteps.
+    linear_precision : {"fp8", "fp8-all"}, optional
+        Run GEMMs of the blocks in e4m3 where that is faster at their shape, as measured when the first call comes, or
+        all of them: then the result does not hang on a measurement. By default all stay in the model's dtype.
+    linear_exclude : sequence of str
+        Patterns of layers that stay in the model's dtype all the same, such as "spatial.0.*" or "*.mlp".
+    cache_dtype : {"fp8", "int8"}, optional
+        Keep slots in one byte an element with a scale a row: half the memory. By default in the model's dtype.
 
     Raises
     ------
@@ -81,6 +92,9 @@ class PABConfig:
     mlp_threshold: tuple[float, float] | None = None
     mlp_range: int | None = None
     mlp_block: tuple[int, int] | None = None
+    linear_precision: str | None = None
+    linear_exclude: tuple[str, ...] = ()
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for kind in (*KINDS, "mlp"):
@@ -90,6 +104,9 @@ class PABConfig:
             self._set(f"{kind}_block", _block_interval)
         self._set("mlp_spatial_broadcast_config", _mlp_windows)
         self._set("mlp_temporal_broadcast_config", _mlp_windows)
+        _check_choice("linear_precision", self.linear_precision, LINEAR_PRECISIONS)
+        self._set("linear_exclude", _patterns)
+        _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         for kind in KINDS:
             if getattr(self, f"{kind}_broadcast"):
                 self._require(f"{kind}_broadcast", f"{kind}_threshold", f"{kind}_range")
@@ -262,6 +279,20 @@ def _items(value: object) -> list[Any]:
 def _check_switch(key: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{key}: got {value!r}, must be true or false")
+
+
+def _check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(f"{key}: got {value!r}, must be null or one of {', '.join(allowed)}")
+
+
+def _patterns(key: str, value: object) -> tuple[str, ...]:
+    items = _items(value)
+    if value is None or (not items and value in ((), [])):
+        return ()
+    if not items or not all(isinstance(item, str) for item in items):
+        raise TypeError(f"{key}: got {value!r}, must be a list of names or patterns of layers")
+    return tuple(items)
 
 
 def _threshold(key: str, value: object) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,12 +67,13 @@ class Session:
 
 @dataclass(frozen=True)
 class Contender:
-    """One form of the run. `like` is the contender whose result it should come near."""
+    """One form of the run. `like` is the contender whose result it should come near; `fp8` linears few devices have."""
 
     label: str
     pab: bool
     like: str
     open: Callable[[Problem, PABConfig], AbstractContextManager[Session]]
+    fp8: bool = False
 
 
 @contextmanager
@@ -143,11 +145,12 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 
 @contextmanager
-def _runtime(problem: Problem, config: PABConfig) -> Iterator[Session]:
-    with accelerate(problem.host, config, cache_device=problem.cache_device) as handle:
+def _runtime(problem: Problem, config: PABConfig, **options: Any) -> Iterator[Session]:
+    with accelerate(problem.host, config, cache_device=problem.cache_device, **options) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 
 
+_fp8 = partial(_runtime, linear_precision="fp8")
 CONTENDERS: dict[str, Contender] = {
     "eager": Contender("host, eager", False, "eager", _eager),
     "compile": Contender("host, torch.compile", False, "eager", _compiled),
@@ -155,5 +158,11 @@ CONTENDERS: dict[str, Contender] = {
     "hook": Contender("PAB, diffusers' hook", True, "plain", _diffusers_hook),
     "runtime": Contender("this runtime, no PAB", False, "eager", _runtime),
     "runtime+pab": Contender("this runtime, PAB", True, "plain", _runtime),
+    "runtime+pab8": Contender("PAB, slots in fp8", True, "runtime+pab", partial(_runtime, cache_dtype="fp8")),
+    "runtime-fp8": Contender("linears in fp8, no PAB", False, "runtime", _fp8, fp8=True),
+    "runtime-fp8+pab": Contender("linears in fp8, PAB", True, "runtime+pab", _fp8, fp8=True),
+    "runtime-fp8+pab8": Contender(
+        "linears and slots in fp8", True, "runtime+pab", partial(_fp8, cache_dtype="fp8"), fp8=True
+    ),
 }
 """In the order in which they run."""

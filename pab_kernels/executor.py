@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from pab_kernels import ops
 from pab_kernels.branches import (
     CrossAttention,
+    Fp8Linear,
     Mlp,
     Rope,
+    Rows,
     SelfAttention,
     TextKV,
     cross_attention,
@@ -22,6 +25,8 @@ from pab_kernels.branches import (
 )
 from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.fp8_ops import E4M3
+from pab_kernels.quantized import DTYPES, Quantized
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.slots import SlotKey, SlotStore
 
@@ -138,7 +143,9 @@ class Executor:
         self.groups = groups
         table = stack.blocks[0].table
         storage = stack.storage(schedule)
-        self.cache = BroadcastCache(storage, shape, groups, table.dtype, table.device, cache_device)
+        name = schedule.config.cache_dtype
+        small = None if name is None else DTYPES[name]
+        self.cache = BroadcastCache(storage, shape, groups, table.dtype, table.device, cache_device, small)
         self.tables = torch.stack([block.table for block in stack.blocks])  # [blocks, 6, C]
         self._traffic: dict[StepVariant, Traffic] = {}
 
@@ -225,7 +232,7 @@ class Executor:
             if kind != "mlp" and not getattr(variant, kind):
                 # All blocks of a kind write their slots on the same steps, so their gates are kept in one launch.
                 torch.index_select(tables[:, :, 2], 0, cache.positions[kind], out=gates)
-        stream = _Stream(x, modulation.shape[0], cache.slots, traffic)
+        stream = Stream(x, modulation.shape[0], cache.slots, traffic)
         with cache.slots.step(traffic.reads):
             for position, block in enumerate(self.stack.blocks):
                 shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = tables[position].unbind(1)
@@ -236,7 +243,8 @@ class Executor:
                 if key in traffic.reads:
                     stream.broadcast(key, gate if self.stack.regate else cache.gate(key))
                 else:
-                    h = stream.norm_modulate(shift, scale, block.norm_eps)
+                    fp8 = isinstance(block.attention.qkv, Fp8Linear)
+                    h = stream.norm_modulate(shift, scale, block.norm_eps, fp8=fp8)
                     stream.computed(key, self_attention(h, block.attention, stream.out(key), rope), gate)
 
                 if block.cross is not None:
@@ -246,22 +254,25 @@ class Executor:
                     else:
                         kv = text[position]
                         assert kv is not None
-                        h = stream.flush()
+                        h = stream.flush(fp8=isinstance(block.cross.q, Fp8Linear))
                         stream.computed(key, cross_attention(h, block.cross, kv, stream.out(key)), None)
 
                 key = SlotKey("mlp", position)
                 if key in traffic.reads:
                     stream.broadcast(key, cache.gate(key))
                 else:
-                    h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps)
+                    fp8 = isinstance(block.mlp.up, Fp8Linear)
+                    h = stream.norm_modulate(mlp_shift, mlp_scale, block.norm_eps, fp8=fp8)
                     stream.computed(key, mlp(h, block.mlp, stream.out(key)), mlp_gate)
                     kept = cache.gate(key)
                     if kept is not None and key in traffic.writes:
                         kept.copy_(mlp_gate)
-            return stream.norm_modulate(*final, final_eps)
+            h = stream.norm_modulate(*final, final_eps)
+            assert isinstance(h, Tensor)
+            return h
 
 
-class _Stream:
+class Stream:
     """The residual stream with the branch outputs not added yet, so that each addition rides on the next pass."""
 
     def __init__(self, x: Tensor, groups: int, slots: SlotStore, traffic: Traffic) -> None:
@@ -270,19 +281,38 @@ class _Stream:
         self.embed: Tensor | None = None
         self._slots = slots
         self._writes = traffic.writes
-        self._branches: list[Tensor] = []
+        self._save: SlotKey | None = None
+        """The slot of one byte an element that the next pass writes: a copy of the first pending branch."""
+        self._branches: list[Rows] = []
         self._gates: list[Tensor | None] = []
-        self._scratch = torch.empty_like(x)
-        self._modulated = torch.empty_like(x)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    @cached_property
+    def _modulated(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    @cached_property
+    def _quantized(self) -> Quantized:
+        return Quantized.empty(tuple(self.x.shape), E4M3, self.x.device)
 
     def out(self, key: SlotKey) -> Tensor:
         """Where a branch is computed: its slot, or one tensor for all, since each follows a pass that used it."""
-        return self._slots.out(key) if key in self._writes else self._scratch
+        if key not in self._writes or self._slots.layout.quantized:
+            return self._scratch
+        slot = self._slots.out(key)
+        assert isinstance(slot, Tensor)
+        return slot
 
     def computed(self, key: SlotKey, branch: Tensor, gate: Tensor | None) -> None:
-        """Add a branch that was computed into `out`."""
+        """Add a branch that was computed into `out`. It follows a pass, so nothing else is pending."""
         if key in self._writes:
-            self._slots.wrote(key)
+            if self._slots.layout.quantized:
+                self._save = key
+            else:
+                self._slots.wrote(key)
         self._add(branch, gate)
 
     def broadcast(self, key: SlotKey, gate: Tensor | None) -> None:
@@ -291,22 +321,26 @@ class _Stream:
             self.flush()
         self._add(self._slots.read(key), gate)
 
-    def _add(self, branch: Tensor, gate: Tensor | None) -> None:
-        self._branches.append(branch.view(self.rows.shape))
+    def _add(self, branch: Rows, gate: Tensor | None) -> None:
+        self._branches.append(branch.view(*self.rows.shape))
         self._gates.append(gate)
 
-    def flush(self) -> Tensor:
-        """Add what is pending; the stream [B, T, S, C]."""
-        self._pass(None, None, 0.0)
-        return self.x
+    def flush(self, *, fp8: bool = False) -> Rows:
+        """Add what is pending; the stream [B, T, S, C], or with `fp8` a copy of it in e4m3."""
+        out = self._quantized if fp8 else None
+        self._pass(None, None, 0.0, out)
+        return self.x if out is None else out
 
-    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        """Add what is pending; the stream normalised and modulated, [B, T, S, C]."""
-        self._pass(shift, scale, eps)
-        return self._modulated
+    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float, *, fp8: bool = False) -> Rows:
+        """Add what is pending; the stream normalised and modulated, [B, T, S, C], with `fp8` in e4m3."""
+        out = self._quantized if fp8 else self._modulated
+        self._pass(shift, scale, eps, out)
+        return out
 
-    def _pass(self, shift: Tensor | None, scale: Tensor | None, eps: float) -> None:
-        if self._branches or self.embed is not None or shift is not None:
+    def _pass(self, shift: Tensor | None, scale: Tensor | None, eps: float, out: Rows | None) -> None:
+        if self._branches or self.embed is not None or out is not None:
+            saved = None if self._save is None else self._slots.out(self._save)
+            assert not isinstance(saved, Tensor)
             ops.residual_norm_modulate(
                 self.rows,
                 self._branches,
@@ -315,7 +349,11 @@ class _Stream:
                 scale,
                 embed=self.embed,
                 eps=eps,
-                out=None if shift is None else self._modulated.view(self.rows.shape),
+                out=None if out is None else out.view(*self.rows.shape),
+                saved=None if saved is None else saved.view(*self.rows.shape),
             )
+            if self._save is not None:
+                self._slots.wrote(self._save)
+                self._save = None
             self._slots.release()
         self._branches, self._gates, self.embed = [], [], None

@@ -2,7 +2,8 @@
 
 The floor counts the blocks' work alone, in floating-point operations that a GEMM library would do at its best rate, and
 in the fewest bytes that the passes between the GEMMs must move. Text keys and values, embeddings and the final layer
-are left out. Attention is charged at the rate of the GEMMs.
+are left out. Attention is charged at the rate of the GEMMs. With linears in fp8 all GEMMs of the blocks are charged at
+the fp8 rate; bytes and attention stay those of the model's dtype.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from functools import partial
 
 import torch
 
-from pab_kernels.branches import Linear
+from pab_kernels.branches import Fp8Linear, Linear, linear
 from pab_kernels.executor import Block, BlockStack
+from pab_kernels.fp8_ops import E4M3
+from pab_kernels.quantized import Quantized
+from pab_kernels.reference import quantize_ref
 from pab_kernels.schedule import Schedule, StepVariant
 
 CHIP_FILLING_TOKENS = 47700
@@ -24,25 +28,45 @@ CHIP_FILLING_TOKENS = 47700
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches: `flops` in FLOP/s by a GEMM, `bandwidth` in bytes/s, read plus written, by a copy."""
+    """What a device reaches.
+
+    `flops` in FLOP/s by a GEMM in the model's dtype, `fp8_flops` by one in fp8 (None where that was not measured),
+    `bandwidth` in bytes/s, read plus written, by a copy.
+    """
 
     flops: float
     bandwidth: float
+    fp8_flops: float | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of GEMMs and attention, and bytes of what lies between."""
+    """Floating-point operations of GEMMs and of attention, and bytes of what lies between."""
 
-    flops: float = 0.0
+    gemms: float = 0.0
+    attention: float = 0.0
     nbytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.nbytes + other.nbytes)
+        return Work(self.gemms + other.gemms, self.attention + other.attention, self.nbytes + other.nbytes)
 
-    def seconds(self, ceilings: Ceilings) -> float:
-        """The time this takes at the ceilings, arithmetic and memory one after the other."""
-        return self.flops / ceilings.flops + self.nbytes / ceilings.bandwidth
+    @property
+    def flops(self) -> float:
+        """Of GEMMs and attention."""
+        return self.gemms + self.attention
+
+    def seconds(self, ceilings: Ceilings, *, fp8: bool = False) -> float:
+        """The time this takes at the ceilings, arithmetic and memory one after the other; `fp8` is about the GEMMs.
+
+        Raises
+        ------
+        ValueError
+            The fp8 ceiling is asked for and was not measured.
+        """
+        rate = ceilings.fp8_flops if fp8 else ceilings.flops
+        if rate is None:
+            raise ValueError("ceilings.fp8_flops: is None, must be measured for a floor with linears in fp8")
+        return self.gemms / rate + self.attention / ceilings.flops + self.nbytes / ceilings.bandwidth
 
 
 def run_work(stack: BlockStack, schedule: Schedule, shape: tuple[int, int, int, int], text: int) -> Work:
@@ -80,43 +104,51 @@ def _block_work(
     batch, frames, tokens, channels = shape
     rows = batch * frames * tokens
     config, attention = schedule.config, block.attention
-    flops = 0.0
+    gemms = products = 0.0
     passes = 0  # how often a tensor of the stream's size is read or written
     if getattr(variant, block.kind) and block.index in config.blocks(block.kind):
         passes += 1  # the slot is read
     else:
         keys = {"spatial": tokens, "temporal": frames, "full": frames * tokens}[attention.sequence]
-        flops += _gemms(rows, attention.qkv, attention.proj) + 4 * rows * keys * channels
+        gemms += _gemms(rows, attention.qkv, attention.proj)
+        products += 4 * rows * keys * channels
         passes += 3  # read stream and branch, write stream
         if attention.sequence == "temporal":
             passes += 4  # so short that it is bound by memory: read query, key and value, write the result
     if block.cross is not None:
         passes += 1  # read the branch, or the slot
         if not (variant.cross and block.index in config.blocks("cross")):
-            flops += _gemms(rows, block.cross.q, block.cross.proj) + 4 * rows * text * channels
+            gemms += _gemms(rows, block.cross.q, block.cross.proj)
+            products += 4 * rows * text * channels
     passes += 1 + 3  # read the MLP's branch or slot; the pass before the next attention
     if block.index not in variant.mlp(block.kind).broadcast:
-        flops += _gemms(rows, block.mlp.up, block.mlp.down)
+        gemms += _gemms(rows, block.mlp.up, block.mlp.down)
         passes += 3  # read stream, write stream and the GEMM's input
-    return Work(flops, passes * rows * channels * block.table.dtype.itemsize)
+    return Work(gemms, products, passes * rows * channels * block.table.dtype.itemsize)
 
 
-def _gemms(rows: int, *linears: Linear) -> float:
-    return float(sum(2 * rows * linear.weight.numel() for linear in linears))
+def _gemms(rows: int, *linears: Linear | Fp8Linear) -> float:
+    return float(sum(2 * rows * part.weight.shape.numel() for part in linears))
 
 
-def measure_gemms(stack: BlockStack, rows: int, seconds: float = 0.1) -> float:
+def measure_gemms(stack: BlockStack, rows: int, seconds: float = 0.1, *, fp8: bool = False) -> float:
     """FLOP/s of the first block's four large GEMMs (QKV, projection, MLP up and down) on `rows` rows of random data.
 
-    All operations over all time, as a block does them one after the other. `seconds` go to each GEMM.
+    All operations over all time, as a block does them one after the other. `seconds` go to each GEMM. With `fp8` inputs
+    and weights are in e4m3 already.
     """
     block = stack.blocks[0]
     flops = time_taken = 0.0
-    for linear in (block.attention.qkv, block.attention.proj, block.mlp.up, block.mlp.down):
-        features, channels = linear.weight.shape
-        x = torch.randn(rows, channels, dtype=linear.weight.dtype, device=linear.weight.device)
+    for weights in (block.attention.qkv, block.attention.proj, block.mlp.up, block.mlp.down):
+        assert isinstance(weights, Linear)
+        features, channels = weights.weight.shape
+        x = torch.randn(rows, channels, dtype=weights.weight.dtype, device=weights.weight.device)
         out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
-        gemm = partial(torch.addmm, linear.bias, x, linear.weight.t(), out=out)
+        if fp8:
+            quantized = quantize_ref(x, Quantized.empty((rows, channels), E4M3, x.device))
+            gemm = partial(linear, quantized, Fp8Linear.of(weights), out)
+        else:
+            gemm = partial(linear, x, weights, out)
         time_taken += _seconds(gemm, x.device, seconds)
         flops += 2 * rows * features * channels
     return flops / time_taken

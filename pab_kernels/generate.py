@@ -109,21 +109,33 @@ class Step:
 OnStep = Callable[[Step], None]
 
 
-def pab_settings(text: str) -> PABConfig | None:
+def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     """What `--pab` means: "off", the name of a preset ("latte", "latte:347"), or a YAML file.
+
+    Parameters
+    ----------
+    text : str
+    given : str or None
+        Settings that an option of the command line gives instead, None for those that it does not.
+
+    Returns
+    -------
+    PABConfig or None
+        None for "off", unless another setting needs this runtime all the same.
 
     Raises
     ------
     ValueError
-        None of these, or a bad file; the message says what is allowed.
+        None of these, or a bad file or setting; the message says what is allowed.
     """
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if text == "off":
-        return None
+        return PABConfig(**changes) if changes else None
     family, _, variant = text.partition(":")
     if family in PRESETS:
-        return PABConfig.preset(family, variant or None)
+        return dataclasses.replace(PABConfig.preset(family, variant or None), **changes)
     if Path(text).is_file():
-        return PABConfig.from_yaml(text)
+        return dataclasses.replace(PABConfig.from_yaml(text), **changes)
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
@@ -258,7 +270,9 @@ def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[n
     return None if pipe.vae is None else pipe.decode(hidden, size).numpy(), hidden
 
 
-def save(results: Mapping[str, Generated], request: Request, pipe: Pipeline, pab: str, output: Path) -> list[Path]:
+def save(
+    results: Mapping[str, Generated], request: Request, pipe: Pipeline, config: PABConfig | None, output: Path
+) -> list[Path]:
     """Write the last of `results`: a video for each prompt, or its latents where there is no decoder.
 
     Several results (with and without PAB), and latents, get a contact sheet as a PNG beside the file.
@@ -269,8 +283,8 @@ def save(results: Mapping[str, Generated], request: Request, pipe: Pipeline, pab
         Names and runs of the same request.
     request : Request
     pipe : Pipeline
-    pab : str
-        What `--pab` was, for the latents' metadata.
+    config : PABConfig or None
+        For the latents' metadata.
     output : Path
         .mp4 or .gif; the i-th of several prompts gets "-i" before the suffix, latents get .safetensors instead.
 
@@ -292,7 +306,7 @@ def save(results: Mapping[str, Generated], request: Request, pipe: Pipeline, pab
             first = next(iter(hidden.values()))
             rows = {name: latents.first_look(value, like=first) for name, value in hidden.items()}
             path = path.with_suffix(".safetensors")
-            latents.save(last.latents[i], path, _metadata(request, pipe, pab, i))
+            latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
         written.append(path)
         if last.frames is None or len(results) > 1:
             sheet = path.with_suffix(".png")
@@ -301,10 +315,9 @@ def save(results: Mapping[str, Generated], request: Request, pipe: Pipeline, pab
     return written
 
 
-def _metadata(request: Request, pipe: Any, pab: str, index: int) -> dict[str, Any]:
+def _metadata(request: Request, pipe: Any, config: PABConfig | None, index: int) -> dict[str, Any]:
     """What it takes to decode the latents later, and to make them again."""
     size = pipe.size() if isinstance(pipe, LatteLatents) or request.size is None else request.size
-    config = pab_settings(pab)
     return {
         "family": pipe.family,
         **{name: value for name, value in dataclasses.asdict(size).items() if name != "latent"},

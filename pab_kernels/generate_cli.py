@@ -52,6 +52,8 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     cache_device: options.CacheDevice = None,
+    cache_dtype: options.CacheDtype = None,
+    linear_precision: options.LinearPrecision = None,
 ) -> None:
     """Generate videos from text, with Pyramid Attention Broadcast.
 
@@ -84,7 +86,7 @@ def generate(
             video,
         )
         pab = defaults.preset if pab is None else pab
-        config = generation.pab_settings(pab)
+        config = generation.pab_settings(pab, cache_dtype=cache_dtype, linear_precision=linear_precision)
         if compare and config is None:
             raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
         place = options.device_named(device)
@@ -101,7 +103,7 @@ def generate(
                 on_step = watch if not quiet or preview is not None else None
                 results[name] = generation.generate(pipe, request, settings, on_step, cache_device)
                 previews += watch.written
-        files = [*previews, *generation.save(results, request, pipe, pab, output)]
+        files = [*previews, *generation.save(results, request, pipe, config, output)]
         summary = generation.summary(results, request) | {
             "model": family,
             "pab": None if config is None else config.to_dict(),

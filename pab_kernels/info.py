@@ -57,12 +57,16 @@ def backends() -> dict[str, table.Choice]:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    fp8 = torch.empty(16, 16, dtype=torch.float8_e4m3fn, device=device)
+    fp8_linear = fp8, fp8, torch.empty(16, dtype=torch.bfloat16, device=device)
     spatial, full, text = empty(1, 1590, 16, 72), empty(1, 2048, 24, 96), empty(1, 300, 16, 72)
     length = torch.empty(1, dtype=torch.int32, device=device)
     return {
         "residual_norm_modulate": table.choose("residual_norm_modulate", empty(1, 1, 1152)),
         "temporal_attention": table.choose("temporal_attention", empty(1, 16, 1, 3, 16, 72)),
         "qk_norm_rope": table.choose("qk_norm_rope", empty(1, 1, 3, 16, 72)),
+        "scaled_linear": table.choose("scaled_linear", *fp8_linear),
+        "scaled_linear_gelu": table.choose("scaled_linear_gelu", *fp8_linear),
         "attention, spatial": table.choose("attention", spatial, spatial, spatial),
         "attention, full 3D": table.choose("attention", full, full, full),
         "attention, text lengths": table.choose("attention", spatial, text, text, length),

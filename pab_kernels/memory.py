@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.executor import BlockStack
 from pab_kernels.models import adapter_for, checkpoints
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
-from pab_kernels.slots import STAGES, available_host_memory
+from pab_kernels.precision import Shape, Trial, layer_bytes, layer_names, layer_weights, measure_shapes
+from pab_kernels.quantized import DTYPES
+from pab_kernels.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.workspace import TEXT_PADDING
 
 TEXT_LENGTHS = {"open_sora": 300, "latte": 120, "open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
@@ -88,11 +91,29 @@ class ModelShape:
         """Channels of the residual stream."""
         return self.stack.blocks[0].table.shape[-1]
 
-    def stream(self, run: PlannedRun) -> int:
-        """Bytes of the residual stream [B, T, S, C], and so of a slot."""
+    def shape(self, run: PlannedRun) -> tuple[int, int, int, int]:
+        """(B, T, S, C) of the residual stream."""
         frames, height, width = run.size.latent
-        tokens = frames * -(-height // self.patch[0]) * -(-width // self.patch[1])
-        return run.rows * tokens * self.channels * run.dtype.itemsize
+        tokens = -(-height // self.patch[0]) * -(-width // self.patch[1])
+        return run.rows, frames, tokens, self.channels
+
+    def stream(self, run: PlannedRun) -> int:
+        """Bytes of the residual stream."""
+        return math.prod(self.shape(run)) * run.dtype.itemsize
+
+    def slot(self, run: PlannedRun) -> int:
+        """Bytes of a slot."""
+        small = run.config.cache_dtype
+        return SlotLayout(self.shape(run), run.dtype if small is None else DTYPES[small]).nbytes
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Of the weights that all of the linears have beside the host's own when they run in fp8."""
+        return sum(
+            layer_bytes(layer_weights(block, layer))
+            for block in self.stack.blocks
+            for layer in layer_names(block).values()
+        )
 
 
 def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
@@ -118,13 +139,24 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     gates = sum(key.branch != "cross" for key in keys) * run.rows * model.channels * item
     on_device = min(STAGES, len(keys)) if run.cache_on_host else len(keys)
     return Memory(
-        weights=model.elements * item,
-        slots=on_device * model.stream(run) + gates,
+        weights=model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes),
+        slots=on_device * model.slot(run) + gates,
         text=_text(run, model),
         activations=_activations(run, model),
         slot_count=len(keys),
-        host=len(keys) * model.stream(run) if run.cache_on_host else 0,
+        host=len(keys) * model.slot(run) if run.cache_on_host else 0,
     )
+
+
+def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
+    """What each shape of linear takes in the run's dtype and in fp8, measured here; or why none can run in fp8."""
+    model = ModelShape.of(run.family)
+    batch, frames, tokens, _ = model.shape(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return measure_shapes(model.stack, batch * frames * tokens, device, run.dtype)
+    except ValueError as error:
+        return str(error)
 
 
 def _text(run: PlannedRun, model: ModelShape) -> int:
@@ -204,6 +236,8 @@ def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
         if on:
             blocks = {f"{kind}_block": (0, count) for kind in on}
             yield f"{', '.join(blocks)} of [0, {count}]", _with(run, **blocks)
+    if on and run.config.cache_dtype is None:
+        yield "--cache-dtype fp8", _with(run, cache_dtype="fp8")
     if on:
         yield "--pab off", dataclasses.replace(run, config=PABConfig())
     if run.rows > 2:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pab_kernels.config import PRESETS
+from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +131,17 @@ CacheDevice = Annotated[
     str | None,
     typer.Option(
         help="cpu keeps this runtime's slots in pinned host memory.", autocompletion=lambda: list(CACHE_DEVICES)
+    ),
+]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="fp8 or int8: slots in half the memory.", autocompletion=lambda: list(CACHE_DTYPES)),
+]
+LinearPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: the blocks' linears in fp8 where that is faster; fp8-all: all of them, measured or not.",
+        autocompletion=lambda: list(LINEAR_PRECISIONS),
     ),
 ]
 Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360p, 480p or 720p.")]

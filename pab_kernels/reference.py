@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from pab_kernels.quantized import LIMITS, TINY, Quantized
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -16,33 +19,77 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def quantize_ref(x: Tensor, out: Quantized) -> Quantized:
+    """Rows [..., C] to one byte an element: the largest magnitude of a row becomes the dtype's largest.
+
+    A NaN anywhere makes its row's scale NaN, and so the whole row: int8 alone would hide it.
+    """
+    wide, limit = _wide(x), LIMITS[out.values.dtype]
+    largest = wide.abs().amax(-1).clamp(min=TINY)
+    scaled = wide * (limit / largest)[..., None]
+    if out.values.dtype == torch.int8:
+        scaled = scaled.nan_to_num(0.0).round()
+    out.values.copy_(scaled)
+    out.row_scale.copy_(largest / limit)
+    return out
+
+
+def dequantize_ref(x: Quantized) -> Tensor:
+    """The rows that `x` stands for, float32."""
+    return x.values.float() * x.row_scale[..., None]
+
+
+def gelu_quantize_ref(x: Tensor, out: Quantized) -> Quantized:
+    """GELU (tanh form), then one byte an element. See `pab_kernels.fp8_ops.gelu_quantize`."""
+    return quantize_ref(F.gelu(_wide(x), approximate="tanh"), out)
+
+
+def scaled_linear_gelu_ref(
+    x: Quantized, weight: Quantized, bias: Tensor, weight_sum: float, bias_max: float, out: Quantized
+) -> Quantized:
+    """A linear in fp8, GELU, and fp8 again. See `pab_kernels.fp8_ops.scaled_linear_gelu`."""
+    y = F.gelu(F.linear(dequantize_ref(x), dequantize_ref(weight), bias.float()), approximate="tanh")
+    out.row_scale.copy_(x.row_scale * weight_sum + bias_max / LIMITS[out.values.dtype])
+    out.values.copy_(y / out.row_scale[..., None])
+    return out
+
+
+def scaled_linear_ref(x: Quantized, weight: Quantized, bias: Tensor, out: Tensor) -> Tensor:
+    """A linear whose input and weight have one byte an element. See `pab_kernels.fp8_ops.scaled_linear`."""
+    return out.copy_(F.linear(dequantize_ref(x), dequantize_ref(weight), bias.float()))
+
+
 def residual_norm_modulate_ref(
     x: Tensor,
-    branches: Sequence[Tensor] = (),
+    branches: Sequence[Tensor | Quantized] = (),
     gates: Sequence[Tensor | None] = (),
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     *,
     embed: Tensor | None = None,
     eps: float = 1e-6,
-    out: Tensor | None = None,
-) -> Tensor:
+    out: Tensor | Quantized | None = None,
+    saved: Quantized | None = None,
+) -> Tensor | Quantized:
     """The pass between two GEMMs. See `pab_kernels.ops.residual_norm_modulate`."""
     total = _wide(x)
-    for branch, gate in zip(branches, gates, strict=True):
-        total = total + (_wide(branch) if gate is None else _wide(gate)[:, None, :] * _wide(branch))
+    for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
+        value = dequantize_ref(branch) if isinstance(branch, Quantized) else _wide(branch)
+        if i == 0 and saved is not None:
+            quantize_ref(value, saved)
+        total = total + (value if gate is None else _wide(gate)[:, None, :] * value)
     if embed is not None:
         total = total + _wide(embed).repeat_interleave(x.shape[1] // embed.shape[0], dim=0)
     if branches or embed is not None:
         x.copy_(total)
     if shift is None or scale is None:
-        return x
+        return quantize_ref(total, out) if isinstance(out, Quantized) else x
     centred = total - total.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     y = normed * (1 + _wide(scale)[:, None, :]) + _wide(shift)[:, None, :]
     if out is None:
         return y.to(x.dtype)
-    return out.copy_(y)
+    return quantize_ref(y, out) if isinstance(out, Quantized) else out.copy_(y)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from pab_kernels.cache import BroadcastCache
 from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Call
+from pab_kernels.precision import Fp8Linears, count_fp8
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.workspace import Workspace
 
@@ -32,6 +35,8 @@ class Report:
     """On the transformer's device."""
     host_bytes: int
     """Of slots in pinned host memory."""
+    fp8: dict[str, int]
+    """In how many blocks each layer runs in fp8."""
     graphs: int
     eager: str | None
     """Why steps run without CUDA graphs, None where they have them."""
@@ -46,6 +51,8 @@ class Report:
         graphs = f"{self.graphs} CUDA graphs" if self.eager is None else f"no CUDA graphs: {self.eager}"
         host = f" and {self.host_bytes / 2**20:.1f} MiB in host memory" if self.host_bytes else ""
         lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB{host}; {graphs}")
+        if self.fp8:
+            lines.append(f"  in fp8: {', '.join(f'{layer} of {count} blocks' for layer, count in self.fp8.items())}")
         for name, (count, seconds) in self.seconds.items():
             lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
         return "\n".join(lines)
@@ -95,6 +102,14 @@ class PABHandle:
         self.transformer = transformer
         self._pipeline = pipeline
         self._adapter = adapter_for(transformer)
+        self._fp8: Fp8Linears | None = None
+        if config.linear_precision is not None:
+            try:
+                measure = config.linear_precision == "fp8"
+                self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure)
+            except ValueError:
+                self._adapter.restore()
+                raise
         self._cuda_graphs = cuda_graphs
         self._workspaces: list[Workspace | None] = [None] * forwards_per_step
         self._run: _Run | None = None
@@ -126,6 +141,7 @@ class PABHandle:
             self._open = False
             del self.transformer.forward
             self._adapter.restore()
+            self._fp8 = None
             self._workspaces = [None] * len(self._workspaces)
 
     def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0) -> Schedule:
@@ -170,6 +186,7 @@ class PABHandle:
             slots=sum(map(len, self.caches)),
             cache_bytes=sum(cache.nbytes for cache in self.caches),
             host_bytes=sum(cache.host_bytes for cache in self.caches),
+            fp8=next((count_fp8(workspace.stack) for workspace in workspaces), {}),
             graphs=sum(workspace.graphs for workspace in workspaces),
             eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
             seconds=seconds,
@@ -188,7 +205,8 @@ class PABHandle:
         if workspace is None or not workspace.fits(call):
             # Slots of another shape are freed before new ones are made.
             workspace = self._workspaces[forward] = None
-            workspace = Workspace(self._adapter, run.schedule, call, self._cuda_graphs, self._cache_device)
+            stack = self._adapter.stack if self._fp8 is None else self._fp8.at(math.prod(call.shape[:3]))
+            workspace = Workspace(self._adapter, stack, run.schedule, call, self._cuda_graphs, self._cache_device)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]
         sample = workspace.step(call, variant)
@@ -259,9 +277,11 @@ def accelerate(
     target: Any,
     config: PABConfig,
     *,
+    linear_precision: str | None = None,
+    cache_dtype: str | None = None,
+    cache_device: torch.device | str | None = None,
     cuda_graphs: bool = True,
     forwards_per_step: int = 1,
-    cache_device: torch.device | str | None = None,
 ) -> PABHandle:
     """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
 
@@ -271,6 +291,10 @@ def accelerate(
         A pipeline with `.transformer` and `.scheduler`: its runs are noticed by themselves. Or a transformer: announce
         each run with ``handle.begin(timesteps)``.
     config : PABConfig
+    linear_precision : {"fp8", "fp8-all"}, optional
+        Instead of the config's.
+    cache_dtype : {"fp8", "int8"}, optional
+        Instead of the config's.
     cuda_graphs : bool
         On a GPU, replay each `StepVariant` from a captured graph.
     forwards_per_step : int
@@ -292,8 +316,12 @@ def accelerate(
     TypeError, ValueError
         The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
         linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
-        Or an argument is out of range.
+        Or an argument is out of range, or `linear_precision` is fp8 on a device without fp8 tensor cores.
     """
+    given = {"linear_precision": linear_precision, "cache_dtype": cache_dtype}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if changes and isinstance(config, PABConfig):
+        config = dataclasses.replace(config, **changes)
     if isinstance(target, nn.Module):
         pipeline, transformer = None, target
     elif isinstance(getattr(target, "transformer", None), nn.Module) and hasattr(target, "scheduler"):

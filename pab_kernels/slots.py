@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from pab_kernels.branches import Rows
 from pab_kernels.ops import MAX_BRANCHES
+from pab_kernels.quantized import LIMITS, Quantized
 
 STAGES = MAX_BRANCHES
 """Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs, so with as many one can always be had."""
@@ -30,12 +32,48 @@ class SlotKey:
     position: int
 
 
+@dataclass(frozen=True)
+class SlotLayout:
+    """How a slot [B, T, S, C] lies in memory: its elements, and after them a scale a row if they have one byte each."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def quantized(self) -> bool:
+        """Whether elements have one byte, and rows a scale."""
+        return self.dtype in LIMITS
+
+    @property
+    def nbytes(self) -> int:
+        """Of one slot."""
+        scales = 4 * math.prod(self.shape[:3]) if self.quantized else 0
+        return self._offset + scales
+
+    @property
+    def _offset(self) -> int:
+        """Of the scales: elements end where 16 bytes do."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // 16) * 16
+
+    def view(self, memory: Tensor) -> Rows:
+        """The slot in `memory`, uint8 [nbytes]."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        values = memory[:size].view(self.dtype).view(self.shape)
+        if not self.quantized:
+            return values
+        return Quantized(values, memory[self._offset :].view(torch.float32).view(self.shape[:3]))
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
+
+
 class SlotStore(Protocol):
     """Hands out the slots' values on the device, within a step: those that the step reads, and those it writes.
 
-    A tensor that is handed out may be used until the next `release`.
+    What is handed out may be used until the next `release`.
     """
 
+    layout: SlotLayout
     nbytes: int
     """Bytes on the device."""
     host_bytes: int
@@ -44,10 +82,10 @@ class SlotStore(Protocol):
     def step(self, reads: Set[SlotKey]) -> AbstractContextManager[object]:
         """One step, which will read the slots `reads`, in the order in which the store was given its keys."""
 
-    def read(self, key: SlotKey) -> Tensor:
+    def read(self, key: SlotKey) -> Rows:
         """The value [B, T, S, C] of a slot."""
 
-    def out(self, key: SlotKey) -> Tensor:
+    def out(self, key: SlotKey) -> Rows:
         """Where to write the new value of a slot, [B, T, S, C]."""
 
     def wrote(self, key: SlotKey) -> None:
@@ -64,9 +102,8 @@ class DeviceSlots:
     ----------
     storage : mapping of SlotKey to int
         The number of the tensor that each slot lies in, from 0.
-    shape : (B, T, S, C)
+    layout : SlotLayout
         Of every slot.
-    dtype : torch.dtype
     device : torch.device
 
     Raises
@@ -76,20 +113,21 @@ class DeviceSlots:
 
     host_bytes = 0
 
-    def __init__(self, storage: Mapping[SlotKey, int], shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        values = [torch.empty(shape, dtype=dtype, device=device) for _ in set(storage.values())]
-        self._values = {key: values[number] for key, number in storage.items()}
+    def __init__(self, storage: Mapping[SlotKey, int], layout: SlotLayout, device: torch.device) -> None:
+        self.layout = layout
+        values = [_memory(layout, device) for _ in set(storage.values())]
+        self._values = {key: layout.view(values[number]) for key, number in storage.items()}
         self.nbytes = sum(value.nbytes for value in values)
 
     def step(self, reads: Set[SlotKey]) -> AbstractContextManager[object]:
         """Nothing is to be prepared."""
         return nullcontext()
 
-    def read(self, key: SlotKey) -> Tensor:
+    def read(self, key: SlotKey) -> Rows:
         """The slot itself."""
         return self._values[key]
 
-    def out(self, key: SlotKey) -> Tensor:
+    def out(self, key: SlotKey) -> Rows:
         """The slot itself."""
         return self._values[key]
 
@@ -104,7 +142,8 @@ class DeviceSlots:
 class _Stage:
     """A staging tensor; when a load into it has arrived; and when a save from it is over, so that it may be written."""
 
-    value: Tensor
+    memory: Tensor
+    value: Rows
     arrived: torch.cuda.Event | None = None
     saved: torch.cuda.Event | None = None
 
@@ -119,7 +158,7 @@ class HostSlots:
 
     Parameters
     ----------
-    storage, shape, dtype, device
+    storage, layout, device
         As for `DeviceSlots`; the device is that of the staging tensors.
 
     Raises
@@ -130,20 +169,22 @@ class HostSlots:
         The staging tensors do not fit on the device.
     """
 
-    def __init__(self, storage: Mapping[SlotKey, int], shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, storage: Mapping[SlotKey, int], layout: SlotLayout, device: torch.device) -> None:
+        self.layout = layout
         count = len(set(storage.values()))
-        values = _host_memory(count, shape, dtype)
+        values = _host_memory(count, layout)
         if device.type == "cuda" and count:
-            _pin(values)
+            _pin(values, layout)
             weakref.finalize(self, _unpin, values, device).atexit = False
         self._values = {key: values[number] for key, number in storage.items()}
-        self._stages = [_Stage(torch.empty(shape, dtype=dtype, device=device)) for _ in range(min(STAGES, count))]
+        memory = [_memory(layout, device) for _ in range(min(STAGES, count))]
+        self._stages = [_Stage(each, layout.view(each)) for each in memory]
         self._loads, self._saves = CopyStream(device), CopyStream(device)
         self._free: deque[_Stage] = deque()
         self._ahead: deque[SlotKey] = deque()  # to be loaded, in order
         self._arriving: dict[SlotKey, _Stage] = {}
         self._lent: list[_Stage] = []
-        self.nbytes = sum(stage.value.nbytes for stage in self._stages)
+        self.nbytes = sum(stage.memory.nbytes for stage in self._stages)
         self.host_bytes = values.nbytes
 
     @contextmanager
@@ -163,7 +204,7 @@ class HostSlots:
             self._loads.join()
             self._saves.join()
 
-    def read(self, key: SlotKey) -> Tensor:
+    def read(self, key: SlotKey) -> Rows:
         """A staging tensor with the slot's value; the computation waits for its copy."""
         if key not in self._arriving:
             self._load()
@@ -172,7 +213,7 @@ class HostSlots:
         self._lent.append(stage)
         return stage.value
 
-    def out(self, key: SlotKey) -> Tensor:
+    def out(self, key: SlotKey) -> Rows:
         """A free staging tensor."""
         stage = self._free.popleft()
         _wait(stage.saved)
@@ -182,7 +223,7 @@ class HostSlots:
     def wrote(self, key: SlotKey) -> None:
         """Saves what was written to the latest `out`."""
         stage = self._lent[-1]
-        stage.saved = self._saves.copy(self._values[key], stage.value, None)
+        stage.saved = self._saves.copy(self._values[key], stage.memory, None)
 
     def release(self) -> None:
         """Frees what was handed out, and loads ahead."""
@@ -197,7 +238,7 @@ class HostSlots:
 
     def _load(self) -> None:
         key, stage = self._ahead.popleft(), self._free.popleft()
-        stage.arrived = self._loads.copy(stage.value, self._values[key], stage.saved)
+        stage.arrived = self._loads.copy(stage.memory, self._values[key], stage.saved)
         self._arriving[key] = stage
 
 
@@ -247,23 +288,26 @@ def available_host_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def _host_memory(count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Host memory [count, B, T, S, C] for `count` slots; MemoryError if there is not enough."""
-    size, available = count * math.prod(shape) * dtype.itemsize, available_host_memory()
+def _memory(layout: SlotLayout, device: torch.device) -> Tensor:
+    return torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+
+
+def _host_memory(count: int, layout: SlotLayout) -> Tensor:
+    """Host memory [count, nbytes] for `count` slots; MemoryError if there is not enough."""
+    size, available = count * layout.nbytes, available_host_memory()
     if size > available:
-        raise MemoryError(f"{_needs(count, shape, dtype)}; {available / 2**30:.1f} GiB are available")
-    return torch.empty(count, *shape, dtype=dtype)
+        raise MemoryError(f"{_needs(count, layout)}; {available / 2**30:.1f} GiB are available")
+    return torch.empty(count, layout.nbytes, dtype=torch.uint8)
 
 
-def _pin(values: Tensor) -> None:
+def _pin(values: Tensor, layout: SlotLayout) -> None:
     """Lock the pages of `values`, so that a GPU copies to and from them by itself.
 
     Torch's own pinned memory would be rounded up to a power of two, and stay with its allocator for good.
     """
     code = int(torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0))
     if code != 0:
-        needs = _needs(values.shape[0], values.shape[1:], values.dtype)
-        raise MemoryError(f"{needs}; it could not be pinned (CUDA error {code})")
+        raise MemoryError(f"{_needs(len(values), layout)}; it could not be pinned (CUDA error {code})")
 
 
 def _unpin(values: Tensor, device: torch.device) -> None:
@@ -271,6 +315,6 @@ def _unpin(values: Tensor, device: torch.device) -> None:
     torch.cuda.cudart().cudaHostUnregister(values.data_ptr())
 
 
-def _needs(count: int, shape: Sequence[int], dtype: torch.dtype) -> str:
-    size = count * math.prod(shape) * dtype.itemsize / 2**30
-    return f"the broadcast cache needs {size:.1f} GiB of host memory for {count} slots of {list(shape)} {dtype}"
+def _needs(count: int, layout: SlotLayout) -> str:
+    size = count * layout.nbytes / 2**30
+    return f"the broadcast cache needs {size:.1f} GiB of host memory for {count} slots of {layout}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pab_kernels.branches import TextKV
 from pab_kernels.cache import BroadcastCache
-from pab_kernels.executor import Executor
+from pab_kernels.executor import BlockStack, Executor
 from pab_kernels.graphs import StepGraphs
 from pab_kernels.models.adapter import Adapter, Call
 from pab_kernels.schedule import Schedule, StepVariant
@@ -25,6 +25,8 @@ class Workspace:
     Parameters
     ----------
     adapter : Adapter
+    stack : BlockStack
+        The adapter's, or the same with linears in fp8.
     schedule : Schedule
         Of the first run.
     call : Call
@@ -36,10 +38,16 @@ class Workspace:
     """
 
     def __init__(
-        self, adapter: Adapter, schedule: Schedule, call: Call, cuda_graphs: bool, cache_device: torch.device
+        self,
+        adapter: Adapter,
+        stack: BlockStack,
+        schedule: Schedule,
+        call: Call,
+        cuda_graphs: bool,
+        cache_device: torch.device,
     ) -> None:
         self._adapter = adapter
-        self._executor = Executor(adapter.stack, schedule, call.shape, call.groups, cache_device)
+        self._executor = Executor(stack, schedule, call.shape, call.groups, cache_device)
         self._latents_shape = call.tensors["latents"].shape
         self._text: list[TextKV | None] = []
         self._text_shape: torch.Size | None = None
@@ -57,6 +65,11 @@ class Workspace:
     def cache(self) -> BroadcastCache:
         """The slots."""
         return self._executor.cache
+
+    @property
+    def stack(self) -> BlockStack:
+        """The blocks as they run."""
+        return self._executor.stack
 
     @property
     def graphs(self) -> int:

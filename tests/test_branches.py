@@ -74,6 +74,7 @@ def test_cross_attention():
     kv_len = torch.tensor([4, 2], dtype=torch.int32)
     kv = text_kv(text, weights, kv_len)
     result = fused_pab_attention(x.clone(), weights, None, cache, kind="cross", broadcast=False, text=kv)
+    assert isinstance(weights.q, Linear)
     q = F.linear(x, weights.q.weight, weights.q.bias).view(B, T * S, H, D).transpose(1, 2)
     k, v = F.linear(text, weights.kv.weight, weights.kv.bias).view(B, 4, 2, H, D).permute(2, 0, 3, 1, 4)
     mask = (torch.arange(4) < kv_len[:, None])[:, None, None]

@@ -111,6 +111,7 @@ def test_info_names_versions_and_backends():
         (["--model", "open_sora_plan", "--size", "65x512x512", "--dtype", "float32"], "84 slots .* 12.6"),
         (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "staging of 112 slots .* 0.4"),
         (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "slots in host memory .* 11.5"),
+        (["--model", "open_sora", "--resolution", "480p", "--cache-dtype", "int8"], "112 slots .* 5.8"),
     ],
 )
 def test_info_tells_memory(arguments, slots):
@@ -129,10 +130,19 @@ def test_info_tells_memory(arguments, slots):
         (["--model", "latte", "--pab", "nothing"], "pab: got 'nothing'"),
         (["--model", "latte", "--dtype", "int8"], "dtype: got 'int8'"),
         (["--model", "latte", "--cache-device", "disk"], "cache_device: got 'disk', must be cpu or cuda"),
+        (["--model", "latte", "--cache-dtype", "fp4"], "cache_dtype: got 'fp4', must be null or one of fp8, int8"),
     ],
 )
 def test_info_refuses(arguments, message):
     assert message in refused("info", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_tells_what_would_run_in_fp8():
+    output = pab("info", "--model", "latte", "--linear-precision", "fp8")
+    assert re.search(r"No linears in fp8: linear_precision: got fp8, .* fp8 GEMMs need a CUDA GPU, got cpu", output)
+    weights = [re.search(r"weights +│ +(\d\.\d)", text) for text in (output, pab("info", "--model", "latte"))]
+    assert [match and match[1] for match in weights] == ["2.8", "2.0"], "QKV, text queries and MLPs twice"
 
 
 # generate
@@ -391,6 +401,7 @@ def test_generate_refuses_a_word_that_the_demo_does_not_know(demo, tmp_path):
         (["--pab", "off", "--compare"], "there is nothing to compare"),
         (["--prompt", "a", "--prompt", "b", "--prompt", "c", "--seed", "1", "--seed", "2"], "seed must be given once"),
         (["--dtype", "int8"], "dtype: got 'int8'"),
+        (["--linear-precision", "fp8"], "linear_precision: got fp8, must be None here: fp8 GEMMs need a CUDA GPU"),
         (["--model", "open_sora", "--weights", "nowhere.safetensors"], "there is no file or folder nowhere"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value[:20],

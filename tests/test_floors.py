@@ -10,11 +10,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["pab_kernels/files.py"],
-    ["pab_kernels/config.py", "pab_kernels/schedule.py", "pab_kernels/reference.py", "pab_kernels/checks.py"],
+    [
+        "pab_kernels/config.py",
+        "pab_kernels/schedule.py",
+        "pab_kernels/quantized.py",
+        "pab_kernels/reference.py",
+        "pab_kernels/checks.py",
+    ],
     ["triton_ops/*.py"],
-    ["pab_kernels/backends.py", "pab_kernels/ops.py"],
+    ["pab_kernels/backends.py", "pab_kernels/ops.py", "pab_kernels/fp8_ops.py"],
     ["pab_kernels/branches.py"],
-    ["pab_kernels/slots.py", "pab_kernels/cache.py", "pab_kernels/executor.py", "pab_kernels/graphs.py"],
+    [
+        "pab_kernels/slots.py",
+        "pab_kernels/cache.py",
+        "pab_kernels/executor.py",
+        "pab_kernels/graphs.py",
+        "pab_kernels/precision.py",
+    ],
     ["models/*.py", "models/hosts/*.py"],
     [
         "pab_kernels/clock.py",

@@ -12,12 +12,16 @@ The work is pure memory traffic, so the kernel is laid out around its loads:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pab_kernels.quantized import Quantized
+from pab_kernels.triton_ops.quantize import store_row
 
 
 @triton.jit
@@ -30,16 +34,31 @@ def _load(pointer, mask):
 
 
 @triton.jit
-def _add(total, branch, stride_g, stride_n, gate, gate_g, group, row, columns, mask):
+def _branch(branch, row_scale, offset, index, columns, mask):
+    """One row of a branch, times its scale where it has one byte an element."""
+    value = _load(branch + offset + columns, mask)
+    if row_scale is None:
+        return value
+    else:
+        return value * tl.load(row_scale + index)
+
+
+@triton.jit
+def _gated(value, gate, columns, mask):
+    if gate is None:
+        return value
+    else:
+        return value * _load(gate + columns, mask)
+
+
+@triton.jit
+def _add(total, branch, row_scale, stride_g, stride_n, gate, gate_g, group, row, index, columns, mask):
     """Total plus one row of a branch, gated where it has a gate; the total itself where there is no branch."""
     if branch is None:
         return total
     else:
-        value = _load(branch + group * stride_g + row * stride_n + columns, mask)
-        if gate is None:
-            return total + value
-        else:
-            return total + _load(gate + group * gate_g + columns, mask) * value
+        value = _branch(branch, row_scale, group * stride_g + row * stride_n, index, columns, mask)
+        return total + _gated(value, None if gate is None else gate + group * gate_g, columns, mask)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "rows_per_embed"])
@@ -49,6 +68,10 @@ def _residual_norm_modulate_kernel(
     branch1,
     branch2,
     branch3,
+    row_scale0,  # [G, N] contiguous or None, like the next three
+    row_scale1,
+    row_scale2,
+    row_scale3,
     gate0,  # [G, C] or None, like the next three
     gate1,
     gate2,
@@ -57,6 +80,9 @@ def _residual_norm_modulate_kernel(
     scale,
     embed,  # [P, C] or None
     out,  # [G, N, C] or None
+    out_scale,  # [G, N] contiguous or None
+    saved,  # [G, N, C] or None: branch0 in one byte an element
+    saved_scale,
     x_g,  # strides in elements, <tensor>_<dimension>
     x_n,
     branch0_g,
@@ -76,6 +102,8 @@ def _residual_norm_modulate_kernel(
     embed_p,
     out_g,
     out_n,
+    saved_g,
+    saved_n,
     rows,  # N
     blocks,  # programs a group
     rows_per_embed,  # N / P
@@ -96,38 +124,51 @@ def _residual_norm_modulate_kernel(
         mask = z < CHANNELS
     for step in range(0, tl.minimum(rows - first, ROWS).to(tl.int32)):
         row = first + step
+        index = group * rows + row  # among all rows
         x_row = x + group * x_g + row * x_n
         sum_a = _load(x_row + a, None)
         sum_z = _load(x_row + z, mask)
-        sum_a = _add(sum_a, branch0, branch0_g, branch0_n, gate0, gate0_g, group, row, a, None)
-        sum_z = _add(sum_z, branch0, branch0_g, branch0_n, gate0, gate0_g, group, row, z, mask)
-        sum_a = _add(sum_a, branch1, branch1_g, branch1_n, gate1, gate1_g, group, row, a, None)
-        sum_z = _add(sum_z, branch1, branch1_g, branch1_n, gate1, gate1_g, group, row, z, mask)
-        sum_a = _add(sum_a, branch2, branch2_g, branch2_n, gate2, gate2_g, group, row, a, None)
-        sum_z = _add(sum_z, branch2, branch2_g, branch2_n, gate2, gate2_g, group, row, z, mask)
-        sum_a = _add(sum_a, branch3, branch3_g, branch3_n, gate3, gate3_g, group, row, a, None)
-        sum_z = _add(sum_z, branch3, branch3_g, branch3_n, gate3, gate3_g, group, row, z, mask)
+        if saved is not None:
+            offset = group * branch0_g + row * branch0_n
+            value_a = _branch(branch0, row_scale0, offset, index, a, None)
+            value_z = _branch(branch0, row_scale0, offset, index, z, mask)
+            store_row(saved + group * saved_g + row * saved_n, saved_scale, index, value_a, value_z, a, z, mask)
+            sum_a += _gated(value_a, None if gate0 is None else gate0 + group * gate0_g, a, None)
+            sum_z += _gated(value_z, None if gate0 is None else gate0 + group * gate0_g, z, mask)
+        else:
+            sum_a = _add(sum_a, branch0, row_scale0, branch0_g, branch0_n, gate0, gate0_g, group, row, index, a, None)
+            sum_z = _add(sum_z, branch0, row_scale0, branch0_g, branch0_n, gate0, gate0_g, group, row, index, z, mask)
+        sum_a = _add(sum_a, branch1, row_scale1, branch1_g, branch1_n, gate1, gate1_g, group, row, index, a, None)
+        sum_z = _add(sum_z, branch1, row_scale1, branch1_g, branch1_n, gate1, gate1_g, group, row, index, z, mask)
+        sum_a = _add(sum_a, branch2, row_scale2, branch2_g, branch2_n, gate2, gate2_g, group, row, index, a, None)
+        sum_z = _add(sum_z, branch2, row_scale2, branch2_g, branch2_n, gate2, gate2_g, group, row, index, z, mask)
+        sum_a = _add(sum_a, branch3, row_scale3, branch3_g, branch3_n, gate3, gate3_g, group, row, index, a, None)
+        sum_z = _add(sum_z, branch3, row_scale3, branch3_g, branch3_n, gate3, gate3_g, group, row, index, z, mask)
         if embed is not None:
-            sum_a = _add(sum_a, embed, 0, embed_p, None, 0, group, row // rows_per_embed, a, None)
-            sum_z = _add(sum_z, embed, 0, embed_p, None, 0, group, row // rows_per_embed, z, mask)
+            sum_a = _add(sum_a, embed, None, 0, embed_p, None, 0, group, row // rows_per_embed, 0, a, None)
+            sum_z = _add(sum_z, embed, None, 0, embed_p, None, 0, group, row // rows_per_embed, 0, z, mask)
         if branch0 is not None or embed is not None:
             tl.store(x_row + a, sum_a.to(x.dtype.element_ty))
             tl.store(x_row + z, sum_z.to(x.dtype.element_ty), mask=mask)
         if out is not None:
-            # Both passes of the norm run on registers, so the exact one costs no traffic.
-            mean = (tl.sum(sum_a, 0) + tl.sum(sum_z, 0)) / CHANNELS
-            sum_a -= mean
-            sum_z -= mean
-            if mask is not None:
-                sum_z = tl.where(mask, sum_z, 0.0)
-            rstd = tl.rsqrt((tl.sum(sum_a * sum_a, 0) + tl.sum(sum_z * sum_z, 0)) / CHANNELS + eps)
-            y_a = sum_a * rstd * (1 + _load(scale + group * scale_g + a, None))
-            y_z = sum_z * rstd * (1 + _load(scale + group * scale_g + z, mask))
-            y_a += _load(shift + group * shift_g + a, None)
-            y_z += _load(shift + group * shift_g + z, mask)
+            if shift is not None:
+                # Both passes of the norm run on registers, so the exact one costs no traffic.
+                mean = (tl.sum(sum_a, 0) + tl.sum(sum_z, 0)) / CHANNELS
+                sum_a -= mean
+                sum_z -= mean
+                if mask is not None:
+                    sum_z = tl.where(mask, sum_z, 0.0)
+                rstd = tl.rsqrt((tl.sum(sum_a * sum_a, 0) + tl.sum(sum_z * sum_z, 0)) / CHANNELS + eps)
+                sum_a = sum_a * rstd * (1 + _load(scale + group * scale_g + a, None))
+                sum_z = sum_z * rstd * (1 + _load(scale + group * scale_g + z, mask))
+                sum_a += _load(shift + group * shift_g + a, None)
+                sum_z += _load(shift + group * shift_g + z, mask)
             out_row = out + group * out_g + row * out_n
-            tl.store(out_row + a, y_a.to(out.dtype.element_ty))
-            tl.store(out_row + z, y_z.to(out.dtype.element_ty), mask=mask)
+            if out_scale is not None:
+                store_row(out_row, out_scale, index, sum_a, sum_z, a, z, mask)
+            else:
+                tl.store(out_row + a, sum_a.to(out.dtype.element_ty))
+                tl.store(out_row + z, sum_z.to(out.dtype.element_ty), mask=mask)
 
 
 INTERPRETED = not isinstance(_residual_norm_modulate_kernel, triton.JITFunction)
@@ -157,13 +198,14 @@ def default_config(rows: int, channels: int) -> Config:
 
 def residual_norm_modulate_triton(
     x: Tensor,
-    branches: list[Tensor],
+    branches: Sequence[Tensor | Quantized],
     gates: list[Tensor | None],
     shift: Tensor | None,
     scale: Tensor | None,
     embed: Tensor | None,
     eps: float,
-    out: Tensor | None,
+    out: Tensor | Quantized | None,
+    saved: Quantized | None = None,
     *,
     config: Config | None = None,
 ) -> None:
@@ -185,29 +227,39 @@ def residual_norm_modulate_triton(
         config = default_config(groups * rows, channels)
     blocks = triton.cdiv(rows, config.rows)
     absent = 4 - len(branches)
+    parts = [_parts(branch) for branch in branches]
+    values = [value for value, _ in parts]
+    row_scales = [row_scale for _, row_scale in parts]
+    out_values, out_scale = _parts(out)
+    saved_values, saved_scale = _parts(saved)
     half = max(triton.next_power_of_2(channels) // 2, 1)
     with torch.cuda.device_of(x):
         _residual_norm_modulate_kernel[(groups * blocks,)](
             x,
-            *branches,
+            *values,
+            *(None,) * absent,
+            *row_scales,
             *(None,) * absent,
             *gates,
             *(None,) * absent,
             shift,
             scale,
             embed,
-            out,
+            out_values,
+            out_scale,
+            saved_values,
+            saved_scale,
             x.stride(0),
             x.stride(1),
-            *(stride for branch in branches for stride in branch.stride()[:2]),
+            *(stride for value in values for stride in _row_strides(value)),
             *(0, 0) * absent,
             *(0 if gate is None else gate.stride(0) for gate in gates),
             *(0,) * absent,
             0 if shift is None else shift.stride(0),
             0 if scale is None else scale.stride(0),
             0 if embed is None else embed.stride(0),
-            0 if out is None else out.stride(0),
-            0 if out is None else out.stride(1),
+            *_row_strides(out_values),
+            *_row_strides(saved_values),
             rows,
             blocks,
             1 if embed is None else rows // embed.shape[0],
@@ -218,3 +270,13 @@ def residual_norm_modulate_triton(
             ROWS=config.rows,
             num_warps=config.warps,
         )
+
+
+def _parts(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+    """Values, and the scales of rows of one byte an element."""
+    return (rows.values, rows.row_scale) if isinstance(rows, Quantized) else (rows, None)
+
+
+def _row_strides(values: Tensor | None) -> tuple[int, int]:
+    """Of the dimensions G and N."""
+    return (0, 0) if values is None else (values.stride(0), values.stride(1))
