@@ -14,6 +14,7 @@ from pab_kernels import options
 from pab_kernels.bench_cli import bench, report
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.generate_cli import generate
+from pab_kernels.tune_cli import compare, profile, quality, tune
 
 if TYPE_CHECKING:
     from pab_kernels.memory import PlannedRun
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (generate, bench, report):
+for command in (generate, profile, tune, quality, compare, bench, report):
     app.command()(command)
 console = Console()
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from pab_kernels.files import replaced
+
 KINDS = ("spatial", "temporal", "cross")
 """The kinds of attention that can be broadcast."""
 
@@ -198,12 +200,11 @@ class PABConfig:
             settings[field.name] = list(value) if isinstance(value, tuple) else value
         return settings
 
-    def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Write the settings as YAML; an existing file is replaced only once the new one is complete."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-        partial.replace(path)
+    def to_yaml(self, path: str | os.PathLike[str], comment: str = "") -> None:
+        """Write the settings as YAML, below the lines of `comment`; a file there is replaced once this is complete."""
+        heading = "".join(f"# {line}\n" for line in comment.splitlines())
+        with replaced(Path(path)) as partial:
+            partial.write_text(heading + yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def preset(cls, family: str, variant: str | None = None) -> PABConfig:
@@ -235,6 +236,22 @@ class PABConfig:
             if digit != "-":
                 settings |= {f"{kind}_broadcast": True, f"{kind}_threshold": threshold, f"{kind}_range": int(digit)}
         return cls(**settings)
+
+
+def named_settings(family: str) -> dict[str, PABConfig]:
+    """The preset of `family` and the paper's variants, by the names that `--pab` takes; each settings once.
+
+    Raises
+    ------
+    ValueError
+        Unknown family.
+    """
+    named = {family: PABConfig.preset(family)}
+    for variant in _PRESETS[family][2]:
+        settings = PABConfig.preset(family, variant)
+        if settings not in named.values():
+            named[f"{family}:{variant}"] = settings
+    return named
 
 
 _PRESETS: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {

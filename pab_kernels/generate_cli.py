@@ -179,6 +179,8 @@ def _print(results: Mapping[str, Generated], summary: Mapping[str, Any]) -> None
             which = f", video {i}" if len(comparison["videos"]) > 1 else ""
             table.add_row(f"PSNR against no PAB{which}", "", f"{score['psnr']:.2f} dB")
             table.add_row(f"SSIM against no PAB{which}", "", f"{score['ssim']:.4f}")
+            if score["lpips"] is not None:
+                table.add_row(f"LPIPS against no PAB{which}", "", f"{score['lpips']:.4f}")
         if "latents_difference" in comparison:
             table.add_row("latents' difference to no PAB", "", f"{comparison['latents_difference']:.2e}")
     console.print(table)

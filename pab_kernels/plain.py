@@ -5,10 +5,11 @@ This is how the original does it. It shares nothing with the executor but the sc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
@@ -19,22 +20,24 @@ from pab_kernels.models.hosts.layers import modulate
 from pab_kernels.models.hosts.stdit3 import STDiT3Block
 from pab_kernels.schedule import Schedule, StepVariant
 
-Branch = Callable[[str, Callable[[], Tensor]], Tensor]
-"""Given a branch's name and how to compute it: its output, new or kept."""
+Branch = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
+"""Given a branch's name, the stream it is added to and how to compute it: its output, new or kept."""
+
+Tapped = TypeVar("Tapped", bound="TappedBlocks")
 
 
-class PlainPAB:
-    """Replaces the forward of a host's blocks by one that keeps outputs; leaving it puts them back.
+class TappedBlocks(ABC):
+    """Replaces the forward of a host's blocks by one that asks `branch` for every branch; leaving it puts them back.
 
-    Attention is kept gated, that of Open-Sora-Plan 1.2 before its gate; cross-attention after its projection; the MLP
-    gated.
+    Attention and MLP are gated when they pass here; cross-attention comes after its projection.
 
     Parameters
     ----------
     host : nn.Module
         Made of STDiT3's blocks, or of diffusers' adaLN-single blocks. Blocks in a list named ``temporal...`` attend
         along time.
-    config : PABConfig
+    regate : bool
+        Blocks of diffusers' kind gate attention after it has passed here, not before.
 
     Raises
     ------
@@ -42,13 +45,10 @@ class PlainPAB:
         The host has no such blocks.
     """
 
-    def __init__(self, host: nn.Module, config: PABConfig) -> None:
-        self.config = config
-        self._kept: dict[tuple[str, str, int], Tensor] = {}
-        self._schedule: Schedule | None = None
-        self._call = -1
+    def __init__(self, host: nn.Module, regate: bool = False) -> None:
+        self.call = -1
+        """The host's current call, from 0."""
         self._blocks: list[nn.Module] = []
-        regate = isinstance(host, OpenSoraPlanV120)
         for path, module in host.named_modules():
             if not isinstance(module, STDiT3Block | BasicTransformerBlock):
                 continue
@@ -56,13 +56,13 @@ class PlainPAB:
             parent, _, index = path.rpartition(".")
             kind = "temporal" if parent.startswith("temporal") else "spatial"
             forward = _stdit3_forward if isinstance(module, STDiT3Block) else _basic_forward
-            block.forward = partial(forward, block, partial(self._branch, kind, int(index)), regate)
+            block.forward = partial(forward, block, partial(self.branch, kind, int(index)), regate)
             self._blocks.append(block)
         if not self._blocks:
             raise TypeError(f"host: a {type(host).__name__} has neither STDiT3's blocks nor diffusers' adaLN-single")
         self._hook = host.register_forward_pre_hook(self._next)
 
-    def __enter__(self) -> PlainPAB:
+    def __enter__(self: Tapped) -> Tapped:
         return self
 
     def __exit__(
@@ -71,29 +71,60 @@ class PlainPAB:
         self.close()
 
     def close(self) -> None:
-        """Give the blocks their own forward back and forget every output. Closing twice does nothing."""
+        """Give the blocks their own forward back. Closing twice does nothing."""
         self._hook.remove()
         for block in self._blocks:
             del block.forward
         self._blocks.clear()
+
+    @abstractmethod
+    def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """The output of branch `name` ("attention", "cross" or "mlp") of the block of `kind` at `index`.
+
+        It is added to `stream`, which has its shape.
+        """
+
+    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.call += 1
+
+
+class PlainPAB(TappedBlocks):
+    """Keeps the outputs of the branches that `config` broadcasts, and hands them out again.
+
+    Attention is kept gated, that of Open-Sora-Plan 1.2 before its gate; cross-attention after its projection; the MLP
+    gated.
+
+    Parameters
+    ----------
+    host : nn.Module
+        As for `TappedBlocks`.
+    config : PABConfig
+    """
+
+    def __init__(self, host: nn.Module, config: PABConfig) -> None:
+        self.config = config
+        self._kept: dict[tuple[str, str, int], Tensor] = {}
+        self._schedule: Schedule | None = None
+        super().__init__(host, regate=isinstance(host, OpenSoraPlanV120))
+
+    def close(self) -> None:
+        """Give the blocks their own forward back and forget every output. Closing twice does nothing."""
+        super().close()
         self._kept.clear()
 
     def begin(self, timesteps: Iterable[float]) -> None:
         """Plan a run over `timesteps`, one a call of the host, and forget every output."""
-        self._schedule, self._call = Schedule(self.config, timesteps), -1
+        self._schedule, self.call = Schedule(self.config, timesteps), -1
         self._kept.clear()
-
-    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._call += 1
 
     @property
     def _variant(self) -> StepVariant:
-        if self._schedule is None or self._call >= len(self._schedule):
+        if self._schedule is None or self.call >= len(self._schedule):
             raise ValueError("no run has begun, or its calls are over: call begin(timesteps)")
-        return self._schedule[self._call]
+        return self._schedule[self.call]
 
-    def _branch(self, kind: str, index: int, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """The output of branch `name` ("attention", "cross" or "mlp") of a block, computed or kept from before."""
+    def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """The branch's output, computed or kept from before."""
         if name == "mlp":
             decision = self._variant.mlp(kind)
             broadcast, keep = index in decision.broadcast, index in decision.keep
@@ -121,9 +152,9 @@ def _stdit3_forward(
 ) -> Tensor:
     """STDiT3Block.forward, its branches through `branch`."""
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = block.modulation(t)
-    x = x + branch("attention", lambda: gate * block.self_attention(x, shift, scale, rope))
-    x = x + branch("cross", lambda: block.cross_attention(x, text, mask))
-    return x + branch("mlp", lambda: mlp_gate * block.feed_forward(x, mlp_shift, mlp_scale))
+    x = x + branch("attention", x, lambda: gate * block.self_attention(x, shift, scale, rope))
+    x = x + branch("cross", x, lambda: block.cross_attention(x, text, mask))
+    return x + branch("mlp", x, lambda: mlp_gate * block.feed_forward(x, mlp_shift, mlp_scale))
 
 
 def _basic_forward(
@@ -148,12 +179,13 @@ def _basic_forward(
         return block.attn1(modulate(block.norm1(x), shift, scale), attention_mask=attention_mask, **options)
 
     if regate:
-        x = x + gate * branch("attention", attend)
+        x = x + gate * branch("attention", x, attend)
     else:
-        x = x + branch("attention", lambda: gate * attend())
+        x = x + branch("attention", x, lambda: gate * attend())
     if block.attn2 is not None:
         x = x + branch(
             "cross",
+            x,
             lambda: block.attn2(
                 x,
                 encoder_hidden_states=encoder_hidden_states,
@@ -161,4 +193,4 @@ def _basic_forward(
                 **options,
             ),
         )
-    return x + branch("mlp", lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))
+    return x + branch("mlp", x, lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))

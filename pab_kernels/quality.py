@@ -1,37 +1,116 @@
-"""How close two videos are."""
+"""How close two videos are, frame by frame."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+if TYPE_CHECKING:
+    import torch
+
 Frames = NDArray[np.uint8]
 """A video [T, H, W, 3], uint8."""
+
+LEAST_SIZE = 7
+"""SSIM looks at windows of 7 x 7 pixels."""
+BACKBONE = "alexnet-owt-7be5be79.pth"
+"""The weights in torch's cache that LPIPS stands on; torchvision's name for them."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean over frames; `psnr` in dB (infinite for equal frames), `ssim` at most 1."""
+    """Means over frames: PSNR in dB (infinite for equal frames), SSIM at most 1, LPIPS (less is closer; maybe None)."""
 
     psnr: float
     ssim: float
+    lpips: float | None = None
 
 
 def compare(video: Frames, baseline: Frames) -> Quality:
-    """PSNR and SSIM of `video` [T, H, W, 3] uint8 against `baseline`, frame by frame.
+    """Means of `per_frame`; raises as it does."""
+    return Quality(**{name: float(np.mean(values)) for name, values in per_frame(video, baseline).items()})
+
+
+def per_frame(video: Frames, baseline: Frames) -> dict[str, list[float]]:
+    """`video` [T, H, W, 3] uint8 against `baseline`: "psnr", "ssim", and "lpips" unless `why_no_lpips`, each frame's.
 
     Raises
     ------
     ValueError
-        The shapes differ.
+        The shapes differ, or the frames are smaller than 7 x 7.
     """
     if video.shape != baseline.shape:
         raise ValueError(f"video: shape is {video.shape}, must be {baseline.shape}, the shape of baseline")
+    if video.ndim != 4 or video.shape[0] == 0 or video.shape[-1] != 3 or min(video.shape[1:3]) < LEAST_SIZE:
+        raise ValueError(f"video: shape is {video.shape}, must be [T, H, W, 3], H and W at least {LEAST_SIZE}")
     pairs = list(zip(baseline, video, strict=True))
     with np.errstate(divide="ignore"):  # equal frames: infinite PSNR is the right answer
-        psnr = float(np.mean([peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs]))
-    ssim = float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=255) for a, b in pairs]))
-    return Quality(psnr, ssim)
+        found = {"psnr": [float(peak_signal_noise_ratio(a, b, data_range=255)) for a, b in pairs]}
+    found["ssim"] = [float(structural_similarity(a, b, channel_axis=-1, data_range=255)) for a, b in pairs]
+    if why_no_lpips() is None:
+        found["lpips"] = _lpips(video, baseline)
+    return found
+
+
+def why_no_lpips() -> str | None:
+    """What LPIPS lacks here: a package, or weights, which are never fetched; None where it is measured."""
+    for package in ("lpips", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            return f"no LPIPS: `pip install {package}`"
+    import torch
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
+    return None if weights.is_file() else f"no LPIPS: {weights} is missing"
+
+
+def _lpips(video: Frames, baseline: Frames) -> list[float]:
+    """LPIPS (arXiv:1801.03924) with AlexNet."""
+    import torch
+
+    with torch.no_grad():
+        values = [_lpips_network()(_signed(a), _signed(b)) for a, b in zip(baseline, video, strict=True)]
+    return [float(value) for value in values]
+
+
+@cache
+def _lpips_network() -> Callable[[torch.Tensor, torch.Tensor], Any]:
+    import lpips
+
+    return lpips.LPIPS(net="alex", verbose=False).eval()
+
+
+def _signed(frame: NDArray[np.uint8]) -> torch.Tensor:
+    """[H, W, 3] uint8 to float32 [1, 3, H, W] in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def load_video(path: Path) -> Frames:
+    """The frames of a video or animated image, [T, H, W, 3] uint8.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no video that can be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"video: there is no file {path}")
+    try:
+        frames = np.stack(list(iio.imiter(path)))
+    except Exception as error:  # each of imageio's plugins has errors of its own
+        raise ValueError(f"video: {path} cannot be read as a video: {error}") from error
+    if frames.ndim != 4 or frames.shape[-1] < 3 or frames.dtype != np.uint8:
+        raise ValueError(f"video: {path} holds {list(frames.shape)} {frames.dtype}, must be [T, H, W, 3] uint8")
+    return frames[..., :3]

@@ -144,19 +144,22 @@ class PABHandle:
             self._fp8 = None
             self._workspaces = [None] * len(self._workspaces)
 
-    def begin(self, timesteps: Iterable[float] | Tensor) -> Schedule:
+    def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0) -> Schedule:
         """Begin a run: plan it over `timesteps`, one for each step that will happen, and forget every slot.
 
-        For a pipeline this happens by itself. Returns the plan.
+        For a pipeline this happens by itself. The first step that comes is that of index `first_call`, where the
+        caller knows the predictions of those before. Returns the plan.
 
         Raises
         ------
         ValueError
-            No timesteps, or the host's weights were moved since `accelerate`.
+            No timesteps, no step `first_call`, or the host's weights were moved since `accelerate`.
         """
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         self._adapter.check_weights()
-        self._run = _Run(Schedule(self.config, values))
+        if not 0 <= first_call < max(len(values), 1):
+            raise ValueError(f"first_call: got {first_call}, must be at least 0 and less than {len(values)}, the steps")
+        self._run = _Run(Schedule(self.config, values), calls=first_call * len(self._workspaces))
         for i, workspace in enumerate(self._workspaces):
             if workspace is None:
                 continue

@@ -65,7 +65,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_understood(command):
-    words = shlex.split(command.split(" > ")[0])
+    words = shlex.split(command.split(" > ")[0], comments=True)
     parser: Any = typer.main.get_command(app)
     if "--help" not in words:
         parser.commands[words[1]].make_context(words[1], words[2:])

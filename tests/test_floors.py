@@ -41,7 +41,15 @@ FLOORS = [
     ["pab_kernels/generate.py", "pab_kernels/verify.py"],
     ["pab_kernels/workloads.py", "pab_kernels/contenders.py", "pab_kernels/benchmark.py"],
     ["pab_kernels/bench_figures.py", "pab_kernels/report.py"],
-    ["pab_kernels/options.py", "pab_kernels/bench_cli.py", "pab_kernels/generate_cli.py", "pab_kernels/cli.py"],
+    ["pab_kernels/profile.py", "pab_kernels/frontier.py", "pab_kernels/trials.py"],
+    ["pab_kernels/tune.py", "pab_kernels/tune_figures.py", "pab_kernels/results.py"],
+    [
+        "pab_kernels/options.py",
+        "pab_kernels/bench_cli.py",
+        "pab_kernels/generate_cli.py",
+        "pab_kernels/tune_cli.py",
+        "pab_kernels/cli.py",
+    ],
 ]
 TOP = {"pab_kernels/__init__.py"}  # names every public home, but only imports them on use
 
