@@ -63,7 +63,15 @@ class StepGraphs:
         return output.clone()
 
     def _capture(self, step: Callable[[dict[str, Tensor]], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = step(self._inputs)
+        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = step(self._inputs)
+        except RuntimeError:
+            # Torch then leaves its capture stream the current one, and its random numbers in capture until another
+            # capture succeeds: every later torch.randn of the process would fail.
+            torch.cuda.set_stream(current)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=current.device)
+            raise
         return graph, output

@@ -207,7 +207,7 @@ def test_graphs_and_memory_are_reported(device: str) -> None:
     assert plain.peak_bytes > 2**20
     floor = measure_floor(made)
     assert floor.gemm_filled is not None
-    assert 0 < floor.seconds(True) < ours.runs[-1]
+    assert 0 < floor.seconds(True) < floor.seconds(False)
     assert max(check(made)) < 3e-2
 
 

@@ -173,3 +173,5 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so(device, monkeyp
         report = handle.report()
         assert report.graphs == 0
         assert "capture" in (report.eager or "")
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(1, device=device).isfinite()
