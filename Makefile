@@ -39,7 +39,7 @@ format: install  ## let ruff and clang-format rewrite the sources
 gpu:             ## on a machine with a GPU: build in place, GPU tests, short benchmarks into bench/results.csv
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 tests
-	$(PYTHON) -m pytest -q -m gpu -k "not compile" bench --benchmark-columns=median
+	$(PYTHON) -m pytest -q -m gpu -k "(480p or latte) and not compile and not efficient" bench --benchmark-columns=median
 
 clean:           ## remove what was built
 	rm -rf build dist *.egg-info pab_kernels/_C*.so outputs $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,9 @@ class Shape:
     heads: int
     head_dim: int
     lengths: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
 
     @property
     def flop(self) -> float:
