@@ -254,7 +254,12 @@ def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
             "fp8_gemm_flops": floor.ceilings.fp8_flops,
         },
         "floor": {
-            name: {"seconds": floor.seconds(pab), "flops": work.flops, "bytes": work.nbytes}
+            name: {
+                "seconds": floor.seconds(pab),
+                "seconds_fp8": None if floor.ceilings.fp8_flops is None else floor.seconds(pab, fp8=True),
+                "flops": work.flops,
+                "bytes": work.nbytes,
+            }
             for name, pab, work in (("without PAB", False, floor.without), ("with PAB", True, floor.with_pab))
         },
     }

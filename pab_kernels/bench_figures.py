@@ -52,12 +52,10 @@ def memory_bars(contenders: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def timeline(
-    contenders: Sequence[Mapping[str, Any]], plans: Mapping[bool, Schedule], floors: Mapping[bool, float]
-) -> Figure:
+def timeline(contenders: Sequence[Mapping[str, Any]], plans: Mapping[bool, Schedule]) -> Figure:
     """One run of each contender, its steps one after the other; below, every step of this runtime with PAB.
 
-    `plans` are the schedules and `floors` the seconds without PAB (False) and with it (True).
+    `plans` are the schedules without PAB (False) and with it (True).
     """
     rows = ran(contenders)
     ours = [row for row in rows if row["pab"] and row["name"].startswith(OURS)]
@@ -71,7 +69,7 @@ def timeline(
         starts = np.cumsum(row["step_seconds"]) - row["step_seconds"]
         shown = [colours[variant] for variant in plans[row["pab"]]]
         above.barh(y, row["step_seconds"], left=starts, color=shown, edgecolor="white", linewidth=0.4, height=0.7)
-        above.vlines(floors[row["pab"]], y - 0.45, y + 0.45, color="black", linewidth=1.5)
+        above.vlines(row["floor_share"] * row["seconds"], y - 0.45, y + 0.45, color="black", linewidth=1.5)
     _name_rows(above, rows, "seconds; black: the floor")
     for axes, row in zip(below, ours, strict=True):
         milliseconds = np.array(row["step_seconds"]) * 1e3

@@ -112,7 +112,7 @@ def page(markdown: str, pictures: Mapping[str, bytes]) -> str:
 
 def _section(result: Mapping[str, Any], pictures: dict[str, bytes]) -> str:
     """One workload; its pictures go to `pictures` by file name."""
-    contenders, floors = result["contenders"], {name: part["seconds"] for name, part in result["floor"].items()}
+    contenders = result["contenders"]
     config = PABConfig.from_dict(result["pab"])
     plans = {pab: Schedule(config if pab else PABConfig(), result["timesteps"]) for pab in (False, True)}
 
@@ -141,7 +141,7 @@ def _section(result: Mapping[str, Any], pictures: dict[str, bytes]) -> str:
             picture(
                 "steps",
                 "seconds of every step",
-                bench_figures.timeline(contenders, plans, {False: floors["without PAB"], True: floors["with PAB"]}),
+                bench_figures.timeline(contenders, plans),
             ),
             table(*variants_grid(contenders)),
         ]
@@ -187,7 +187,10 @@ def check_line(check: Mapping[str, Any]) -> str:
 
 
 def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
-    """The table of a benchmark. A column "x NAME" says how many times faster than that contender."""
+    """The table of a benchmark. A column "x NAME" says how many times faster than that contender.
+
+    A column that is empty in every row is left out.
+    """
 
     def cell(value: float | None, form: str, unit: float = 1.0) -> str:
         return "" if value is None else format(value / unit, form)
@@ -214,7 +217,8 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
                 cell(row["warm_up_seconds"], ".1f"),
             ]
         )
-    return header, rows
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def variants_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
@@ -237,8 +241,11 @@ def ceilings_grid(result: Mapping[str, Any]) -> Grid:
         ["the ceiling of GEMMs", f"{ceilings['gemm_flops'] / 1e12:.3g} TFLOP/s"],
         ["copy", f"{ceilings['copy_bytes'] / 1e12:.3g} TB/s"],
     ]
+    if (fp8 := ceilings.get("fp8_gemm_flops")) is not None:
+        rows.append(["the ceiling of GEMMs in fp8", f"{fp8 / 1e12:.3g} TFLOP/s"])
     for name, part in result["floor"].items():
-        work = f"{part['seconds']:.3f} s: {part['flops'] / 1e12:.4g} TFLOP, {part['bytes'] / 1e9:.4g} GB"
+        in_fp8 = "" if part.get("seconds_fp8") is None else f", in fp8 {part['seconds_fp8']:.3f} s"
+        work = f"{part['seconds']:.3f} s{in_fp8}: {part['flops'] / 1e12:.4g} TFLOP, {part['bytes'] / 1e9:.4g} GB"
         rows.append([f"floor {name}", work])
     return ["ceilings and floor", ""], rows
 

@@ -112,7 +112,9 @@ def test_the_timeline_has_every_step_in_its_place(result):
     config = PABConfig.from_dict(result["pab"])
     plans = {pab: Schedule(config if pab else PABConfig(), result["timesteps"]) for pab in (False, True)}
     ours = result["contenders"][-1]
-    above, below = timeline([ours], plans, {False: 1.0, True: 0.5}).axes
+    above, below = timeline([ours], plans).axes
+    mark: Any = above.collections[0]
+    assert mark.get_segments()[0][0][0] == pytest.approx(ours["floor_share"] * ours["seconds"])
     assert widths(above) == pytest.approx(ours["step_seconds"])
     assert above.patches[-1].get_extents().x1 > above.patches[-2].get_extents().x1
     assert len({bar.get_facecolor() for bar in below.patches}) == len(set(plans[True]))
