@@ -202,8 +202,7 @@ class WeightFuser:
 def embed_patches(latents: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
     """Tokens [B, T', H' * W', C] of latents [B, C_in, T, H, W], zeros filling up to a whole number of patches.
 
-    One GEMM writes them in the order of the residual stream: a convolution's result would have to be rearranged, at ten
-    times the cost.
+    One GEMM writes them in the order of the residual stream: a convolution's result would have to be rearranged.
     """
     pt, ph, pw = (1, *proj.kernel_size)[-3:]
     t, h, w = latents.shape[2:]

@@ -116,7 +116,7 @@ def _print_fp8(run: PlannedRun) -> None:
 
     trials = memory.fp8_trials(run)
     if isinstance(trials, str):
-        console.print(f"No linears in fp8: {trials}")
+        console.print(f"No linears in fp8: {trials}", soft_wrap=True)
         return
     table = Table("layer", "rows", "channels", "features", str(run.dtype), "fp8", "runs in fp8")
     for shape, trial in trials.items():

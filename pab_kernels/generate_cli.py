@@ -26,8 +26,8 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="What to show; repeat it for several videos.")] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     model: options.Model = "demo",
-    weights: Annotated[str | None, typer.Option(help="The model's checkpoint: a file, folder or hub id.")] = None,
-    text_encoder: Annotated[str | None, typer.Option(help="T5 or mT5: a folder or hub id.")] = None,
+    weights: options.Weights = None,
+    text_encoder: options.TextEncoder = None,
     vae: Annotated[
         str | None, typer.Option(help="A video decoder for diffusers; without one latents are saved.")
     ] = None,
@@ -38,7 +38,7 @@ def generate(
     size: options.Size = None,
     pab: options.Pab = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", "--cfg", help="Guidance scale.")] = None,
+    guidance: options.Guidance = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each prompt.")] = None,
     output: Annotated[Path, typer.Option(help="Where the video goes, .mp4 or .gif.")] = Path("outputs/video.mp4"),
     compare: Annotated[bool, typer.Option(help="Generate with and without PAB, and compare.")] = False,

@@ -113,6 +113,9 @@ Model = Annotated[
         autocompletion=_families,
     ),
 ]
+Weights = Annotated[str | None, typer.Option(help="The model's checkpoint: a file, folder or hub id.")]
+TextEncoder = Annotated[str | None, typer.Option(help="T5 or mT5: a folder or hub id.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", "--cfg", help="Guidance scale.")]
 Pab = Annotated[
     str | None,
     typer.Option(

@@ -42,9 +42,6 @@ Prompt = Annotated[list[str] | None, typer.Option(help="What to show; repeat it.
 Videos = Annotated[int, typer.Option(min=1, help="How many videos, where no prompts are given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Chooses the demo's prompts, and the noise of every video.")]
 Steps = Annotated[int | None, typer.Option(min=LEAST_STEPS, help="Denoising steps; by default the model's own.")]
-Guidance = Annotated[float | None, typer.Option("--guidance", "--cfg", help="Guidance scale.")]
-Weights = Annotated[str | None, typer.Option(help="The model's checkpoint: a file, folder or hub id.")]
-Text = Annotated[str | None, typer.Option("--text-encoder", help="T5 or mT5: a folder or hub id.")]
 Vae = Annotated[str | None, typer.Option(help="A video decoder for diffusers.")]
 RandomWeights = Annotated[bool, typer.Option(help="No checkpoint and no text encoder.")]
 
@@ -57,9 +54,9 @@ def profile(
     videos: Videos = 1,
     seed: Seed = 0,
     steps: Steps = None,
-    guidance: Guidance = None,
-    weights: Weights = None,
-    text_encoder: Text = None,
+    guidance: options.Guidance = None,
+    weights: options.Weights = None,
+    text_encoder: options.TextEncoder = None,
     vae: Vae = None,
     random_weights: RandomWeights = False,
     resolution: options.Resolution = None,
@@ -116,9 +113,9 @@ def tune(
     videos: Videos = 4,
     seed: Seed = 0,
     steps: Steps = None,
-    guidance: Guidance = None,
-    weights: Weights = None,
-    text_encoder: Text = None,
+    guidance: options.Guidance = None,
+    weights: options.Weights = None,
+    text_encoder: options.TextEncoder = None,
     vae: Vae = None,
     resolution: options.Resolution = None,
     duration: options.Duration = None,
@@ -183,9 +180,9 @@ def quality(
     videos: Videos = 8,
     seed: Seed = 1,
     steps: Steps = None,
-    guidance: Guidance = None,
-    weights: Weights = None,
-    text_encoder: Text = None,
+    guidance: options.Guidance = None,
+    weights: options.Weights = None,
+    text_encoder: options.TextEncoder = None,
     vae: Vae = None,
     resolution: options.Resolution = None,
     duration: options.Duration = None,
