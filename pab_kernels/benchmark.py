@@ -19,7 +19,7 @@ from pab_kernels.config import PABConfig
 from pab_kernels.contenders import CONTENDERS, Problem, Session
 from pab_kernels.floor import CHIP_FILLING_TOKENS, Ceilings, Work, measure_copy, measure_gemms, run_work
 from pab_kernels.models import adapter_for
-from pab_kernels.runtime import Report
+from pab_kernels.run_report import Report
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.workloads import CHANNELS
 
