@@ -71,7 +71,7 @@ class Adapter(Protocol):
         """Rotary tables, or None."""
 
     def modulate(self, call: Call) -> Modulation:
-        """Modulation from the timestep."""
+        """Modulation from the timestep, which no other method reads; each row of the batch for itself."""
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text [B, L, C] for the cross-attention's keys and values."""

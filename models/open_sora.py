@@ -229,7 +229,7 @@ class OpenSoraAdapter:
         t = call.shape[1]
         if "x_mask" in call.tensors:
             # The official final layer normalises given frames a second time, with timestep 0.
-            embedded = self._time(call, torch.zeros_like(call.tensors["timestep"]).to(self._dtype))
+            embedded = self._time(call, torch.zeros_like(call.tensors["fps"], dtype=self._dtype))
             shift, scale = (self._final_table + embedded[:, None])[:, :, None, None].unbind(1)
             again = modulate(self._final_norm(h), shift, scale)
             h = torch.where(call.tensors["x_mask"][:, :, None, None], h, again)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         text_kv,
     )
     from pab_kernels.config import PABConfig
-    from pab_kernels.runtime import PABHandle, Report, accelerate
+    from pab_kernels.run_report import Report
+    from pab_kernels.runtime import PABHandle, accelerate
     from pab_kernels.schedule import Schedule, StepVariant
 
 _HOMES = {
@@ -34,7 +35,8 @@ _HOMES = {
         "text_kv",
     ),
     "config": ("PABConfig",),
-    "runtime": ("PABHandle", "Report", "accelerate"),
+    "run_report": ("Report",),
+    "runtime": ("PABHandle", "accelerate"),
     "schedule": ("Schedule", "StepVariant"),
 }
 

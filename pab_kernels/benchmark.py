@@ -19,7 +19,9 @@ from pab_kernels.config import PABConfig
 from pab_kernels.contenders import CONTENDERS, Problem, Session
 from pab_kernels.floor import CHIP_FILLING_TOKENS, Ceilings, Work, measure_copy, measure_gemms, run_work
 from pab_kernels.models import adapter_for
-from pab_kernels.runtime import Report
+from pab_kernels.rectified_flow import euler_step, step_sizes
+from pab_kernels.run_report import Report
+from pab_kernels.runtime import handle_of
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.workloads import CHANNELS
 
@@ -59,19 +61,22 @@ def predict(model: nn.Module, problem: Problem, latents: Tensor, call: int) -> T
 
 def advance(problem: Problem, latents: Tensor, prediction: Tensor, call: int) -> Tensor:
     """Guidance and one Euler step."""
-    now, after = (*problem.timesteps, 0.0)[call : call + 2]
-    cond, uncond = prediction.chunk(2)
-    return latents + (now - after) / 1000 * (uncond + problem.workload.guidance * (cond - uncond))
+    return euler_step(latents, prediction, problem.workload.guidance, step_sizes(problem.timesteps)[call])
 
 
 @torch.no_grad()
 def denoise(
     model: nn.Module, problem: Problem, calls: int | None = None, after_step: Callable[[], object] = lambda: None
 ) -> Tensor:
-    """The denoising loop, or its first `calls` calls: the latents in the end."""
-    latents = problem.inputs.latents
+    """The denoising loop, or its first `calls` calls: the latents in the end. This runtime takes whole steps."""
+    latents, handle, take_step = problem.inputs.latents, handle_of(model), None
+    if handle is not None:
+        take_step = handle.rectified_flow(latents, problem.workload.guidance, **problem.inputs.given)
     for call in range(len(problem.timesteps))[:calls]:
-        latents = advance(problem, latents, predict(model, problem, latents, call), call)
+        if take_step is not None:
+            latents = take_step(latents)
+        else:
+            latents = advance(problem, latents, predict(model, problem, latents, call), call)
         after_step()
     return latents
 
@@ -171,13 +176,16 @@ def check(problem: Problem) -> tuple[float, float]:
     Of the prediction, and of the latents after one step of guidance and sampler. The step is as long as with the
     workload's own number of steps: a longer one would magnify rounding.
     """
-    problem = dataclasses.replace(problem, timesteps=problem.workload.timesteps())
-    latents, results = problem.inputs.latents, []
+    workload = problem.workload
+    inputs = workload.inputs(problem.device, problem.dtype)
+    problem = dataclasses.replace(problem, timesteps=workload.timesteps(), inputs=inputs)
+    results = []
     for name in ("eager", "runtime"):
         with CONTENDERS[name].open(problem, PABConfig()) as session:
             session.begin(problem.timesteps)
-            prediction = predict(session.model, problem, latents, 0)
-            results.append((prediction, advance(problem, latents, prediction, 0)))
+            prediction = predict(session.model, problem, problem.inputs.latents, 0)
+            session.begin(problem.timesteps)
+            results.append((prediction, denoise(session.model, problem, 1)))
     (expected, expected_latents), (actual, actual_latents) = results
     return relative_error(actual, expected), relative_error(actual_latents, expected_latents)
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.plain import PlainPAB
-from pab_kernels.runtime import Report, accelerate
+from pab_kernels.run_report import Report
+from pab_kernels.runtime import accelerate
 from pab_kernels.workloads import Inputs, Workload
 
 COMPILE_SCOPES = ("model", "blocks")

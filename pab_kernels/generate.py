@@ -25,7 +25,8 @@ from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.sizes import FPS, VideoSize
 from pab_kernels.quality import Frames
-from pab_kernels.runtime import PABHandle, Report, accelerate
+from pab_kernels.run_report import Report
+from pab_kernels.runtime import PABHandle, accelerate
 from pab_kernels.schedule import StepVariant
 
 

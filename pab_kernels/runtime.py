@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,43 +19,10 @@ from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Call
 from pab_kernels.precision import Fp8Linears, count_fp8
+from pab_kernels.rectified_flow import FlowInputs
+from pab_kernels.run_report import Report
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.workspace import Workspace
-
-
-@dataclass
-class Report:
-    """What a handle's latest run did."""
-
-    calls: int
-    computed: dict[str, int]
-    broadcast: dict[str, int]
-    slots: int
-    cache_bytes: int
-    """On the transformer's device."""
-    host_bytes: int
-    """Of slots in pinned host memory."""
-    fp8: dict[str, int]
-    """In how many blocks each layer runs in fp8."""
-    graphs: int
-    eager: str | None
-    """Why steps run without CUDA graphs, None where they have them."""
-    seconds: dict[str, tuple[int, float]]
-    """For each variant: how many steps ran, and the seconds they took together."""
-
-    def __str__(self) -> str:
-        lines = [f"{self.calls} transformer calls"]
-        lines += [
-            f"  {kind}: {self.computed[kind]} computed, {self.broadcast[kind]} broadcast" for kind in self.computed
-        ]
-        graphs = f"{self.graphs} CUDA graphs" if self.eager is None else f"no CUDA graphs: {self.eager}"
-        host = f" and {self.host_bytes / 2**20:.1f} MiB in host memory" if self.host_bytes else ""
-        lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB{host}; {graphs}")
-        if self.fp8:
-            lines.append(f"  in fp8: {', '.join(f'{layer} of {count} blocks' for layer, count in self.fp8.items())}")
-        for name, (count, seconds) in self.seconds.items():
-            lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -193,10 +160,55 @@ class PABHandle:
         )
 
     @torch.no_grad()
+    def rectified_flow(self, latents: Tensor, guidance_scale: float, **arguments: Any) -> Callable[[Tensor], Tensor]:
+        """The steps of a loop of rectified flow over the run that `begin` announced.
+
+        Each is one graph from latents to latents: guidance and the Euler update are inside, see `euler_step`. The
+        modulation of all steps is computed here.
+
+        Parameters
+        ----------
+        latents : Tensor
+            float32 [B, C, T, H, W], of which only the shape counts.
+        guidance_scale : float
+            1 or less goes without guidance.
+        arguments
+            Of the transformer, besides latents and timestep, the same at every step: for 2B rows, the conditional half
+            first, or for B without guidance.
+
+        Returns
+        -------
+        callable
+            Takes the latents before a step and returns those after it, a tensor of the caller's own. It raises
+            ValueError for latents of another shape or device, and where the run is over or is not the current one.
+
+        Raises
+        ------
+        ValueError
+            No run has begun, the handle has several forwards a step, or the transformer would refuse the arguments.
+        """
+        if len(self._workspaces) != 1:
+            raise ValueError(f"forwards_per_step: is {len(self._workspaces)}, must be 1 for both halves in one call")
+        run = self._checked_run()
+        inputs = FlowInputs.make(self._adapter, latents, run.schedule.timesteps, guidance_scale, arguments)
+
+        @torch.no_grad()
+        def step(latents: Tensor) -> Tensor:
+            if self._checked_run() is not run:
+                raise ValueError("another run has begun: call rectified_flow again for its steps")
+            return self._step(run, inputs.call, inputs.at(run.calls, latents))
+
+        return step
+
+    @torch.no_grad()
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the host's forward."""
         call = self._adapter.bind(*args, **kwargs)
         run = self._current_run(call)
+        return self._adapter.wrap(self._step(run, call), call)
+
+    def _step(self, run: _Run, call: Call, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """The run's next call; see `Workspace.step`."""
         step, forward = divmod(run.calls, len(self._workspaces))
         self._check_latents(call.tensors["latents"], run, forward)
         run.broken = True  # until this call is complete
@@ -209,11 +221,11 @@ class PABHandle:
             workspace = Workspace(self._adapter, stack, run.schedule, call, self._cuda_graphs, self._cache_device)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]
-        sample = workspace.step(call, variant)
+        result = workspace.step(call, variant, flow)
         run.clock.append((variant, start, self._now()))
         run.calls += 1
         run.broken = False
-        return self._adapter.wrap(sample, call)
+        return result
 
     def _current_run(self, call: Call) -> _Run:
         """The run this call belongs to; a pipeline's new timesteps begin a new one."""
@@ -223,6 +235,12 @@ class PABHandle:
             if timesteps is not self._pipeline_timesteps or self._is_over():
                 self._pipeline_timesteps = timesteps
                 self.begin(_from_first_call(timesteps, call.tensors["timestep"]))
+        return self._checked_run()
+
+    def _checked_run(self) -> _Run:
+        """The run that has begun, if it can go on."""
+        if not self._open:
+            raise ValueError("the handle is closed: accelerate the transformer again")
         run = self._run
         if run is None:
             raise ValueError("no run has begun: call begin(timesteps) before the transformer")
@@ -252,6 +270,16 @@ class PABHandle:
 
     def _now(self) -> Any:
         return clock.mark(next(self.transformer.parameters()).device)
+
+
+def handle_of(transformer: nn.Module) -> PABHandle | None:
+    """The open handle whose runtime is the transformer's forward; None where there is none.
+
+    Nor is there one where a hook or another forward stands in between, which must see every call.
+    """
+    owner = getattr(transformer.__dict__.get("forward"), "__self__", None)
+    hooked = transformer._forward_hooks or transformer._forward_pre_hooks
+    return owner if isinstance(owner, PABHandle) and not hooked else None
 
 
 def _from_first_call(timesteps: Any, first: Tensor) -> list[float]:

@@ -12,7 +12,8 @@ from pab_kernels.branches import TextKV
 from pab_kernels.cache import BroadcastCache
 from pab_kernels.executor import BlockStack, Executor
 from pab_kernels.graphs import StepGraphs
-from pab_kernels.models.adapter import Adapter, Call
+from pab_kernels.models.adapter import Adapter, Call, Modulation
+from pab_kernels.rectified_flow import euler_step
 from pab_kernels.schedule import Schedule, StepVariant
 
 TEXT_PADDING = 64
@@ -90,8 +91,20 @@ class Workspace:
         self.cache.invalidate()
         self._sources = ()
 
-    def step(self, call: Call, variant: StepVariant) -> Tensor:
-        """One denoising call: the host's prediction [B, C_out, T, H, W], a tensor of the caller's own.
+    def step(self, call: Call, variant: StepVariant, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """One denoising call, in a tensor of the caller's own.
+
+        Parameters
+        ----------
+        call : Call
+        variant : StepVariant
+        flow : dict of Tensor, optional
+            From `FlowInputs.at`: take a whole step of rectified flow on these latents, not `call`'s.
+
+        Returns
+        -------
+        Tensor
+            The host's prediction [B, C_out, T, H, W], or with `flow` the latents after the step.
 
         Raises
         ------
@@ -103,9 +116,9 @@ class Workspace:
         self._adapter.prepare(call)
         self._update_text(call)
 
-        def run(tensors: dict[str, Tensor]) -> Tensor:
+        def predict(tensors: dict[str, Tensor], modulation: Modulation | None = None) -> Tensor:
             now = dataclasses.replace(call, tensors=tensors)
-            modulation = self._adapter.modulate(now)
+            modulation = modulation or self._adapter.modulate(now)
             h = self._executor.step(
                 self._adapter.embed(now),
                 modulation.blocks,
@@ -117,15 +130,22 @@ class Workspace:
             )
             return self._adapter.project_out(h, now)
 
+        def flow_step(tensors: dict[str, Tensor]) -> Tensor:
+            latents, packed = tensors["latents"], tensors["modulation"]
+            both = latents.repeat(call.shape[0] // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
+            modulation = Modulation(packed[:, :6], packed[:, 6], packed[:, 7])
+            return euler_step(latents, predict({**tensors, "latents": both}, modulation), *tensors["scales"])
+
+        run, inputs = (predict, call.tensors) if flow is None else (flow_step, flow)
         if self.eager is None:
-            if self._graphs is None or not self._graphs.fit(call.tensors):
-                self._graphs = StepGraphs(call.tensors)
-            sample = self._graphs.run(variant, run, call.tensors)
+            if self._graphs is None or not self._graphs.fit(inputs):
+                self._graphs = StepGraphs(inputs)
+            result = self._graphs.run(variant, run, inputs)
             self.eager = self._graphs.failure
         else:
-            sample = run(call.tensors)
+            result = run(inputs)
         self.cache.mark_written(traffic.writes)
-        return sample
+        return result
 
     def _update_text(self, call: Call) -> None:
         """Make keys and values of the text, if the caller handed over another one than at the last call.

@@ -30,6 +30,8 @@ FLOORS = [
     ["models/*.py", "models/hosts/*.py"],
     [
         "pab_kernels/clock.py",
+        "pab_kernels/rectified_flow.py",
+        "pab_kernels/run_report.py",
         "pab_kernels/workspace.py",
         "pab_kernels/runtime.py",
         "pab_kernels/plain.py",

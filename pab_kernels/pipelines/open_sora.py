@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pab_kernels.pipelines.text_to_video import (
     TextToVideoPipeline,
     check_steps,
 )
+from pab_kernels.runtime import handle_of
 
 FPS = 24.0
 """The frame rate that the model is told, as the original tells it for every video."""
@@ -140,6 +141,17 @@ class OpenSoraPipeline(TextToVideoPipeline):
             "height": torch.full((len(y),), float(size.height)),
             "width": torch.full((len(y),), float(size.width)),
         }
+
+    def _steps(
+        self, latents: Tensor, arguments: dict[str, Any], guidance_scale: float, generators: list[torch.Generator]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Where this runtime is behind the transformer, it takes whole steps of rectified flow."""
+        handle = handle_of(self.transformer)
+        if handle is None or type(self.scheduler) is not RFlowScheduler:
+            return super()._steps(latents, arguments, guidance_scale, generators)
+        handle.begin(self.scheduler.timesteps)
+        take_step = handle.rectified_flow(latents, guidance_scale, **arguments)
+        return lambda latents, _: take_step(latents)
 
     def _step(self, prediction: Tensor, t: Tensor, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Rectified flow draws nothing."""

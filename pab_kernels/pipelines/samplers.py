@@ -9,6 +9,8 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
+from pab_kernels.rectified_flow import step_sizes
+
 SCHEDULERS: dict[str, Any] = {
     "latte": DDIMScheduler,
     "open_sora_plan_v110": PNDMScheduler,
@@ -85,8 +87,7 @@ class RFlowScheduler:
         """
         if float(t) not in self._values:
             raise ValueError(f"t: got {float(t)}, must be one of the run's {len(self._values)} timesteps")
-        after = [*self._values[1:], 0.0][self._values.index(float(t))]
-        return latents + v * ((float(t) - after) / 1000)
+        return latents + v * step_sizes(self._values)[self._values.index(float(t))]
 
 
 def family_timesteps(family: str, steps: int) -> list[float]:

@@ -164,6 +164,28 @@ class TextToVideoPipeline:
         """The scheduler's step."""
         return self.scheduler.step(prediction, t, latents, return_dict=False)[0]
 
+    def _steps(
+        self, latents: Tensor, arguments: dict[str, Any], guidance_scale: float, generators: list[torch.Generator]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """A function that takes latents through the i-th step of the run: transformer, guidance, scheduler."""
+        timesteps = self.scheduler.timesteps
+        on_device = timesteps.to(self.device)
+        guided = guidance_scale > 1.0
+
+        def take_step(latents: Tensor, step: int) -> Tensor:
+            t = timesteps[step]
+            model_input = torch.cat([latents] * 2) if guided else latents
+            model_input = self.scheduler.scale_model_input(model_input, t).to(self.dtype)
+            prediction = self.transformer(model_input, on_device[step].expand(len(model_input)), **arguments)
+            prediction = prediction if isinstance(prediction, Tensor) else prediction[0]
+            prediction = prediction[:, : latents.shape[1]].float()  # the rest would be a learned variance
+            if guided:
+                cond, uncond = prediction.chunk(2) if self.cond_first else prediction.chunk(2)[::-1]
+                prediction = uncond + guidance_scale * (cond - uncond)
+            return self._step(prediction, t, latents, generators)
+
+        return take_step
+
     def _denoise(
         self,
         latents: Tensor,
@@ -176,20 +198,11 @@ class TextToVideoPipeline:
     ) -> Tensor:
         """Run the loop over the scheduler's timesteps; `arguments` go to the transformer at every step, as they are."""
         timesteps = self.scheduler.timesteps
-        on_device = timesteps.to(self.device)
-        guided = guidance_scale > 1.0
         if given is not None:
             latents = given.put_into(latents)
+        take_step = self._steps(latents, arguments, guidance_scale, generators)
         for step, t in enumerate(timesteps):
-            model_input = torch.cat([latents] * 2) if guided else latents
-            model_input = self.scheduler.scale_model_input(model_input, t).to(self.dtype)
-            prediction = self.transformer(model_input, on_device[step].expand(len(model_input)), **arguments)
-            prediction = prediction if isinstance(prediction, Tensor) else prediction[0]
-            prediction = prediction[:, : latents.shape[1]].float()  # the rest would be a learned variance
-            if guided:
-                cond, uncond = prediction.chunk(2) if self.cond_first else prediction.chunk(2)[::-1]
-                prediction = uncond + guidance_scale * (cond - uncond)
-            latents = self._step(prediction, t, latents, generators)
+            latents = take_step(latents, step)
             if given is not None:
                 latents = given.put_into(latents)
             if callback_on_step_end is not None:
