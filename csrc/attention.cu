@@ -31,7 +31,14 @@ void check_arguments(const AttentionParams& p, const std::string& dtype) {
     check(p.batch >= 1 && p.queries >= 1 && p.keys >= 1 && p.heads >= 1, "shape", "all sizes must be at least 1");
     check(static_cast<double>(p.batch) * p.heads * (p.queries / 64 + 1) < INT32_MAX, "shape",
           "B * H * Lq is too large for 32-bit tile numbers");
+    check((p.cos == nullptr) == (p.sin == nullptr), "cos, sin", "got one of them, must be both or none");
+    check(p.cos == nullptr || (p.head_dim == 96 && p.pair_stride == 16), "pair_stride",
+          "is " + std::to_string(p.pair_stride) + " at head_dim " + std::to_string(p.head_dim) +
+              ", rotary embedding must have 16 at head_dim 96");
     check(std::isfinite(p.softmax_scale), "softmax_scale", "must be finite");
+    check_aligned("q_weight", p.q_weight);
+    check_aligned("cos", p.cos);
+    check_aligned("sin", p.sin);
     check(p.out != nullptr, "out", "got a null pointer");
     check_aligned("out", p.out);
     check_operand("q", p.q, p.batch, p.queries, p.heads);
@@ -100,6 +107,10 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
     args.queries = p.queries;
     args.keys = p.keys;
     args.heads = p.heads;
+    args.q_weight = p.q_weight;
+    args.cos = p.cos;
+    args.sin = p.sin;
+    args.eps = p.eps;
     args.row_tiles = (p.queries + P::rows - 1) / P::rows;
     args.tiles = args.row_tiles * p.heads * p.batch;
     // Not zero, for that times minus infinity is no number.
@@ -117,9 +128,9 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
 template <typename Elem>
 void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
     if (p.head_dim == 72) {
-        launch<Plan<Elem, 72, 128, 2, 64, true>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 72, 128, 2, 64, 1>>(p, multiprocessors, stream);
     } else {
-        launch<Plan<Elem, 96, 96, 3, 32, false>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 96, 96, 3, 32, 2>>(p, multiprocessors, stream);
     }
 }
 

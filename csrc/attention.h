@@ -15,7 +15,11 @@ struct AttentionParams {
     int batch, queries, keys, heads, head_dim;
     const int* kv_len;  // [B] on the device: keys that count; or nullptr
     float softmax_scale;
-    void* out;  // [B, queries, H * D], contiguous
+    const void* q_weight;    // [head_dim], dtype of q: RMSNorm of the queries; or nullptr
+    const float *cos, *sin;  // [queries, head_dim / 2]: rotary embedding of the queries; or nullptr
+    int pair_stride;         // distance of its pairs
+    float eps;               // of the RMSNorm
+    void* out;               // [B, queries, H * D], contiguous
 };
 
 // Throws std::invalid_argument that names the argument, or std::runtime_error when the launch fails.

@@ -3,12 +3,11 @@
 
 #include "hopper.cuh"
 
-// What the kernel is compiled for. `turns`: consumers issue q @ k^T in a fixed order.
-template <typename Elem_, int D_, int kKeys, int kStages, int kValueWidth, bool kTurns>
+// What the kernel is compiled for. `parts`: in how many products a step multiplies its weights with the values.
+template <typename Elem_, int D_, int kKeys, int kStages, int kValueWidth, int kParts>
 struct Plan {
     using Elem = Elem_;
-    static constexpr int D = D_, keys = kKeys, stages = kStages;
-    static constexpr bool turns = kTurns;
+    static constexpr int D = D_, keys = kKeys, stages = kStages, parts = kParts;
 
     static constexpr int consumers = 3;
     static constexpr int threads = 128 * (consumers + 1);
@@ -20,7 +19,9 @@ struct Plan {
     static constexpr int k_steps = (D + 15) / 16;    // of q @ k^T
     static constexpr int tail = 16 * (k_steps - 4);  // columns of the second box of a row of q or k
     static_assert(D % 8 == 0 && (tail == 16 || tail == 32) && keys % 32 == 0);
-    static constexpr int value_width = kValueWidth;  // columns of a box of v
+    // Rotary embedding pairs columns so far apart, in each group of twice as many; then both are in one lane.
+    static constexpr int pair_stride = D == 96 ? 16 : 0;  // 0: not supported
+    static constexpr int value_width = kValueWidth;       // columns of a box of v
     static constexpr int value_boxes = (D + kValueWidth - 1) / kValueWidth;
 
     static constexpr int key_row_bytes = 2 * (64 + tail);
@@ -37,6 +38,9 @@ struct AttentionArgs {
     CUtensorMap q, q_tail, k, k_tail, v;  // [batch, token, head, column]; a box of one head
     void* out;                            // [B, Lq, H * D]
     const int* kv_len;                    // [B], or nullptr
+    const void* q_weight;                 // [D], RMSNorm of the queries; or nullptr
+    const float *cos, *sin;               // [Lq, D / 2], rotary embedding of the queries; or nullptr
+    float eps;                            // of the RMSNorm
     int queries, keys, heads;
     int row_tiles;     // tiles of one head
     int tiles;         // of all heads
@@ -96,7 +100,9 @@ template <typename P>
 __device__ __forceinline__ Tile tile_at(const AttentionArgs& args, int index) {
     Tile tile;
     const int group = index / args.row_tiles;
-    tile.row = (index - group * args.row_tiles) * P::rows;
+    // Turned from head to head. Otherwise a block may get the same place in every head, and one that always gets the
+    // last, short tile waits for the others in the end.
+    tile.row = (index - group * args.row_tiles + group / 2) % args.row_tiles * P::rows;
     tile.batch = group / args.heads;
     tile.head = group - tile.batch * args.heads;
     tile.keys = args.keys;

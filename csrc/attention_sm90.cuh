@@ -6,13 +6,14 @@
 //   - the producer, of which one thread works: it has the copy engine bring 192 queries, then the keys and values of
 //     the head in steps of `keys`, into a ring of `stages` stages. Every stage has a barrier that says full and one
 //     that says empty, for keys and values apart;
-//   - three consumers of 64 queries each, which share the keys and values. While one is at its softmax, the others keep
-//     the tensor cores busy; where `turns` is set, they issue their first products in a fixed order.
+//   - three consumers of 64 queries each, which share the keys and values. They take turns at their first product, so
+//     that while one is at its softmax, the others keep the tensor cores busy.
 //
 // A consumer keeps in registers: its queries (as the left side of wgmma), scores [64, keys], sums [64, D]. A step is
-//   scores = q @ k^T;  weights = exp2(scores * scale - largest * scale);  sums = sums * decay + weights @ v,
+//   scores = q @ k^T;  weights = exp2(scores * scale - offset);  sums = sums * decay + weights @ v,
 // where the weights, rounded to 16 bits, are already laid out as the left side of the second product. The queries are
-// in registers so that the producer can bring the next tile's while this one is computed.
+// in registers so that the producer can bring the next tile's while this one is computed; there, RMSNorm and rotary
+// embedding of the queries cost next to nothing. A tile's result is stored while the next one's first product runs.
 //
 // head_dim 72 is the point: a library pads it to 96 or 128. Here q @ k^T takes five steps of 16 columns, 80 in all, and
 // weights @ v has exactly 72 columns. The tensor maps say that a row has 72 columns, so the copy engine fills what a
@@ -81,7 +82,7 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const Shared<
 
 // The fragments of this warpgroup's 64 queries.
 template <typename P>
-__device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint32_t base, int group, uint32_t flip) {
+__device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint32_t base, int group) {
     const int lane = threadIdx.x % 32;
     const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
@@ -90,9 +91,53 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint3
         uint32_t offset = row * pitch + step % 4 * 32 + lane / 16 * 16;
         offset ^= (offset >> 7 & (pitch / 16 - 1)) << 4;  // the swizzle
         load_matrices(q[step], base + step / 4 * P::rows * 128 + offset);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) q[step][i] ^= flip;
     }
+}
+
+// What the softmax wants of the queries whose first of this lane is number `row`: RMSNorm, rotary embedding, sign. In
+// float32; each is rounded, as where they are passes of their own.
+template <typename P>
+__device__ __forceinline__ void prepare_queries(uint32_t (&q)[P::k_steps][4], const AttentionArgs& args, int row) {
+    using Elem = typename P::Elem;
+    const int c = threadIdx.x % 4;
+    if (args.q_weight != nullptr) {
+        float rstd[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < 4 * P::k_steps; ++i) {
+            const float2 x = unpack<Elem>(q[i / 4][i % 4]);
+            rstd[i % 2] = fmaf(x.x, x.x, fmaf(x.y, x.y, rstd[i % 2]));
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) rstd[r] = rsqrtf(quad_sum(rstd[r]) / P::D + args.eps);
+#pragma unroll
+        for (int i = 0; i < P::D / 8; ++i) {
+            const Elem* weight = static_cast<const Elem*>(args.q_weight) + 8 * i + 2 * c;
+            const float2 w = unpack<Elem>(__ldg(reinterpret_cast<const uint32_t*>(weight)));
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                uint32_t& word = q[i / 2][i % 2 * 2 + r];
+                const float2 x = unpack<Elem>(word);
+                word = pack<Elem>(x.x * rstd[r] * w.x, x.y * rstd[r] * w.y);
+            }
+        }
+    }
+    if constexpr (P::pair_stride == 16) {
+        if (args.cos != nullptr) {
+#pragma unroll
+            for (int i = 0; i < P::D / 4; ++i) {  // pairs of words, a step of k apart
+                const int step = i / 4 * 2, word = i % 4;
+                const int token = min(row + 8 * (word % 2), args.queries - 1);
+                const int64_t angle = static_cast<int64_t>(token) * (P::D / 2) + step * 8 + word / 2 * 8 + 2 * c;
+                const float2 cos = __ldg(reinterpret_cast<const float2*>(args.cos + angle));
+                const float2 sin = __ldg(reinterpret_cast<const float2*>(args.sin + angle));
+                const float2 x = unpack<Elem>(q[step][word]), y = unpack<Elem>(q[step + 1][word]);
+                q[step][word] = pack<Elem>(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
+                q[step + 1][word] = pack<Elem>(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * P::k_steps; ++i) q[i / 4][i % 4] ^= args.flip;
 }
 
 // scores[64, N] = q @ k^T
@@ -107,65 +152,72 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[N / 2], const uint
     }
 }
 
-// sums[64, D] += weights[64, N] @ v
-template <typename P, int N>
+// sums[64, D] += weights[64, N] @ v, of the steps of 16 keys from kFrom to kTo
+template <typename P, int N, int kFrom, int kTo>
 __device__ __forceinline__ void multiply_values(float (&sums)[P::D / 2], const uint32_t (&weights)[N / 16][4],
                                                 uint32_t v) {
     constexpr int pitch = 2 * P::value_width;
     const Matrix b = matrix<pitch>(v, P::keys * pitch);
 #pragma unroll
-    for (int step = 0; step < N / 16; ++step) {
+    for (int step = kFrom; step < kTo; ++step) {
         wgmma<typename P::Elem, P::D, 1>(sums, weights[step], b.at(step * 16 * pitch), 1);
     }
 }
 
 // Of the rows g and g + 8 that a lane has a part of.
 struct Softmax {
-    float largest[2] = {-INFINITY, -INFINITY};  // score; up to 2^8 times the weight of a later one
-    float norm[2] = {0.f, 0.f};                 // this lane's share of the sum of weights
+    float offset[2] = {-INFINITY, -INFINITY};  // largest score, scaled; up to 8 less than a later one
+    float norm[2][2] = {};                     // this lane's share of the sum of weights, in two parts
 };
 
-// Scores to weights in place; `decay` is what the sums so far are to be multiplied by.
+// Scores to exponents of the weights, in place; `decay` is what the sums so far are to be multiplied by.
 template <int N>
-__device__ __forceinline__ void soften(float (&scores)[N / 2], Softmax& softmax, float (&decay)[2], float scale) {
+__device__ __forceinline__ void offset_scores(float (&scores)[N / 2], Softmax& softmax, float (&decay)[2],
+                                              float scale) {
     constexpr float slack = 8.f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float a = softmax.largest[r], b = scores[2 * r + 1];
+        float a = scores[2 * r], b = scores[2 * r + 1];
 #pragma unroll
-        for (int i = 2 * r; i < N / 2; i += 4) {
+        for (int i = 2 * r + 4; i < N / 2; i += 4) {
             a = fmaxf(a, scores[i]);
             b = fmaxf(b, scores[i + 1]);
         }
-        const float largest = quad_max(fmaxf(a, b));
         // A weight of up to 2^8 does no harm, and most steps then leave the sums as they are.
-        const float growth = (largest - softmax.largest[r]) * scale;
+        const float largest = quad_max(fmaxf(a, b)) * scale;
         decay[r] = 1.f;
-        if (growth > slack) {
-            decay[r] = exp2_approx(-growth);
-            softmax.largest[r] = largest;
+        if (largest - softmax.offset[r] > slack) {
+            decay[r] = exp2_approx(softmax.offset[r] - largest);
+            softmax.offset[r] = largest;
         }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float offset = softmax.largest[r] * scale;
-        float a = 0.f, b = 0.f;
+    for (int i = 0; i < N / 2; ++i) scores[i] = fmaf(scores[i], scale, -softmax.offset[i / 2 % 2]);
+}
+
+// Exponents to weights, of the keys from kFrom to kTo.
+template <typename Elem, int N, int kFrom, int kTo>
+__device__ __forceinline__ void exponentiate(const float (&scores)[N / 2], uint32_t (&weights)[N / 16][4],
+                                             Softmax& softmax) {
 #pragma unroll
-        for (int i = 2 * r; i < N / 2; i += 4) {
-            a += scores[i] = exp2_approx(fmaf(scores[i], scale, -offset));
-            b += scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale, -offset));
-        }
-        softmax.norm[r] = fmaf(softmax.norm[r], decay[r], a + b);
+    for (int i = kFrom / 4; i < kTo / 4; ++i) {
+        const float low = exp2_approx(scores[2 * i]), high = exp2_approx(scores[2 * i + 1]);
+        softmax.norm[i % 2][0] += low;
+        softmax.norm[i % 2][1] += high;
+        weights[i / 4][i % 4] = pack<Elem>(low, high);
     }
 }
 
 template <typename P>
 struct Consumer {
+    using Elem = typename P::Elem;
     const AttentionArgs& args;
     const Shared<P>& shared;
     const int group;  // 0 to 2
     Cursor<P::stages> cursor{};
     uint32_t q_phase = 0;
+    Tile done{};                   // whose result is not stored yet; row is beyond the last query where there is none
+    uint32_t result[2][P::D / 8];  // of rows g and g + 8, laid out as sums
 
     // All lanes must have seen what they waited for, or a late one could miss that phase.
     __device__ __forceinline__ void release(uint32_t barrier) const {
@@ -173,14 +225,31 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
     }
     __device__ __forceinline__ void take_turn() const {
-        if constexpr (P::turns) named_sync(1 + group, 256);
+        named_sync(1 + group, 256);
     }
     __device__ __forceinline__ void pass_turn() const {
-        if constexpr (P::turns) named_arrive(1 + (group + 1) % P::consumers, 256);
+        named_arrive(1 + (group + 1) % P::consumers, 256);
     }
 
-    // One step, on its first N keys, of which those from `valid` on do not count.
-    template <int N, bool kMasked>
+    // The k-th part of a step's second product, of weights that are made just before.
+    template <int N, int kPart>
+    __device__ __forceinline__ void add_values(const float (&scores)[N / 2], uint32_t (&weights)[N / 16][4],
+                                               float (&sums)[P::D / 2], Softmax& softmax) {
+        constexpr int steps = N / 16, from = steps * kPart / P::parts, to = steps * (kPart + 1) / P::parts;
+        exponentiate<Elem, N, 16 * from, 16 * to>(scores, weights, softmax);
+        if constexpr (kPart == 0) {
+            barrier_wait(shared.v_full(cursor.stage), cursor.phase);
+            pin_registers(sums);
+        }
+#pragma unroll
+        for (int i = from; i < to; ++i) pin_registers(weights[i]);
+        wgmma_fence();
+        multiply_values<P, N, from, to>(sums, weights, shared.v(cursor.stage));
+        wgmma_commit();
+    }
+
+    // One step, on its first N keys. Of a tile's first step, those from `valid` on do not count.
+    template <int N, bool kFirst>
     __device__ __forceinline__ void step(const uint32_t (&q)[P::k_steps][4], float (&sums)[P::D / 2], Softmax& softmax,
                                          int valid) {
         float scores[N / 2], decay[2];
@@ -192,35 +261,31 @@ struct Consumer {
         multiply_keys<P, N>(scores, q, shared.k(cursor.stage));
         wgmma_commit();
         pass_turn();
+        if constexpr (kFirst) store();
         wgmma_wait();
         pin_registers(scores);
         release(shared.k_empty(cursor.stage));
-        if constexpr (kMasked) {
+        if (kFirst && valid < N) {
             const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) {
                 if (column + i / 4 * 8 + i % 2 >= valid) scores[i] = -INFINITY;
             }
         }
-        soften<N>(scores, softmax, decay, args.scale_log2);
-#pragma unroll
-        for (int i = 0; i < N / 4; ++i) {
-            weights[i / 4][i % 4] = pack<typename P::Elem>(scores[2 * i], scores[2 * i + 1]);
-        }
-        // Asked here and not in soften: there it costs registers, and nvcc 13.0 then serialises wgmma (warning C7512).
-        if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {
+        offset_scores<N>(scores, softmax, decay, args.scale_log2);
+        // Asked here and not there: that costs registers, and nvcc 13.0 then serialises wgmma (warning C7512).
+        if (!kFirst && __any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {
 #pragma unroll
             for (int i = 0; i < P::D / 2; ++i) sums[i] *= decay[i / 2 % 2];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] *= decay[i / 2];
         }
-        barrier_wait(shared.v_full(cursor.stage), cursor.phase);
+        add_values<N, 0>(scores, weights, sums, softmax);
+        if constexpr (P::parts == 2) add_values<N, 1>(scores, weights, sums, softmax);
+        wgmma_wait();
         pin_registers(sums);
 #pragma unroll
         for (int i = 0; i < N / 16; ++i) pin_registers(weights[i]);
-        wgmma_fence();
-        multiply_values<P, N>(sums, weights, shared.v(cursor.stage));
-        wgmma_commit();
-        wgmma_wait();
-        pin_registers(sums);
         release(shared.v_empty(cursor.stage));
         cursor.advance();
     }
@@ -238,27 +303,47 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[P::D / 2],
-                                          const Softmax& softmax) const {
-        using Elem = typename P::Elem;
-        const int lane = threadIdx.x % 32;
+    __device__ __forceinline__ int first_row(const Tile& tile) const {
+        return tile.row + group * P::group_rows + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    }
+
+    __device__ __forceinline__ void finish(const Tile& tile, const float (&sums)[P::D / 2], const Softmax& softmax) {
+        done = tile;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float norm = quad_sum(softmax.norm[r]);
+            const float norm = quad_sum(softmax.norm[r][0] + softmax.norm[r][1]);
             const float inverse = norm > 0.f ? __fdividef(1.f, norm) : 0.f;  // without keys, zeros
-            const int row = tile.row + group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * r;
-            if (row >= args.queries) continue;
-            const int64_t token = static_cast<int64_t>(tile.batch) * args.queries + row;
-            Elem* target = static_cast<Elem*>(args.out) + (token * args.heads + tile.head) * P::D + 2 * (lane % 4);
 #pragma unroll
             for (int i = 0; i < P::D / 8; ++i) {
-                *reinterpret_cast<uint32_t*>(target + 8 * i) =
-                    pack<Elem>(sums[4 * i + 2 * r] * inverse, sums[4 * i + 2 * r + 1] * inverse);
+                result[r][i] = pack<Elem>(sums[4 * i + 2 * r] * inverse, sums[4 * i + 2 * r + 1] * inverse);
             }
         }
     }
 
+    // 16 bytes a lane, of head_dim 72 all but the last 8 columns: a sixth of the store instructions.
+    __device__ __forceinline__ void store() {
+        const int c = threadIdx.x % 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = first_row(done) + 8 * r;
+            const bool inside = row < args.queries;
+            const int64_t token = static_cast<int64_t>(done.batch) * args.queries + row;
+            Elem* target = static_cast<Elem*>(args.out) + (token * args.heads + done.head) * P::D;
+            uint32_t(&w)[P::D / 8] = result[r];
+#pragma unroll
+            for (int i = 0; i + 4 <= P::D / 8; i += 4) {
+                transpose_quad(w[i], w[i + 1], w[i + 2], w[i + 3]);
+                if (inside) {
+                    *reinterpret_cast<uint4*>(target + 8 * (i + c)) = make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]);
+                }
+            }
+            if (P::D % 32 != 0 && inside) *reinterpret_cast<uint32_t*>(target + P::D - 8 + 2 * c) = w[P::D / 8 - 1];
+        }
+        done.row = args.queries;
+    }
+
     __device__ __forceinline__ void run() {
+        done.row = args.queries;
         if (group == P::consumers - 1) pass_turn();  // the first turn is of group 0
         for (int index = blockIdx.x; index < args.tiles; index += gridDim.x) {
             const Tile tile = tile_at<P>(args, index);
@@ -275,8 +360,9 @@ struct Consumer {
                     continue;
                 }
                 uint32_t q[P::k_steps][4];
-                load_queries<P>(q, shared.q, group, args.flip);
+                load_queries<P>(q, shared.q, group);
                 release(shared.q_empty());
+                prepare_queries<P>(q, args, first_row(tile));
                 const int valid = tile.keys - (tile.steps - 1) * P::keys;
                 if (valid <= P::half) {
                     step<P::half, true>(q, sums, softmax, valid);
@@ -285,9 +371,12 @@ struct Consumer {
                 }
 #pragma unroll 1
                 for (int i = 1; i < tile.steps; ++i) step<P::keys, false>(q, sums, softmax, P::keys);
+            } else {
+                store();
             }
-            store(tile, sums, softmax);
+            finish(tile, sums, softmax);
         }
+        store();
     }
 };
 

@@ -86,3 +86,17 @@ __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+
+// The words of four lanes of equal g as a 4x4 matrix, a row a lane, transposed: lane c gets word c of each.
+__device__ __forceinline__ void transpose_quad(uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3) {
+    const auto exchange = [](uint32_t& low, uint32_t& high, int distance) {
+        const bool upper = threadIdx.x & distance;
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+        low = upper ? other : low;
+        high = upper ? high : other;
+    };
+    exchange(w0, w1, 1);
+    exchange(w2, w3, 1);
+    exchange(w0, w2, 2);
+    exchange(w1, w3, 2);
+}

@@ -42,6 +42,10 @@ HOPPER_QUERIES = 144
 """Fewest queries for it: it takes 192 at a time, and fewer were not timed."""
 
 
+HOPPER_ROPE = (96, 16)
+"""Head dimension and pair stride at which it rotates queries itself: then both channels of a pair are in one lane."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend that serves an op, and why those before it in the table do not."""
@@ -158,6 +162,11 @@ def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = 
         if x.storage_offset() % 8 or any(size > 1 and (stride % 8 or stride == 0) for size, stride in strides):
             return "cuda needs rows on 16-byte boundaries, none of them shared"
     return None
+
+
+def rotates_on_load(q: Tensor, rotary: bool, pair_stride: int) -> bool:
+    """Whether the Hopper kernel norms and, where `rotary`, rotates queries like q as it loads them."""
+    return not rotary or (q.shape[-1], pair_stride) == HOPPER_ROPE
 
 
 def _no_triton_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:

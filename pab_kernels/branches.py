@@ -150,8 +150,7 @@ def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | No
     else:
         qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
         stride = weights.pair_stride
-        ops.qk_norm_rope(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, pair_stride=stride, eps=eps)
-        y = ops.attention(*qkv.unbind(2))
+        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, pair_stride=stride, eps=eps)
     return linear(y, weights.proj, out)
 
 

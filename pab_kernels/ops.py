@@ -336,6 +336,7 @@ def qk_norm_rope(
     rope: tuple[Tensor, Tensor] | None = None,
     pair_stride: int = 1,
     eps: float = 1e-6,
+    queries: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """RMSNorm, then rotary embedding, of the queries and keys in the QKV GEMM's output, in place.
@@ -353,6 +354,8 @@ def qk_norm_rope(
         i + s, and the tables run over groups, then i. 1 is interleaved pairs, D / 2 is half against half.
     eps : float
         Of the RMSNorm.
+    queries : bool
+        False leaves the queries alone.
     backend : {"triton", "reference"}, optional
         Forces a backend.
 
@@ -369,14 +372,11 @@ def qk_norm_rope(
     check_float("qkv", check_tensor("qkv", qkv))
     check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
     check_last_contiguous("qkv", qkv)
-    head_dim = qkv.shape[-1]
-    _check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1])
-    if pair_stride < 1 or head_dim % (2 * pair_stride):
-        raise ValueError(f"pair_stride: got {pair_stride}, twice of it must divide the head_dim {head_dim}")
-    if qkv.numel() > 0 and not (q_weight is None and k_weight is None and rope is None):
+    _check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
+    if qkv.numel() > 0 and not ((q_weight is None or not queries) and k_weight is None and rope is None):
         cos, sin = (None, None) if rope is None else rope
         name = resolve("qk_norm_rope", backend, qkv)
-        torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), name)
+        torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), queries, name)
     return qkv
 
 
@@ -386,8 +386,11 @@ def _check_norm_rope(
     k_weight: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
     positions: int,
+    pair_stride: int = 1,
 ) -> None:
     head_dim = qkv.shape[-1]
+    if pair_stride < 1 or head_dim % (2 * pair_stride):
+        raise ValueError(f"pair_stride: got {pair_stride}, twice of it must divide the head_dim {head_dim}")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_shape(name, check_tensor(name, weight), (head_dim,))
@@ -408,15 +411,16 @@ def _qk_norm_rope(
     sin: Tensor | None,
     pair_stride: int,
     eps: float,
+    queries: bool,
     backend: str,
 ) -> None:
     if backend == "triton":
         from pab_kernels.triton_ops.qk_norm_rope import qk_norm_rope_triton
 
-        qk_norm_rope_triton(qkv, q_weight, k_weight, cos, sin, pair_stride, eps)
+        qk_norm_rope_triton(qkv, q_weight, k_weight, cos, sin, pair_stride, eps, queries)
     else:
         rope = None if cos is None or sin is None else (cos, sin)
-        reference.qk_norm_rope_ref(qkv, q_weight, k_weight, rope, pair_stride=pair_stride, eps=eps)
+        reference.qk_norm_rope_ref(qkv, q_weight, k_weight, rope, pair_stride=pair_stride, eps=eps, queries=queries)
 
 
 # Attention
@@ -472,14 +476,82 @@ def attention(
     if k.shape[1] == 0 or q.numel() == 0:
         return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return torch.ops.pab.attention(q, k, v, kv_len, scale, resolve("attention", backend, q, k, v, kv_len))
+    name = resolve("attention", backend, q, k, v, kv_len)
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, None, None, None, 1, 0.0, name)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float, backend: str) -> Tensor:
+def self_attention(
+    qkv: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    pair_stride: int = 1,
+    eps: float = 1e-6,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of all tokens on all, straight from the QKV GEMM's output: `qk_norm_rope`, then `attention`.
+
+    The CUDA kernel norms and rotates the queries as it loads them, so that only the keys take a pass of their own.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        [B, N, 3, H, D], any strides but 1 for D. It is used up: its queries and keys may be overwritten.
+    q_weight, k_weight, rope, pair_stride, eps
+        As for `qk_norm_rope`.
+    softmax_scale, backend
+        As for `attention`.
+
+    Returns
+    -------
+    Tensor
+        [B, N, H * D] in the dtype of qkv.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("qkv", check_tensor("qkv", qkv))
+    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
+    check_last_contiguous("qkv", qkv)
+    _check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
+    q, k, v = qkv.unbind(2)
+    if qkv.numel() == 0:
+        return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
+    name = resolve("attention", backend, q, k, v, None)
+    on_load = name == "cuda" and backends.rotates_on_load(q, rope is not None, pair_stride)
+    qk_norm_rope(
+        qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps, queries=not on_load
+    )
+    if not on_load:
+        return attention(q, k, v, softmax_scale=softmax_scale, backend=name)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    cos, sin = (None, None) if rope is None else rope
+    return torch.ops.pab.attention(q, k, v, None, scale, q_weight, cos, sin, int(pair_stride), float(eps), name)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    softmax_scale: float,
+    q_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pair_stride: int,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    if backend == "cuda":
+        return _attention_cuda(q, k, v, kv_len, softmax_scale, q_weight, cos, sin, pair_stride, eps)
+    if q_weight is not None or cos is not None or sin is not None:
+        raise ValueError(f"backend: got {backend!r}, must be 'cuda' to norm or rotate queries on load")
     if backend == "reference":
         return reference.attention_ref(q, k, v, kv_len=kv_len, softmax_scale=softmax_scale)
-    if backend == "cuda":
-        return _attention_cuda(q, k, v, kv_len, softmax_scale)
     if backend == "triton":
         from pab_kernels.triton_ops.attention import attention_triton
 
@@ -497,7 +569,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_s
     return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 
 
-def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, softmax_scale: float) -> Tensor:
+def _attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    softmax_scale: float,
+    q_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pair_stride: int,
+    eps: float,
+) -> Tensor:
     if backends._C is None:
         raise ValueError("backend: cuda was left out of this build")
     if q.device.type != "cuda":
@@ -516,6 +599,11 @@ def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, soft
         dtype=str(q.dtype).removeprefix("torch."),
         kv_len=0 if lengths is None else lengths.data_ptr(),
         softmax_scale=softmax_scale,
+        q_weight=0 if q_weight is None else q_weight.data_ptr(),
+        cos=0 if cos is None else cos.data_ptr(),
+        sin=0 if sin is None else sin.data_ptr(),
+        pair_stride=pair_stride,
+        eps=eps,
         out=out.data_ptr(),
         device=q.device.index,
         stream=torch.cuda.current_stream(q.device).cuda_stream,
@@ -559,14 +647,15 @@ register(
 )
 register(
     "qk_norm_rope(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int pair_stride, "
-    "float eps, str backend) -> ()",
+    "float eps, bool queries, str backend) -> ()",
     ("qkv",),
     _qk_norm_rope,
     writes_only,
 )
 register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? kv_len, float softmax_scale, str backend) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? kv_len, float softmax_scale, Tensor? q_weight, Tensor? cos, "
+    "Tensor? sin, int pair_stride, float eps, str backend) -> Tensor",
     (),
     _attention,
-    lambda q, k, v, kv_len, softmax_scale, backend: q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3]),
+    lambda q, *_: q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3]),
 )

@@ -118,9 +118,10 @@ def qk_norm_rope_ref(
     *,
     pair_stride: int = 1,
     eps: float = 1e-6,
+    queries: bool = True,
 ) -> Tensor:
     """RMSNorm and rotary embedding of queries and keys, in place. See `pab_kernels.ops.qk_norm_rope`."""
-    for part, weight in ((qkv[:, :, 0], q_weight), (qkv[:, :, 1], k_weight)):
+    for part, weight in ((qkv[:, :, 0], q_weight), (qkv[:, :, 1], k_weight))[0 if queries else 1 :]:
         wide = _wide(part)
         if weight is not None:
             wide = rms_norm_ref(wide, weight, eps)

@@ -18,6 +18,7 @@ TOLERANCES = [
     pytest.param("cuda", torch.bfloat16, 2e-2, 1.6e-2, id="cuda-bfloat16", marks=on_gpu),
 ]
 BACKENDS = ["sdpa", "reference"]
+EPS = 1e-6
 EVERY = [
     pytest.mark.parametrize("backend", BACKENDS),
     pytest.mark.parametrize(("device", "dtype", "atol", "rtol"), TOLERANCES),
@@ -170,12 +171,61 @@ def test_errors(args, kwargs, error, message):
         ops.attention(*args, **kwargs)
 
 
+@every
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-rope"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+def test_self_attention(norm, rope, device, dtype, atol, rtol, backend):
+    """Norm and rotation of queries and keys, then attention; against float64 all through."""
+    q, k, v = draw(2, 37, 37, 3, 96, device, dtype)
+    qkv = torch.stack((q, k, v), 2)
+    weights = [torch.rand(96, dtype=dtype, device=device) + 0.5 if norm else None for _ in "qk"]
+    angles = 6 * torch.rand(37, 48, device=device)
+    tables = (angles.cos(), angles.sin()) if rope else None
+    wide = ops.qk_norm_rope(
+        qkv.double(),
+        q_weight=None if weights[0] is None else weights[0].double(),
+        k_weight=None if weights[1] is None else weights[1].double(),
+        rope=tables,
+        pair_stride=16,
+        backend="reference",
+    )
+    y = ops.self_attention(
+        qkv, q_weight=weights[0], k_weight=weights[1], rope=tables, pair_stride=16, softmax_scale=0.2, backend=backend
+    )
+    wide_q, wide_k, wide_v = wide.unbind(2)
+    agree(y, expected(wide_q, wide_k, wide_v, scale=0.2), 2 * atol, 2 * rtol)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.ones(2, 5, 2, 3, 72)}, r"qkv: shape is \[2, 5, 2, 3, 72\]"),
+        ({"q_weight": torch.ones(71)}, r"q_weight: shape"),
+        ({"rope": (torch.ones(4, 36), torch.ones(5, 36))}, r"rope\[0\]: shape"),
+        ({"pair_stride": 5}, "pair_stride: got 5"),
+        ({"backend": "flash"}, "backend: got 'flash'"),
+    ],
+)
+def test_self_attention_errors(change, message):
+    qkv = torch.ones(2, 5, 3, 3, 72)
+    with pytest.raises(ValueError, match=message):
+        ops.self_attention(**{"qkv": qkv, **change})
+    assert (qkv == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_cuda_norms_queries_on_load(backend):
+    q, k, v = draw(1, 5, 5, 2, 72)
+    with pytest.raises(ValueError, match="backend: got"):
+        torch.ops.pab.attention(q, k, v, None, 0.1, torch.ones(72), None, None, 1, EPS, backend)
+
+
 @pytest.mark.parametrize("with_length", [True, False], ids=["kv_len", "no kv_len"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, with_length):
     q, k, v = draw(2, 5, 3, 2, 8)
     kv_len = torch.tensor([3, 1], dtype=torch.int32) if with_length else None
-    torch.library.opcheck(torch.ops.pab.attention.default, (q, k, v, kv_len, 0.3, backend))
+    torch.library.opcheck(torch.ops.pab.attention.default, (q, k, v, kv_len, 0.3, None, None, None, 1, EPS, backend))
 
 
 def test_compiles_into_one_graph():

@@ -16,6 +16,7 @@ HALVES = [
     pytest.param(torch.bfloat16, 1.6e-2, 1.6e-2, id="bfloat16"),
 ]
 HEAD_DIMS = [72, 96]
+EPS = 1e-6
 LENGTHS = [1, 15, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 1590]
 
 
@@ -51,7 +52,14 @@ def expected(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None = None, 
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lengths: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    q_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One call of the compiled module, into an output of the caller's."""
     assert backends._C is not None
@@ -66,6 +74,11 @@ def run(
         dtype=str(q.dtype).removeprefix("torch."),
         kv_len=0 if lengths is None else lengths.data_ptr(),
         softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        q_weight=0 if q_weight is None else q_weight.data_ptr(),
+        cos=0 if rope is None else rope[0].data_ptr(),
+        sin=0 if rope is None else rope[1].data_ptr(),
+        pair_stride=16,
+        eps=EPS,
         out=out.data_ptr(),
         device=q.device.index,
         stream=torch.cuda.current_stream().cuda_stream,
@@ -88,7 +101,8 @@ def int32(values: list[int], device: str) -> Tensor:
 CALL = {
     **{"q": 16, "q_strides": (216 * 300, 216, 72), "k": 16, "k_strides": (216 * 300, 216, 72)},
     **{"v": 16, "v_strides": (216 * 300, 216, 72), "shape": (2, 300, 300, 3, 72), "dtype": "bfloat16"},
-    **{"kv_len": 0, "softmax_scale": 0.1, "out": 16, "device": 0, "stream": 0},
+    **{"kv_len": 0, "softmax_scale": 0.1, "q_weight": 0, "cos": 0, "sin": 0, "pair_stride": 16, "eps": 1e-6},
+    **{"out": 16, "device": 0, "stream": 0},
 }
 
 
@@ -106,6 +120,14 @@ CALL = {
         pytest.param({"v_strides": (216 * 300, 217, 72)}, "v: stride 1 is 217", id="odd-stride"),
         pytest.param({"k_strides": (0, 216, 72)}, "k: stride 0 is 0", id="shared-rows"),
         pytest.param({"softmax_scale": float("nan")}, "softmax_scale", id="scale"),
+        pytest.param({"cos": 16}, "cos, sin: got one", id="one-table"),
+        pytest.param({"cos": 16, "sin": 16}, "pair_stride: is 16 at head_dim 72", id="rope-72"),
+        pytest.param(
+            {"cos": 16, "sin": 16, "shape": (2, 300, 300, 3, 96), "pair_stride": 1},
+            "pair_stride: is 1 at head_dim 96",
+            id="pair-stride",
+        ),
+        pytest.param({"q_weight": 2}, "q_weight: address", id="unaligned-weight"),
         pytest.param({"out": 0}, "out: got a null pointer", id="null-out"),
         pytest.param({"out": 8}, "out: address", id="unaligned-out"),
     ],
@@ -201,6 +223,53 @@ def test_scales(scale, hopper, poison):
     )
 
 
+def prepared(q: Tensor, q_weight: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries after norm and rotation, in float64."""
+    q = q.double()
+    if q_weight is not None:
+        q = q / (q.square().mean(-1, keepdim=True) + EPS).sqrt() * q_weight.double()
+    if rope is not None:
+        cos, sin = (table.double()[:, None] for table in rope)
+        x, y = q.unflatten(-1, (-1, 2, 16)).unbind(-2)
+        x, y = x.flatten(-2), y.flatten(-2)
+        turned = (part.unflatten(-1, (-1, 16)) for part in (x * cos - y * sin, y * cos + x * sin))
+        q = torch.stack(tuple(turned), -2).flatten(-3)
+    return q
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), HALVES)
+@pytest.mark.parametrize(("head_dim", "norm", "rotary"), [(72, 1, 0), (96, 1, 0), (96, 0, 1), (96, 1, 1)])
+@pytest.mark.parametrize("queries", [1, 65, 193, 700])
+def test_norm_and_rotation_of_queries(queries, head_dim, norm, rotary, dtype, atol, rtol, hopper, poison):
+    q, k, v = draw(2, queries, 333, 3, head_dim, dtype, hopper)
+    q_weight = (torch.rand(head_dim, device=hopper) + 0.5).to(dtype) if norm else None
+    angles = 100 * torch.rand(queries, head_dim // 2, device=hopper)
+    rope = (angles.cos(), angles.sin()) if rotary else None
+    out = run(q, k, v, poison((2, queries, 3 * head_dim), dtype, hopper), q_weight=q_weight, rope=rope)
+    wanted = expected(prepared(q, q_weight, rope), k, v)
+    torch.testing.assert_close(out.double(), wanted, atol=atol, rtol=rtol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "pair_stride"), [(72, 1), (96, 16), (96, 1)])
+def test_self_attention(head_dim, pair_stride, hopper):
+    """On load or in a pass of its own (where the kernel cannot rotate): the same, and values stay as they are."""
+    q, k, v = draw(2, 500, 500, 4, head_dim, torch.bfloat16, hopper)
+    qkv = torch.stack((q, k, v), 2)
+    weights = [(torch.rand(head_dim, device=hopper) + 0.5).bfloat16() for _ in "qk"]
+    angles = 6 * torch.rand(500, head_dim // 2, device=hopper)
+    rope = None if head_dim == 72 else (angles.cos(), angles.sin())
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        return ops.self_attention(
+            x, q_weight=weights[0], k_weight=weights[1], rope=rope, pair_stride=pair_stride, backend=backend
+        )
+
+    y = call(qkv.clone(), "cuda")
+    torch.testing.assert_close(y.float(), call(qkv.float(), "reference"), atol=1.6e-2, rtol=1.6e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -271,7 +340,9 @@ def test_is_the_choice_where_it_was_measured_faster(hopper):
     assert chosen(1590, 1590, 72) == "cuda"
     assert chosen(400, 300, 72) == "cuda"
     assert chosen(4096, 4096, 96) == "cuda"
-    assert chosen(144, 144, 72) != "cuda"
+    assert chosen(144, 144, 72) == "cuda"
+    assert chosen(143, 1590, 72) != "cuda"
+    assert chosen(1590, 143, 72) != "cuda"
     assert chosen(4096, 4096, 64) != "cuda"
     assert chosen(1590, 1590, 72, torch.float32) != "cuda"
     q, k, v = draw(2, 1590, 1590, 2, 72, torch.bfloat16, hopper)

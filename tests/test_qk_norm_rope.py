@@ -68,7 +68,7 @@ class Case:
         angles = 100 * torch.rand(positions, head_dim // 2)
         self.rope = (angles.cos().to(device), angles.sin().to(device)) if rope else None
 
-    def run(self, backend: str) -> Tensor:
+    def run(self, backend: str, queries: bool = True) -> Tensor:
         q_weight, k_weight = self.weights
         return ops.qk_norm_rope(
             self.qkv,
@@ -77,6 +77,7 @@ class Case:
             rope=self.rope,
             pair_stride=self.pair_stride,
             eps=EPS,
+            queries=queries,
             backend=backend,
         )
 
@@ -102,6 +103,19 @@ def test_sizes(backend, device, size, dtype, atol, rtol):
 def test_parts(backend, device, pair_stride, norm, rope):
     """Any of the norms and the rotation may be missing."""
     Case((2, 2, 2, 96, pair_stride), norm=norm, rope=rope, device=device).check(backend, 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-rope"])
+@pytest.mark.parametrize(("backend", "device"), WHERE)
+def test_keys_alone(backend, device, rope):
+    """Without `queries` these keep every bit, and keys come out as with them."""
+    one, both = (Case((2, 3, 3, 96, 16), rope=rope, dtype=torch.bfloat16, device=device) for _ in range(2))
+    before = one.qkv.clone()
+    one.run(backend, queries=False)
+    both.run(backend)
+    assert torch.equal(one.qkv[:, :, [0, 2]], before[:, :, [0, 2]])
+    assert torch.equal(one.qkv[:, :, 1], both.qkv[:, :, 1])
+    assert not torch.equal(one.qkv[:, :, 1], before[:, :, 1])
 
 
 @pytest.mark.parametrize("size", [(2, 15, 2, 72, 1), (1, 31, 1, 96, 16)], ids=str)
@@ -206,7 +220,7 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-rope"])
 def test_opcheck(rope):
     case = Case((1, 3, 2, 8, 1), rope=rope)
-    args = (case.qkv, *case.weights, *(case.rope or (None, None)), 1, EPS, "reference")
+    args = (case.qkv, *case.weights, *(case.rope or (None, None)), 1, EPS, True, "reference")
     torch.library.opcheck(torch.ops.pab.qk_norm_rope.default, args)
 
 

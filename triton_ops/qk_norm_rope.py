@@ -133,6 +133,7 @@ def _qk_norm_rope_kernel(
     Z: tl.constexpr,  # pairs of tile z
     ROWS: tl.constexpr,  # heads taken at a time
     TOKENS: tl.constexpr,  # tokens of one program
+    QUERIES: tl.constexpr,  # whether q is normed and rotated too
 ):
     begin = tl.program_id(0) * TOKENS
     for token in range(begin, tl.minimum(begin + TOKENS, tokens)):
@@ -144,7 +145,8 @@ def _qk_norm_rope_kernel(
         if cos is not None:
             cos_row = cos + position * PAIRS
             sin_row = sin + position * PAIRS
-        _norm_rope(q, stride_h * UNIT, q_weight, cos_row, sin_row, eps, HEADS, PAIRS, S, A, Z, ROWS)
+        if QUERIES:
+            _norm_rope(q, stride_h * UNIT, q_weight, cos_row, sin_row, eps, HEADS, PAIRS, S, A, Z, ROWS)
         _norm_rope(k, stride_h * UNIT, k_weight, cos_row, sin_row, eps, HEADS, PAIRS, S, A, Z, ROWS)
 
 
@@ -183,6 +185,7 @@ def qk_norm_rope_triton(
     sin: Tensor | None,
     pair_stride: int,
     eps: float,
+    queries: bool = True,
     *,
     config: Config | None = None,
 ) -> None:
@@ -222,5 +225,6 @@ def qk_norm_rope_triton(
             Z=triton.next_power_of_2(max(pairs - half, 1)),
             ROWS=config.rows,
             TOKENS=config.tokens,
+            QUERIES=queries,
             num_warps=config.warps,
         )
