@@ -107,9 +107,10 @@ class PABHandle:
         if self._open:
             self._open = False
             del self.transformer.forward
-            self._adapter.restore()
+            # Before the weights, which for a moment are there twice.
             self._fp8 = None
             self._workspaces = [None] * len(self._workspaces)
+            self._adapter.restore()
 
     def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0) -> Schedule:
         """Begin a run: plan it over `timesteps`, one for each step that will happen, and forget every slot.

@@ -262,8 +262,9 @@ def test_self_attention(head_dim, pair_stride, hopper):
     rope = None if head_dim == 72 else (angles.cos(), angles.sin())
 
     def call(x: Tensor, backend: str) -> Tensor:
+        q_weight, k_weight = (weight.to(x.dtype) for weight in weights)
         return ops.self_attention(
-            x, q_weight=weights[0], k_weight=weights[1], rope=rope, pair_stride=pair_stride, backend=backend
+            x, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, backend=backend
         )
 
     y = call(qkv.clone(), "cuda")

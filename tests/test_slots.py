@@ -266,6 +266,18 @@ def test_on_a_gpu_host_slots_give_the_bits_of_device_slots_in_less_memory(name, 
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_closing_takes_no_more_memory_than_running(device):
+    """The weights are there twice while they are given back, so the slots must be gone by then."""
+    model = gpu_latte()
+    with accelerate(model, CONFIGS["staggered"]) as handle:
+        gpu_run(model, handle)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    assert torch.cuda.max_memory_allocated() <= before
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_the_loop_waits_for_no_copy_and_the_memory_is_unpinned_at_the_end(device):
     model = gpu_latte()
     generator = torch.Generator("cuda").manual_seed(0)
