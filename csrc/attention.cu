@@ -36,7 +36,16 @@ void check_arguments(const AttentionParams& p, const std::string& dtype) {
           "is " + std::to_string(p.pair_stride) + " at head_dim " + std::to_string(p.head_dim) +
               ", rotary embedding must have 16 at head_dim 96");
     check(std::isfinite(p.softmax_scale), "softmax_scale", "must be finite");
+    const bool norm = p.q_weight != nullptr;
+    check(norm == (p.k_weight != nullptr) && norm == (p.key_scales != nullptr), "q_weight, k_weight, key_scales",
+          "got some of them, must be all or none");
+    check(!norm || p.cos == nullptr, "cos", "got tables and norm weights, must be one of them");
+    check(!norm || p.key_scales_pitch >= (p.keys + 191) / 192 * 192, "key_scales",
+          "has " + std::to_string(p.key_scales_pitch) + " a head, must be the keys, up to a multiple of 192");
+    check(!norm || p.key_scales_pitch % 4 == 0, "key_scales", "must have a multiple of 4 a head");
     check_aligned("q_weight", p.q_weight);
+    check_aligned("k_weight", p.k_weight);
+    check_aligned("key_scales", p.key_scales);
     check_aligned("cos", p.cos);
     check_aligned("sin", p.sin);
     check(p.out != nullptr, "out", "got a null pointer");
@@ -108,6 +117,9 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
     args.keys = p.keys;
     args.heads = p.heads;
     args.q_weight = p.q_weight;
+    args.k_weight = p.k_weight;
+    args.key_scales = p.key_scales;
+    args.key_scales_pitch = p.key_scales_pitch;
     args.cos = p.cos;
     args.sin = p.sin;
     args.eps = p.eps;
@@ -125,12 +137,12 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
 
 // Of the plans that were timed on an H100, the best. At head_dim 72 bringing keys and values is what limits: rows of
 // 144 bytes start anywhere, and two boxes of v in 64 columns, the second mostly padding, came faster than three in 32.
-template <typename Elem>
+template <typename Elem, bool kNorm>
 void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
     if (p.head_dim == 72) {
-        launch<Plan<Elem, 72, 128, 2, 64, 1>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 72, 128, 2, 64, 1, kNorm>>(p, multiprocessors, stream);
     } else {
-        launch<Plan<Elem, 96, 96, 3, 32, 2>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 96, 96, 3, 32, 2, kNorm>>(p, multiprocessors, stream);
     }
 }
 
@@ -145,9 +157,8 @@ void attention(const AttentionParams& params, const std::string& dtype, int devi
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     check(major == 9 && minor == 0, "device",
           "compute capability is " + std::to_string(major) + "." + std::to_string(minor) + ", must be 9.0");
-    if (dtype == "bfloat16") {
-        launch_best<__nv_bfloat16>(params, multiprocessors, static_cast<cudaStream_t>(stream));
-    } else {
-        launch_best<__half>(params, multiprocessors, static_cast<cudaStream_t>(stream));
-    }
+    const bool norm = params.q_weight != nullptr;
+    const auto run = dtype == "bfloat16" ? (norm ? launch_best<__nv_bfloat16, true> : launch_best<__nv_bfloat16, false>)
+                                         : (norm ? launch_best<__half, true> : launch_best<__half, false>);
+    run(params, multiprocessors, static_cast<cudaStream_t>(stream));
 }

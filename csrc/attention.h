@@ -15,10 +15,14 @@ struct AttentionParams {
     int batch, queries, keys, heads, head_dim;
     const int* kv_len;  // [B] on the device: keys that count; or nullptr
     float softmax_scale;
-    const void* q_weight;    // [head_dim], dtype of q: RMSNorm of the queries; or nullptr
-    const float *cos, *sin;  // [queries, head_dim / 2]: rotary embedding of the queries; or nullptr
-    int pair_stride;         // distance of its pairs
+    // RMSNorm of queries and keys: weights [head_dim] in the dtype of q, and 1 / rms of each key, float32 [batch,
+    // heads, key_scales_pitch]. All or none, and none together with rotary embedding.
+    const void *q_weight, *k_weight;
+    const float* key_scales;
+    int key_scales_pitch;
     float eps;               // of the RMSNorm
+    const float *cos, *sin;  // [queries, head_dim / 2], rotary embedding of the queries; or nullptr
+    int pair_stride;         // distance of its pairs
     void* out;               // [B, queries, H * D], contiguous
 };
 

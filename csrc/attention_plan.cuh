@@ -3,11 +3,13 @@
 
 #include "hopper.cuh"
 
-// What the kernel is compiled for. `parts`: in how many products a step multiplies its weights with the values.
-template <typename Elem_, int D_, int kKeys, int kStages, int kValueWidth, int kParts>
+// What the kernel is compiled for. `parts`: in how many products a step multiplies its weights with the values. `norm`:
+// RMSNorm of queries and keys, these by a factor for each, which the scores are multiplied by.
+template <typename Elem_, int D_, int kKeys, int kStages, int kValueWidth, int kParts, bool kNorm>
 struct Plan {
     using Elem = Elem_;
     static constexpr int D = D_, keys = kKeys, stages = kStages, parts = kParts;
+    static constexpr bool norm = kNorm;
 
     static constexpr int consumers = 3;
     static constexpr int threads = 128 * (consumers + 1);
@@ -31,16 +33,20 @@ struct Plan {
     static constexpr int v_bytes = keys * value_row_bytes;
     static_assert(q_bytes % 1024 == 0 && k_bytes % 1024 == 0 && v_bytes % 1024 == 0,
                   "swizzle repeats every 1024 bytes");
-    static constexpr int shared_bytes = 1024 + q_bytes + stages * (k_bytes + v_bytes) + 8 * (2 + 4 * stages);
+    static constexpr int scale_bytes = norm ? 4 * keys : 0;
+    static constexpr int shared_bytes =
+        1024 + q_bytes + stages * (k_bytes + v_bytes + scale_bytes) + 8 * (2 + 4 * stages);
 };
 
 struct AttentionArgs {
     CUtensorMap q, q_tail, k, k_tail, v;  // [batch, token, head, column]; a box of one head
     void* out;                            // [B, Lq, H * D]
     const int* kv_len;                    // [B], or nullptr
-    const void* q_weight;                 // [D], RMSNorm of the queries; or nullptr
-    const float *cos, *sin;               // [Lq, D / 2], rotary embedding of the queries; or nullptr
-    float eps;                            // of the RMSNorm
+    const void *q_weight, *k_weight;      // [D], of the RMSNorm
+    const float* key_scales;              // [B, H, key_scales_pitch], 1 / rms of each key
+    int key_scales_pitch;
+    const float *cos, *sin;  // [Lq, D / 2], rotary embedding of the queries; or nullptr
+    float eps;               // of the RMSNorm
     int queries, keys, heads;
     int row_tiles;     // tiles of one head
     int tiles;         // of all heads
@@ -48,7 +54,7 @@ struct AttentionArgs {
     uint32_t flip;     // sign bits of two elements, for a negative softmax scale
 };
 
-// Shared memory: queries, the stages of keys, those of values, barriers.
+// Shared memory: queries, the stages of keys, of values, of the keys' factors, barriers.
 template <typename P>
 struct Shared {
     uint32_t q;
@@ -58,8 +64,12 @@ struct Shared {
     __device__ __forceinline__ uint32_t v(int stage) const {
         return q + P::q_bytes + P::stages * P::k_bytes + stage * P::v_bytes;
     }
+    // The factors of the keys.
+    __device__ __forceinline__ uint32_t scales(int stage) const {
+        return v(P::stages) + stage * P::scale_bytes;
+    }
     __device__ __forceinline__ uint32_t q_full() const {
-        return q + P::q_bytes + P::stages * (P::k_bytes + P::v_bytes);
+        return scales(P::stages);
     }
     __device__ __forceinline__ uint32_t q_empty() const {
         return q_full() + 8;

@@ -57,7 +57,13 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const Shared<
             const int s = cursor.stage, token = step * P::keys;
             barrier_wait(shared.k_empty(s), cursor.phase ^ 1);
             if (leader) {
-                barrier_expect(shared.k_full(s), halves * P::half * P::key_row_bytes);
+                const int scale_bytes = P::norm ? halves * P::half * 4 : 0;
+                barrier_expect(shared.k_full(s), halves * P::half * P::key_row_bytes + scale_bytes);
+                if constexpr (P::norm) {
+                    const int64_t head = static_cast<int64_t>(tile.batch) * args.heads + tile.head;
+                    load_bytes(shared.scales(s), args.key_scales + head * args.key_scales_pitch + token, scale_bytes,
+                               shared.k_full(s));
+                }
                 for (int row = 0; row < halves * P::half; row += P::half) {
                     load_rows<P, P::keys>(shared.k(s), row, args.k, args.k_tail, shared.k_full(s), tile, token + row);
                 }
@@ -80,6 +86,12 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const Shared<
     }
 }
 
+// Where 16 bytes of a row lie in a box of `pitch` bytes a row: the swizzle.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t pitch, uint32_t byte) {
+    const uint32_t offset = row * pitch + byte;
+    return offset ^ (offset >> 7 & (pitch / 16 - 1)) << 4;
+}
+
 // The fragments of this warpgroup's 64 queries.
 template <typename P>
 __device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint32_t base, int group) {
@@ -87,39 +99,42 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint3
     const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
     for (int step = 0; step < P::k_steps; ++step) {
-        const uint32_t pitch = step < 4 ? 128 : 2 * P::tail;
-        uint32_t offset = row * pitch + step % 4 * 32 + lane / 16 * 16;
-        offset ^= (offset >> 7 & (pitch / 16 - 1)) << 4;  // the swizzle
+        const uint32_t offset = swizzled(row, step < 4 ? 128 : 2 * P::tail, step % 4 * 32 + lane / 16 * 16);
         load_matrices(q[step], base + step / 4 * P::rows * 128 + offset);
     }
 }
 
-// What the softmax wants of the queries whose first of this lane is number `row`: RMSNorm, rotary embedding, sign. In
-// float32; each is rounded, as where they are passes of their own.
+// What the softmax wants of the queries whose first of this lane is number `row`. Either RMSNorm, with what can be
+// taken out of the keys (their weights) and of the softmax (its scale), or the sign of the scale and rotary embedding.
+// In float32, rounded once.
 template <typename P>
 __device__ __forceinline__ void prepare_queries(uint32_t (&q)[P::k_steps][4], const AttentionArgs& args, int row) {
     using Elem = typename P::Elem;
     const int c = threadIdx.x % 4;
-    if (args.q_weight != nullptr) {
-        float rstd[2] = {0.f, 0.f};
+    if constexpr (P::norm) {
+        float factor[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < 4 * P::k_steps; ++i) {
             const float2 x = unpack<Elem>(q[i / 4][i % 4]);
-            rstd[i % 2] = fmaf(x.x, x.x, fmaf(x.y, x.y, rstd[i % 2]));
+            factor[i % 2] = fmaf(x.x, x.x, fmaf(x.y, x.y, factor[i % 2]));
         }
+        const float scale = args.flip == 0 ? args.scale_log2 : -args.scale_log2;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) rstd[r] = rsqrtf(quad_sum(rstd[r]) / P::D + args.eps);
+        for (int r = 0; r < 2; ++r) factor[r] = rsqrtf(quad_sum(factor[r]) / P::D + args.eps) * scale;
 #pragma unroll
         for (int i = 0; i < P::D / 8; ++i) {
-            const Elem* weight = static_cast<const Elem*>(args.q_weight) + 8 * i + 2 * c;
-            const float2 w = unpack<Elem>(__ldg(reinterpret_cast<const uint32_t*>(weight)));
+            const auto weight = [&](const void* of) {
+                return unpack<Elem>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const Elem*>(of) + 8 * i) + c));
+            };
+            const float2 a = weight(args.q_weight), b = weight(args.k_weight);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 uint32_t& word = q[i / 2][i % 2 * 2 + r];
                 const float2 x = unpack<Elem>(word);
-                word = pack<Elem>(x.x * rstd[r] * w.x, x.y * rstd[r] * w.y);
+                word = pack<Elem>(x.x * factor[r] * (a.x * b.x), x.y * factor[r] * (a.y * b.y));
             }
         }
+        return;
     }
     if constexpr (P::pair_stride == 16) {
         if (args.cos != nullptr) {
@@ -138,6 +153,22 @@ __device__ __forceinline__ void prepare_queries(uint32_t (&q)[P::k_steps][4], co
     }
 #pragma unroll
     for (int i = 0; i < 4 * P::k_steps; ++i) q[i / 4][i % 4] ^= args.flip;
+}
+
+// Whether the softmax of these queries and normed keys may do without an offset: a key is at most sqrt(D) long, so that
+// a score is at most sqrt(D) times the length of the query, and its exp2 neither too large nor too small. bfloat16 has
+// the range of float32.
+template <typename P>
+__device__ __forceinline__ bool are_bounded(const uint32_t (&q)[P::k_steps][4]) {
+    if (std::is_same_v<typename P::Elem, __half>) return false;
+    constexpr float most = 80.f;  // sums of 2^16 weights times values of up to 2^30 are finite then
+    float squares[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < 4 * P::k_steps; ++i) {
+        const float2 x = unpack<typename P::Elem>(q[i / 4][i % 4]);
+        squares[i % 2] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[i % 2]));
+    }
+    return __all_sync(0xffffffffu, fmaxf(quad_sum(squares[0]), quad_sum(squares[1])) * P::D <= most * most);
 }
 
 // scores[64, N] = q @ k^T
@@ -216,6 +247,7 @@ struct Consumer {
     const int group;  // 0 to 2
     Cursor<P::stages> cursor{};
     uint32_t q_phase = 0;
+    bool bounded = false;          // see are_bounded
     Tile done{};                   // whose result is not stored yet; row is beyond the last query where there is none
     uint32_t result[2][P::D / 8];  // of rows g and g + 8, laid out as sums
 
@@ -264,6 +296,14 @@ struct Consumer {
         if constexpr (kFirst) store();
         wgmma_wait();
         pin_registers(scores);
+        if constexpr (P::norm) {
+#pragma unroll
+            for (int i = 0; i < N / 2; i += 4) {
+                const float2 by = load_shared<float2>(shared.scales(cursor.stage) + 8 * (i + threadIdx.x % 4));
+                scores[i] *= by.x, scores[i + 1] *= by.y;
+                scores[i + 2] *= by.x, scores[i + 3] *= by.y;
+            }
+        }
         release(shared.k_empty(cursor.stage));
         if (kFirst && valid < N) {
             const int column = 2 * (threadIdx.x % 4);
@@ -272,13 +312,15 @@ struct Consumer {
                 if (column + i / 4 * 8 + i % 2 >= valid) scores[i] = -INFINITY;
             }
         }
-        offset_scores<N>(scores, softmax, decay, args.scale_log2);
-        // Asked here and not there: that costs registers, and nvcc 13.0 then serialises wgmma (warning C7512).
-        if (!kFirst && __any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {
+        if (!P::norm || !bounded) {
+            offset_scores<N>(scores, softmax, decay, P::norm ? 1.f : args.scale_log2);
+            // Asked here and not there: that costs registers, and nvcc 13.0 then serialises wgmma (warning C7512).
+            if (!kFirst && __any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {
 #pragma unroll
-            for (int i = 0; i < P::D / 2; ++i) sums[i] *= decay[i / 2 % 2];
+                for (int i = 0; i < P::D / 2; ++i) sums[i] *= decay[i / 2 % 2];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] *= decay[i / 2];
+                for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] *= decay[i / 2];
+            }
         }
         add_values<N, 0>(scores, weights, sums, softmax);
         if constexpr (P::parts == 2) add_values<N, 1>(scores, weights, sums, softmax);
@@ -363,6 +405,7 @@ struct Consumer {
                 load_queries<P>(q, shared.q, group);
                 release(shared.q_empty());
                 prepare_queries<P>(q, args, first_row(tile));
+                if constexpr (P::norm) bounded = are_bounded<P>(q);
                 const int valid = tile.keys - (tile.steps - 1) * P::keys;
                 if (valid <= P::half) {
                     step<P::half, true>(q, sums, softmax, valid);

@@ -63,8 +63,9 @@ AttentionOperand operand(uintptr_t address, const std::array<int64_t, 3>& stride
 void bind_attention(uintptr_t q, const std::array<int64_t, 3>& q_strides, uintptr_t k,
                     const std::array<int64_t, 3>& k_strides, uintptr_t v, const std::array<int64_t, 3>& v_strides,
                     const std::array<int64_t, 5>& shape, const std::string& dtype, uintptr_t kv_len,
-                    float softmax_scale, uintptr_t q_weight, uintptr_t cos, uintptr_t sin, int pair_stride, float eps,
-                    uintptr_t out, int device, uintptr_t stream) {
+                    float softmax_scale, uintptr_t q_weight, uintptr_t k_weight, uintptr_t key_scales,
+                    int key_scales_pitch, float eps, uintptr_t cos, uintptr_t sin, int pair_stride, uintptr_t out,
+                    int device, uintptr_t stream) {
     AttentionParams params{};
     params.q = operand(q, q_strides);
     params.k = operand(k, k_strides);
@@ -77,10 +78,13 @@ void bind_attention(uintptr_t q, const std::array<int64_t, 3>& q_strides, uintpt
     params.kv_len = pointer<const int>(kv_len);
     params.softmax_scale = softmax_scale;
     params.q_weight = pointer<const void>(q_weight);
+    params.k_weight = pointer<const void>(k_weight);
+    params.key_scales = pointer<const float>(key_scales);
+    params.key_scales_pitch = key_scales_pitch;
+    params.eps = eps;
     params.cos = pointer<const float>(cos);
     params.sin = pointer<const float>(sin);
     params.pair_stride = pair_stride;
-    params.eps = eps;
     params.out = pointer<void>(out);
     attention(params, dtype, device, pointer<void>(stream));
 }
@@ -108,11 +112,12 @@ PYBIND11_MODULE(_C, m) {
           "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def("attention", &bind_attention, py::kw_only(), py::arg("q"), py::arg("q_strides"), py::arg("k"),
           py::arg("k_strides"), py::arg("v"), py::arg("v_strides"), py::arg("shape"), py::arg("dtype"),
-          py::arg("kv_len"), py::arg("softmax_scale"), py::arg("q_weight"), py::arg("cos"), py::arg("sin"),
-          py::arg("pair_stride"), py::arg("eps"), py::arg("out"), py::arg("device"), py::arg("stream"),
+          py::arg("kv_len"), py::arg("softmax_scale"), py::arg("q_weight"), py::arg("k_weight"), py::arg("key_scales"),
+          py::arg("key_scales_pitch"), py::arg("eps"), py::arg("cos"), py::arg("sin"), py::arg("pair_stride"),
+          py::arg("out"), py::arg("device"), py::arg("stream"),
           "Attention on Hopper, q [B, Lq, H, D] on k and v [B, Lk, H, D]: strides of B, L, H in elements, shape "
-          "(B, Lq, Lk, H, D), addresses in bytes, 0 for none. RMSNorm (q_weight [D]) and rotary embedding (cos and sin "
-          "[Lq, D / 2]) are of the queries alone.\n\n"
+          "(B, Lq, Lk, H, D), addresses in bytes, 0 for none. RMSNorm takes weights [D] and key_scales "
+          "[B, H, pitch], 1 / rms of each key; rotary embedding (cos and sin [Lq, D / 2]) is of the queries alone.\n\n"
           "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def("build_info", &build_info, "CUDA version, architectures, host compiler and kernels of this build.");
 }

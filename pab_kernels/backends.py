@@ -164,11 +164,6 @@ def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = 
     return None
 
 
-def rotates_on_load(q: Tensor, rotary: bool, pair_stride: int) -> bool:
-    """Whether the Hopper kernel norms and, where `rotary`, rotates queries like q as it loads them."""
-    return not rotary or (q.shape[-1], pair_stride) == HOPPER_ROPE
-
-
 def _no_triton_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"triton takes float16 and bfloat16, got {q.dtype}"
@@ -200,6 +195,7 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
         ("reference", _serves_all),
     ),
     "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
+    "key_scales": (("triton", _no_triton), ("reference", _serves_all)),
     "attention": (
         ("cuda", _no_cuda_attention),
         ("triton", _no_triton_attention),

@@ -65,6 +65,7 @@ def backends() -> dict[str, table.Choice]:
         "residual_norm_modulate": table.choose("residual_norm_modulate", empty(1, 1, 1152)),
         "temporal_attention": table.choose("temporal_attention", empty(1, 16, 1, 3, 16, 72)),
         "qk_norm_rope": table.choose("qk_norm_rope", empty(1, 1, 3, 16, 72)),
+        "key_scales": table.choose("key_scales", empty(1, 1, 16, 72)),
         "scaled_linear": table.choose("scaled_linear", *fp8_linear),
         "scaled_linear_gelu": table.choose("scaled_linear_gelu", *fp8_linear),
         "attention, spatial": table.choose("attention", spatial, spatial, spatial),

@@ -423,6 +423,51 @@ def _qk_norm_rope(
         reference.qk_norm_rope_ref(qkv, q_weight, k_weight, rope, pair_stride=pair_stride, eps=eps, queries=queries)
 
 
+def key_scales(k: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
+    """``1 / sqrt(mean(k**2) + eps)`` of every key: RMSNorm without its weight, as a factor of the scores.
+
+    Parameters
+    ----------
+    k : Tensor
+        Keys [B, N, H, D], any strides but 1 for D.
+    eps : float
+        Of the RMSNorm.
+    backend : {"triton", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        float32 [B, H, P] with N up to a multiple of 192 as P; those from N on are not set.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape or stride, naming the argument.
+    """
+    check_float("k", check_tensor("k", k))
+    check_shape("k", k, ("B", "N", "H", "D"))
+    check_last_contiguous("k", k)
+    return torch.ops.pab.key_scales(k, float(eps), resolve("key_scales", backend, k))
+
+
+def _key_scales(k: Tensor, eps: float, backend: str) -> Tensor:
+    out = _empty_scales(k)
+    if out.numel() > 0:
+        if backend == "triton":
+            from pab_kernels.triton_ops.key_scales import key_scales_triton
+
+            key_scales_triton(k, eps, out)
+        else:
+            reference.key_scales_ref(k, eps, out)
+    return out
+
+
+def _empty_scales(k: Tensor) -> Tensor:
+    batch, length, heads, _ = k.shape
+    return k.new_empty(batch, heads, -(-length // 192) * 192, dtype=torch.float32)
+
+
 # Attention
 
 
@@ -477,7 +522,7 @@ def attention(
         return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     name = resolve("attention", backend, q, k, v, kv_len)
-    return torch.ops.pab.attention(q, k, v, kv_len, scale, None, None, None, 1, 0.0, name)
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, None, None, None, 0.0, None, None, 1, name)
 
 
 def self_attention(
@@ -493,7 +538,8 @@ def self_attention(
 ) -> Tensor:
     """Attention of all tokens on all, straight from the QKV GEMM's output: `qk_norm_rope`, then `attention`.
 
-    The CUDA kernel norms and rotates the queries as it loads them, so that only the keys take a pass of their own.
+    The CUDA kernel norms or rotates the queries as it loads them. Of the keys' norm it wants `key_scales` alone: a pass
+    that reads them and writes next to nothing.
 
     Parameters
     ----------
@@ -522,15 +568,17 @@ def self_attention(
     if qkv.numel() == 0:
         return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
     name = resolve("attention", backend, q, k, v, None)
-    on_load = name == "cuda" and backends.rotates_on_load(q, rope is not None, pair_stride)
-    qk_norm_rope(
-        qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps, queries=not on_load
-    )
-    if not on_load:
-        return attention(q, k, v, softmax_scale=softmax_scale, backend=name)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    cos, sin = (None, None) if rope is None else rope
-    return torch.ops.pab.attention(q, k, v, None, scale, q_weight, cos, sin, int(pair_stride), float(eps), name)
+    if name == "cuda" and rope is None and q_weight is not None and k_weight is not None:
+        scales = key_scales(k, eps=eps)
+        return torch.ops.pab.attention(
+            q, k, v, None, scale, q_weight, k_weight, scales, float(eps), None, None, 1, name
+        )
+    if name == "cuda" and rope is not None and q_weight is None and (q.shape[-1], pair_stride) == backends.HOPPER_ROPE:
+        qk_norm_rope(qkv, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps, queries=False)
+        return torch.ops.pab.attention(q, k, v, None, scale, None, None, None, 0.0, *rope, int(pair_stride), name)
+    qk_norm_rope(qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps)
+    return attention(q, k, v, softmax_scale=scale, backend=name)
 
 
 def _attention(
@@ -540,16 +588,19 @@ def _attention(
     kv_len: Tensor | None,
     softmax_scale: float,
     q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    scales: Tensor | None,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pair_stride: int,
-    eps: float,
     backend: str,
 ) -> Tensor:
     if backend == "cuda":
-        return _attention_cuda(q, k, v, kv_len, softmax_scale, q_weight, cos, sin, pair_stride, eps)
-    if q_weight is not None or cos is not None or sin is not None:
-        raise ValueError(f"backend: got {backend!r}, must be 'cuda' to norm or rotate queries on load")
+        norm = (q_weight, k_weight, scales, eps)
+        return _attention_cuda(q, k, v, kv_len, softmax_scale, *norm, cos, sin, pair_stride)
+    if any(x is not None for x in (q_weight, k_weight, scales, cos, sin)):
+        raise ValueError(f"backend: got {backend!r}, must be 'cuda' to norm or rotate on load")
     if backend == "reference":
         return reference.attention_ref(q, k, v, kv_len=kv_len, softmax_scale=softmax_scale)
     if backend == "triton":
@@ -576,10 +627,12 @@ def _attention_cuda(
     kv_len: Tensor | None,
     softmax_scale: float,
     q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    scales: Tensor | None,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pair_stride: int,
-    eps: float,
 ) -> Tensor:
     if backends._C is None:
         raise ValueError("backend: cuda was left out of this build")
@@ -600,10 +653,13 @@ def _attention_cuda(
         kv_len=0 if lengths is None else lengths.data_ptr(),
         softmax_scale=softmax_scale,
         q_weight=0 if q_weight is None else q_weight.data_ptr(),
+        k_weight=0 if k_weight is None else k_weight.data_ptr(),
+        key_scales=0 if scales is None else scales.data_ptr(),
+        key_scales_pitch=0 if scales is None else scales.shape[-1],
+        eps=eps,
         cos=0 if cos is None else cos.data_ptr(),
         sin=0 if sin is None else sin.data_ptr(),
         pair_stride=pair_stride,
-        eps=eps,
         out=out.data_ptr(),
         device=q.device.index,
         stream=torch.cuda.current_stream(q.device).cuda_stream,
@@ -653,9 +709,10 @@ register(
     writes_only,
 )
 register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? kv_len, float softmax_scale, Tensor? q_weight, Tensor? cos, "
-    "Tensor? sin, int pair_stride, float eps, str backend) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? kv_len, float softmax_scale, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? scales, float eps, Tensor? cos, Tensor? sin, int pair_stride, str backend) -> Tensor",
     (),
     _attention,
     lambda q, *_: q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3]),
 )
+register("key_scales(Tensor k, float eps, str backend) -> Tensor", (), _key_scales, lambda k, *_: _empty_scales(k))

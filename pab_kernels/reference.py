@@ -132,6 +132,12 @@ def qk_norm_rope_ref(
     return qkv
 
 
+def key_scales_ref(k: Tensor, eps: float, out: Tensor) -> None:
+    """1 / rms of keys. See `pab_kernels.ops.key_scales`."""
+    scales = torch.rsqrt(_wide(k).square().mean(-1) + eps)
+    out[..., : k.shape[1]] = scales.transpose(1, 2)
+
+
 def temporal_attention_ref(
     qkv: Tensor,
     *,

@@ -214,10 +214,10 @@ def test_self_attention_errors(change, message):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_cuda_norms_queries_on_load(backend):
+def test_only_cuda_norms_on_load(backend):
     q, k, v = draw(1, 5, 5, 2, 72)
     with pytest.raises(ValueError, match="backend: got"):
-        torch.ops.pab.attention(q, k, v, None, 0.1, torch.ones(72), None, None, 1, EPS, backend)
+        torch.ops.pab.attention(q, k, v, None, 0.1, torch.ones(72), None, None, EPS, None, None, 1, backend)
 
 
 @pytest.mark.parametrize("with_length", [True, False], ids=["kv_len", "no kv_len"])
@@ -225,7 +225,9 @@ def test_only_cuda_norms_queries_on_load(backend):
 def test_opcheck(backend, with_length):
     q, k, v = draw(2, 5, 3, 2, 8)
     kv_len = torch.tensor([3, 1], dtype=torch.int32) if with_length else None
-    torch.library.opcheck(torch.ops.pab.attention.default, (q, k, v, kv_len, 0.3, None, None, None, 1, EPS, backend))
+    torch.library.opcheck(
+        torch.ops.pab.attention.default, (q, k, v, kv_len, 0.3, None, None, None, EPS, None, None, 1, backend)
+    )
 
 
 def test_compiles_into_one_graph():

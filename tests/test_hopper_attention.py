@@ -58,11 +58,12 @@ def run(
     out: Tensor,
     lengths: Tensor | None = None,
     scale: float | None = None,
-    q_weight: Tensor | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One call of the compiled module, into an output of the caller's."""
     assert backends._C is not None
+    scales = None if weights is None else ops.key_scales(k, eps=EPS)
     backends._C.attention(
         q=q.data_ptr(),
         q_strides=q.stride()[:3],
@@ -74,11 +75,14 @@ def run(
         dtype=str(q.dtype).removeprefix("torch."),
         kv_len=0 if lengths is None else lengths.data_ptr(),
         softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        q_weight=0 if q_weight is None else q_weight.data_ptr(),
+        q_weight=0 if weights is None else weights[0].data_ptr(),
+        k_weight=0 if weights is None else weights[1].data_ptr(),
+        key_scales=0 if scales is None else scales.data_ptr(),
+        key_scales_pitch=0 if scales is None else scales.shape[-1],
+        eps=EPS,
         cos=0 if rope is None else rope[0].data_ptr(),
         sin=0 if rope is None else rope[1].data_ptr(),
         pair_stride=16,
-        eps=EPS,
         out=out.data_ptr(),
         device=q.device.index,
         stream=torch.cuda.current_stream().cuda_stream,
@@ -98,11 +102,12 @@ def int32(values: list[int], device: str) -> Tensor:
 
 # On a CPU
 
+NORM = {"q_weight": 16, "k_weight": 16, "key_scales": 16, "key_scales_pitch": 384}
 CALL = {
     **{"q": 16, "q_strides": (216 * 300, 216, 72), "k": 16, "k_strides": (216 * 300, 216, 72)},
     **{"v": 16, "v_strides": (216 * 300, 216, 72), "shape": (2, 300, 300, 3, 72), "dtype": "bfloat16"},
-    **{"kv_len": 0, "softmax_scale": 0.1, "q_weight": 0, "cos": 0, "sin": 0, "pair_stride": 16, "eps": 1e-6},
-    **{"out": 16, "device": 0, "stream": 0},
+    **{"kv_len": 0, "softmax_scale": 0.1, "q_weight": 0, "k_weight": 0, "key_scales": 0, "key_scales_pitch": 0},
+    **{"eps": 1e-6, "cos": 0, "sin": 0, "pair_stride": 16, "out": 16, "device": 0, "stream": 0},
 }
 
 
@@ -127,7 +132,14 @@ CALL = {
             "pair_stride: is 1 at head_dim 96",
             id="pair-stride",
         ),
-        pytest.param({"q_weight": 2}, "q_weight: address", id="unaligned-weight"),
+        pytest.param({"q_weight": 16}, "q_weight, k_weight, key_scales: got some", id="one-weight"),
+        pytest.param({**NORM, "k_weight": 2}, "k_weight: address", id="unaligned-weight"),
+        pytest.param({**NORM, "key_scales_pitch": 300}, "key_scales: has 300 a head", id="short-scales"),
+        pytest.param(
+            {**NORM, "shape": (2, 300, 300, 3, 96), "cos": 16, "sin": 16},
+            "cos: got tables and norm",
+            id="norm-and-rope",
+        ),
         pytest.param({"out": 0}, "out: got a null pointer", id="null-out"),
         pytest.param({"out": 8}, "out: address", id="unaligned-out"),
     ],
@@ -223,48 +235,90 @@ def test_scales(scale, hopper, poison):
     )
 
 
-def prepared(q: Tensor, q_weight: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Queries after norm and rotation, in float64."""
-    q = q.double()
-    if q_weight is not None:
-        q = q / (q.square().mean(-1, keepdim=True) + EPS).sqrt() * q_weight.double()
-    if rope is not None:
-        cos, sin = (table.double()[:, None] for table in rope)
-        x, y = q.unflatten(-1, (-1, 2, 16)).unbind(-2)
-        x, y = x.flatten(-2), y.flatten(-2)
-        turned = (part.unflatten(-1, (-1, 16)) for part in (x * cos - y * sin, y * cos + x * sin))
-        q = torch.stack(tuple(turned), -2).flatten(-3)
-    return q
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in float64."""
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), HALVES)
-@pytest.mark.parametrize(("head_dim", "norm", "rotary"), [(72, 1, 0), (96, 1, 0), (96, 0, 1), (96, 1, 1)])
-@pytest.mark.parametrize("queries", [1, 65, 193, 700])
-def test_norm_and_rotation_of_queries(queries, head_dim, norm, rotary, dtype, atol, rtol, hopper, poison):
-    q, k, v = draw(2, queries, 333, 3, head_dim, dtype, hopper)
-    q_weight = (torch.rand(head_dim, device=hopper) + 0.5).to(dtype) if norm else None
-    angles = 100 * torch.rand(queries, head_dim // 2, device=hopper)
-    rope = (angles.cos(), angles.sin()) if rotary else None
-    out = run(q, k, v, poison((2, queries, 3 * head_dim), dtype, hopper), q_weight=q_weight, rope=rope)
-    wanted = expected(prepared(q, q_weight, rope), k, v)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (65, 333), (193, 96), (700, 1025)])
+def test_norm(queries, keys, head_dim, dtype, atol, rtol, hopper, poison):
+    """Of queries and keys of any length, one of them all zeros."""
+    q, k, v = (x.clone() for x in draw(2, queries, keys, 3, head_dim, dtype, hopper))
+    for x in (q, k):
+        x[:, :, 1] *= 100
+        x[:, -1, 2] = 0
+    weights = [(torch.rand(head_dim, device=hopper) + 0.5).to(dtype) for _ in "qk"]
+    out = run(q, k, v, poison((2, queries, 3 * head_dim), dtype, hopper), weights=(weights[0], weights[1]))
+    wanted = expected(normed(q, weights[0]), normed(k, weights[1]), v)
     torch.testing.assert_close(out.double(), wanted, atol=atol, rtol=rtol)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "pair_stride"), [(72, 1), (96, 16), (96, 1)])
-def test_self_attention(head_dim, pair_stride, hopper):
-    """On load or in a pass of its own (where the kernel cannot rotate): the same, and values stay as they are."""
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0, 30.0], ids=str)
+@pytest.mark.parametrize("scale", [None, -0.2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norm_with_small_and_large_weights(dtype, scale, size, hopper, poison):
+    """Scores from near zero to far beyond what exp2 can take without an offset; some keys masked."""
+    q, k, v = draw(2, 400, 300, 2, 72, dtype, hopper)
+    weights = [(size * (torch.rand(72, device=hopper) + 0.5)).to(dtype) for _ in "qk"]
+    lengths = [300, 77]
+    out = poison((2, 400, 144), dtype, hopper)
+    run(q, k, v, out, int32(lengths, hopper), scale, (weights[0], weights[1]))
+    exact = expected(normed(q, weights[0]), normed(k, weights[1]), v, lengths, scale)
+    # What rounding normed queries and keys costs, as where that is a pass of its own.
+    rounded = expected(normed(q, weights[0]).to(dtype), normed(k, weights[1]).to(dtype), v, lengths, scale)
+    assert (out.double() - exact).norm() <= 1.2 * (rounded - exact).norm() + 4e-3 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), HALVES)
+@pytest.mark.parametrize("queries", [1, 65, 193, 700])
+def test_rotation_of_queries(queries, dtype, atol, rtol, hopper, poison):
+    q, k, v = draw(2, queries, 333, 3, 96, dtype, hopper)
+    angles = 100 * torch.rand(queries, 48, device=hopper)
+    rope = (angles.cos(), angles.sin())
+    out = run(q, k, v, poison((2, queries, 288), dtype, hopper), rope=rope)
+    cos, sin = (table.double()[:, None] for table in rope)
+    x, y = (part.flatten(-2) for part in q.double().unflatten(-1, (-1, 2, 16)).unbind(-2))
+    turned = (part.unflatten(-1, (-1, 16)) for part in (x * cos - y * sin, y * cos + x * sin))
+    wanted = expected(torch.stack(tuple(turned), -2).flatten(-3), k, v)
+    torch.testing.assert_close(out.double(), wanted, atol=atol, rtol=rtol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("head_dim", "norm", "pair_stride"),
+    [
+        (72, "qk", 0),
+        (96, "qk", 0),
+        (96, "", 16),
+        (96, "k", 16),
+        (96, "qk", 16),
+        (96, "", 1),
+        (72, "q", 0),
+        (72, "k", 0),
+    ],
+)
+def test_self_attention(head_dim, norm, pair_stride, hopper):
+    """What the kernel does on load and what takes a pass of its own: the same."""
     q, k, v = draw(2, 500, 500, 4, head_dim, torch.bfloat16, hopper)
     qkv = torch.stack((q, k, v), 2)
-    weights = [(torch.rand(head_dim, device=hopper) + 0.5).bfloat16() for _ in "qk"]
+    weights = {name: (torch.rand(head_dim, device=hopper) + 0.5).bfloat16() for name in norm}
     angles = 6 * torch.rand(500, head_dim // 2, device=hopper)
-    rope = None if head_dim == 72 else (angles.cos(), angles.sin())
 
     def call(x: Tensor, backend: str) -> Tensor:
-        q_weight, k_weight = (weight.to(x.dtype) for weight in weights)
+        q_weight, k_weight = (weights[name].to(x.dtype) if name in weights else None for name in "qk")
         return ops.self_attention(
-            x, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, backend=backend
+            x,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            rope=(angles.cos(), angles.sin()) if pair_stride else None,
+            pair_stride=pair_stride or 1,
+            backend=backend,
         )
 
     y = call(qkv.clone(), "cuda")
