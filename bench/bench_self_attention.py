@@ -33,7 +33,7 @@ def without(qkv: Tensor, weight: Tensor) -> Tensor:
     return ops.self_attention(qkv)
 
 
-RUNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+RUNS: dict[str, Callable[..., Tensor]] = {
     "no norm": without,
     "norm on load": on_load,
     "norm in a pass": in_a_pass,

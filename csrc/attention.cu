@@ -40,9 +40,8 @@ void check_arguments(const AttentionParams& p, const std::string& dtype) {
     check(norm == (p.k_weight != nullptr) && norm == (p.key_scales != nullptr), "q_weight, k_weight, key_scales",
           "got some of them, must be all or none");
     check(!norm || p.cos == nullptr, "cos", "got tables and norm weights, must be one of them");
-    check(!norm || p.key_scales_pitch >= (p.keys + 191) / 192 * 192, "key_scales",
-          "has " + std::to_string(p.key_scales_pitch) + " a head, must be the keys, up to a multiple of 192");
-    check(!norm || p.key_scales_pitch % 4 == 0, "key_scales", "must have a multiple of 4 a head");
+    check(!norm || (p.key_scales_pitch >= p.keys && p.key_scales_pitch % 4 == 0), "key_scales",
+          "has " + std::to_string(p.key_scales_pitch) + " a head, must be the keys, up to a multiple of 4");
     check_aligned("q_weight", p.q_weight);
     check_aligned("k_weight", p.k_weight);
     check_aligned("key_scales", p.key_scales);
@@ -73,6 +72,23 @@ Encode tensor_map_encoder() {
     return reinterpret_cast<Encode>(function);
 }
 
+// Of a 4-d tensor, boxes of `columns` in its first dimension and `rows` in its third. Strides in bytes.
+CUtensorMap encode(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[4],
+                   const cuuint64_t (&strides)[3], int columns, int rows, CUtensorMapSwizzle swizzle,
+                   CUtensorMapL2promotion promotion) {
+    static const Encode function = tensor_map_encoder();
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
+    const cuuint32_t steps[] = {1, 1, 1, 1};
+    CUtensorMap map;
+    const CUresult error =
+        function(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS) {
+        throw std::runtime_error("attention: cuTensorMapEncodeTiled: error " + std::to_string(error));
+    }
+    return map;
+}
+
 // From so many keys on a load also brings the rest of its 256 bytes into L2. On an H100 that gained 7% at 3600 keys and
 // lost 6 to 12% at 300 to 1590.
 constexpr int prefetched_keys = 2048;
@@ -80,26 +96,16 @@ constexpr int prefetched_keys = 2048;
 // Boxes of `rows` tokens and `columns` columns of one head, swizzled over the bytes of a row.
 template <typename Elem>
 CUtensorMap tensor_map(const AttentionOperand& x, const AttentionParams& p, int tokens, int rows, int columns) {
-    static const Encode encode = tensor_map_encoder();
     const auto bytes = [](int size, int64_t stride) { return static_cast<cuuint64_t>(size == 1 ? 16 : 2 * stride); };
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.heads),
                                 static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(p.batch)};
     const cuuint64_t strides[] = {bytes(p.heads, x.stride_h), bytes(tokens, x.stride_n), bytes(p.batch, x.stride_b)};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
-    const cuuint32_t steps[] = {1, 1, 1, 1};
-    CUtensorMap map;
-    const CUresult error =
-        encode(&map, std::is_same_v<Elem, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-               4, const_cast<void*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-               : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                               : CU_TENSOR_MAP_SWIZZLE_32B,
-               p.keys < prefetched_keys ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) {
-        throw std::runtime_error("attention: cuTensorMapEncodeTiled: error " + std::to_string(error));
-    }
-    return map;
+    return encode(std::is_same_v<Elem, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                  x.data, sizes, strides, columns, rows,
+                  columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                  : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                  : CU_TENSOR_MAP_SWIZZLE_32B,
+                  p.keys < prefetched_keys ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 template <typename P>
@@ -118,8 +124,15 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
     args.heads = p.heads;
     args.q_weight = p.q_weight;
     args.k_weight = p.k_weight;
-    args.key_scales = p.key_scales;
-    args.key_scales_pitch = p.key_scales_pitch;
+    if constexpr (P::norm) {
+        const int64_t pitch = p.key_scales_pitch;
+        const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.keys), static_cast<cuuint64_t>(p.heads), 1,
+                                    static_cast<cuuint64_t>(p.batch)};
+        const cuuint64_t strides[] = {static_cast<cuuint64_t>(4 * pitch), 16,
+                                      static_cast<cuuint64_t>(4 * pitch * p.heads)};
+        args.key_scales = encode(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.key_scales, sizes, strides, P::keys, 1,
+                                 CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE);
+    }
     args.cos = p.cos;
     args.sin = p.sin;
     args.eps = p.eps;

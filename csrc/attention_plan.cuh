@@ -33,9 +33,9 @@ struct Plan {
     static constexpr int v_bytes = keys * value_row_bytes;
     static_assert(q_bytes % 1024 == 0 && k_bytes % 1024 == 0 && v_bytes % 1024 == 0,
                   "swizzle repeats every 1024 bytes");
-    static constexpr int scale_bytes = norm ? 4 * keys : 0;
+    static constexpr int factors_bytes = norm ? 4 * keys : 0;
     static constexpr int shared_bytes =
-        1024 + q_bytes + stages * (k_bytes + v_bytes + scale_bytes) + 8 * (2 + 4 * stages);
+        1024 + q_bytes + stages * (k_bytes + v_bytes + factors_bytes) + 8 * (2 + 4 * stages);
 };
 
 struct AttentionArgs {
@@ -43,10 +43,9 @@ struct AttentionArgs {
     void* out;                            // [B, Lq, H * D]
     const int* kv_len;                    // [B], or nullptr
     const void *q_weight, *k_weight;      // [D], of the RMSNorm
-    const float* key_scales;              // [B, H, key_scales_pitch], 1 / rms of each key
-    int key_scales_pitch;
-    const float *cos, *sin;  // [Lq, D / 2], rotary embedding of the queries; or nullptr
-    float eps;               // of the RMSNorm
+    CUtensorMap key_scales;               // [B, 1, H, Lk], 1 / rms of each key
+    const float *cos, *sin;               // [Lq, D / 2], rotary embedding of the queries; or nullptr
+    float eps;                            // of the RMSNorm
     int queries, keys, heads;
     int row_tiles;     // tiles of one head
     int tiles;         // of all heads
@@ -65,11 +64,11 @@ struct Shared {
         return q + P::q_bytes + P::stages * P::k_bytes + stage * P::v_bytes;
     }
     // The factors of the keys.
-    __device__ __forceinline__ uint32_t scales(int stage) const {
-        return v(P::stages) + stage * P::scale_bytes;
+    __device__ __forceinline__ uint32_t factors(int stage) const {
+        return v(P::stages) + stage * P::factors_bytes;
     }
     __device__ __forceinline__ uint32_t q_full() const {
-        return scales(P::stages);
+        return factors(P::stages);
     }
     __device__ __forceinline__ uint32_t q_empty() const {
         return q_full() + 8;

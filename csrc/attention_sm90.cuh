@@ -57,12 +57,9 @@ __device__ __forceinline__ void produce(const AttentionArgs& args, const Shared<
             const int s = cursor.stage, token = step * P::keys;
             barrier_wait(shared.k_empty(s), cursor.phase ^ 1);
             if (leader) {
-                const int scale_bytes = P::norm ? halves * P::half * 4 : 0;
-                barrier_expect(shared.k_full(s), halves * P::half * P::key_row_bytes + scale_bytes);
+                barrier_expect(shared.k_full(s), halves * P::half * P::key_row_bytes + P::factors_bytes);
                 if constexpr (P::norm) {
-                    const int64_t head = static_cast<int64_t>(tile.batch) * args.heads + tile.head;
-                    load_bytes(shared.scales(s), args.key_scales + head * args.key_scales_pitch + token, scale_bytes,
-                               shared.k_full(s));
+                    load_box(shared.factors(s), args.key_scales, shared.k_full(s), token, tile.head, 0, tile.batch);
                 }
                 for (int row = 0; row < halves * P::half; row += P::half) {
                     load_rows<P, P::keys>(shared.k(s), row, args.k, args.k_tail, shared.k_full(s), tile, token + row);
@@ -104,38 +101,41 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[P::k_steps][4], uint3
     }
 }
 
-// What the softmax wants of the queries whose first of this lane is number `row`. Either RMSNorm, with what can be
-// taken out of the keys (their weights) and of the softmax (its scale), or the sign of the scale and rotary embedding.
-// In float32, rounded once.
+// RMSNorm of the queries, and what can be taken out of the keys (their weights) and of the softmax (its scale). In
+// float32, rounded once.
 template <typename P>
-__device__ __forceinline__ void prepare_queries(uint32_t (&q)[P::k_steps][4], const AttentionArgs& args, int row) {
+__device__ __forceinline__ void norm_queries(uint32_t (&q)[P::k_steps][4], const AttentionArgs& args) {
     using Elem = typename P::Elem;
     const int c = threadIdx.x % 4;
-    if constexpr (P::norm) {
-        float factor[2] = {0.f, 0.f};
+    float factor[2] = {0.f, 0.f};
 #pragma unroll
-        for (int i = 0; i < 4 * P::k_steps; ++i) {
-            const float2 x = unpack<Elem>(q[i / 4][i % 4]);
-            factor[i % 2] = fmaf(x.x, x.x, fmaf(x.y, x.y, factor[i % 2]));
-        }
-        const float scale = args.flip == 0 ? args.scale_log2 : -args.scale_log2;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) factor[r] = rsqrtf(quad_sum(factor[r]) / P::D + args.eps) * scale;
-#pragma unroll
-        for (int i = 0; i < P::D / 8; ++i) {
-            const auto weight = [&](const void* of) {
-                return unpack<Elem>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const Elem*>(of) + 8 * i) + c));
-            };
-            const float2 a = weight(args.q_weight), b = weight(args.k_weight);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                uint32_t& word = q[i / 2][i % 2 * 2 + r];
-                const float2 x = unpack<Elem>(word);
-                word = pack<Elem>(x.x * factor[r] * (a.x * b.x), x.y * factor[r] * (a.y * b.y));
-            }
-        }
-        return;
+    for (int i = 0; i < 4 * P::k_steps; ++i) {
+        const float2 x = unpack<Elem>(q[i / 4][i % 4]);
+        factor[i % 2] = fmaf(x.x, x.x, fmaf(x.y, x.y, factor[i % 2]));
     }
+    const float scale = args.flip == 0 ? args.scale_log2 : -args.scale_log2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) factor[r] = rsqrtf(quad_sum(factor[r]) / P::D + args.eps) * scale;
+#pragma unroll
+    for (int i = 0; i < P::D / 8; ++i) {
+        const auto weight = [&](const void* of) {
+            return unpack<Elem>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const Elem*>(of) + 8 * i) + c));
+        };
+        const float2 a = weight(args.q_weight), b = weight(args.k_weight);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            uint32_t& word = q[i / 2][i % 2 * 2 + r];
+            const float2 x = unpack<Elem>(word);
+            word = pack<Elem>(x.x * factor[r] * (a.x * b.x), x.y * factor[r] * (a.y * b.y));
+        }
+    }
+}
+
+// Rotary embedding of the queries whose first of this lane is number `row`, and the sign of the softmax scale.
+template <typename P>
+__device__ __forceinline__ void rotate_queries(uint32_t (&q)[P::k_steps][4], const AttentionArgs& args, int row) {
+    using Elem = typename P::Elem;
+    const int c = threadIdx.x % 4;
     if constexpr (P::pair_stride == 16) {
         if (args.cos != nullptr) {
 #pragma unroll
@@ -299,7 +299,7 @@ struct Consumer {
         if constexpr (P::norm) {
 #pragma unroll
             for (int i = 0; i < N / 2; i += 4) {
-                const float2 by = load_shared<float2>(shared.scales(cursor.stage) + 8 * (i + threadIdx.x % 4));
+                const float2 by = load_shared<float2>(shared.factors(cursor.stage) + 8 * (i + threadIdx.x % 4));
                 scores[i] *= by.x, scores[i + 1] *= by.y;
                 scores[i + 2] *= by.x, scores[i + 3] *= by.y;
             }
@@ -404,8 +404,12 @@ struct Consumer {
                 uint32_t q[P::k_steps][4];
                 load_queries<P>(q, shared.q, group);
                 release(shared.q_empty());
-                prepare_queries<P>(q, args, first_row(tile));
-                if constexpr (P::norm) bounded = are_bounded<P>(q);
+                if constexpr (P::norm) {
+                    norm_queries<P>(q, args);
+                    bounded = are_bounded<P>(q);
+                } else {
+                    rotate_queries<P>(q, args, first_row(tile));
+                }
                 const int valid = tile.keys - (tile.steps - 1) * P::keys;
                 if (valid <= P::half) {
                     step<P::half, true>(q, sums, softmax, valid);

@@ -63,14 +63,6 @@ __device__ __forceinline__ void load_box(uint32_t target, const CUtensorMap& map
         : "memory");
 }
 
-// So many bytes, a multiple of 16, from and to addresses that are.
-__device__ __forceinline__ void load_bytes(uint32_t target, const void* source, int bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-        "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
 // All four warps of a warpgroup together.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {

@@ -438,7 +438,7 @@ def key_scales(k: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> T
     Returns
     -------
     Tensor
-        float32 [B, H, P] with N up to a multiple of 192 as P; those from N on are not set.
+        float32 [B, H, P], P being N up to a multiple of 4; those from N on are not set.
 
     Raises
     ------
@@ -465,7 +465,7 @@ def _key_scales(k: Tensor, eps: float, backend: str) -> Tensor:
 
 def _empty_scales(k: Tensor) -> Tensor:
     batch, length, heads, _ = k.shape
-    return k.new_empty(batch, heads, -(-length // 192) * 192, dtype=torch.float32)
+    return k.new_empty(batch, heads, -(-length // 4) * 4, dtype=torch.float32)
 
 
 # Attention
