@@ -15,8 +15,9 @@
 // in registers so that the producer can bring the next tile's while this one is computed; there, RMSNorm and rotary
 // embedding of the queries cost next to nothing. A tile's result is stored while the next one's first product runs.
 //
-// RMSNorm of the keys is a factor for each, by which its scores are multiplied; it comes with the keys, computed before.
-// Normed keys bound the scores, so that most often the softmax does without its offset, and without the largest score.
+// RMSNorm of the keys is a factor for each, by which its scores are multiplied; it comes with the keys, computed
+// before. Normed keys bound the scores, so that most often the softmax does without its offset, and without the largest
+// score.
 //
 // head_dim 72 is the point: a library pads it to 96 or 128. Here q @ k^T takes five steps of 16 columns, 80 in all, and
 // weights @ v has exactly 72 columns. The tensor maps say that a row has 72 columns, so the copy engine fills what a
