@@ -30,6 +30,7 @@ PACKAGES = [
     "pab_kernels.demo",
     "pab_kernels.models",
     "pab_kernels.models.hosts",
+    "pab_kernels.ops",
     "pab_kernels.pipelines",
     "pab_kernels.triton_ops",
 ]

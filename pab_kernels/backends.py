@@ -46,6 +46,10 @@ HOPPER_ROPE = (96, 16)
 """Head dimension and pair stride at which it rotates queries itself: then both channels of a pair are in one lane."""
 
 
+Refusal = Callable[..., str | None]
+"""Why a backend does not serve a call with these tensors, None if it does."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend that serves an op, and why those before it in the table do not."""
@@ -64,16 +68,15 @@ def _no_triton(x: Tensor) -> str | None:
     return None
 
 
-def _no_triton_pass(x: Tensor) -> str | None:
-    if x.shape[-1] > MAX_CHANNELS:
-        return f"triton takes at most {MAX_CHANNELS} channels, got {x.shape[-1]}"
-    return _no_triton(x)
+def _no_triton_rows(most: int) -> Refusal:
+    """Refusal of a kernel that holds a whole row, of at most so many channels."""
 
+    def refusal(x: Tensor) -> str | None:
+        if x.shape[-1] > most:
+            return f"triton takes at most {most} channels, got {x.shape[-1]}"
+        return _no_triton(x)
 
-def _no_triton_gelu(x: Tensor) -> str | None:
-    if x.shape[-1] > MAX_HIDDEN:
-        return f"triton takes at most {MAX_HIDDEN} channels, got {x.shape[-1]}"
-    return _no_triton(x)
+    return refusal
 
 
 def _no_scaled_mm(values: Tensor, weight: Tensor, bias: Tensor) -> str | None:
@@ -178,11 +181,9 @@ def _serves_all(*_: Tensor | None) -> str | None:
     return None
 
 
-Refusal = Callable[..., str | None]
-"""Why a backend does not serve a call with these tensors, None if it does."""
 BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
-    "residual_norm_modulate": (("triton", _no_triton_pass), ("reference", _serves_all)),
-    "gelu_quantize": (("triton", _no_triton_gelu), ("reference", _serves_all)),
+    "residual_norm_modulate": (("triton", _no_triton_rows(MAX_CHANNELS)), ("reference", _serves_all)),
+    "gelu_quantize": (("triton", _no_triton_rows(MAX_HIDDEN)), ("reference", _serves_all)),
     "scaled_linear_gelu": (
         ("triton", _no_triton_scaled),
         ("scaled_mm", _no_scaled_mm),

@@ -14,7 +14,7 @@ from pab_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from pab_kernels.ops import register, writes_only
+from pab_kernels.ops.registration import register, writes_only
 from pab_kernels.quantized import Quantized
 
 E4M3 = torch.float8_e4m3fn

@@ -18,7 +18,7 @@ FLOORS = [
         "pab_kernels/checks.py",
     ],
     ["triton_ops/*.py"],
-    ["pab_kernels/backends.py", "pab_kernels/ops.py", "pab_kernels/fp8_ops.py"],
+    ["pab_kernels/backends.py", "pab_kernels/ops/*.py", "pab_kernels/fp8_ops.py"],
     ["pab_kernels/branches.py"],
     [
         "pab_kernels/slots.py",

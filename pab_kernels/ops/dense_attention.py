@@ -1,0 +1,229 @@
+"""Attention of all queries on all keys: spatial, full 3D and cross."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pab_kernels import backends, reference
+from pab_kernels.backends import resolve
+from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
+from pab_kernels.ops.query_key import check_norm_rope, key_scales, qk_norm_rope
+from pab_kernels.ops.registration import register
+
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""SDPA's own backends, best first: at head_dim 72 cuDNN is 1.4 times as fast as flash on an H100."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_len: Tensor | None = None,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of all queries on all keys: spatial, full 3D and cross.
+
+    Parameters
+    ----------
+    q : Tensor
+        Queries [B, Lq, H, D], any strides but 1 for D.
+    k, v : Tensor
+        Keys and values [B, Lk, H, D], likewise.
+    kv_len : Tensor, optional
+        int32 [B] on the device: row b attends to its first ``kv_len[b]`` keys. A length of 0 gives zeros. Keys and
+        values beyond must be finite (the Triton backend never reads them).
+    softmax_scale : float, optional
+        Factor on the scores, D**-0.5 by default.
+    backend : {"cuda", "triton", "sdpa", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        [B, Lq, H * D] in the dtype of q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("q", check_tensor("q", q))
+    check_shape("q", q, ("B", "Lq", "H", "D"))
+    check_shape("k", check_tensor("k", k), (q.shape[0], "Lk", *q.shape[2:]))
+    check_shape("v", check_tensor("v", v), tuple(k.shape))
+    for name, value in (("k", k), ("v", v)):
+        check_like(name, value, q, "q")
+        check_last_contiguous(name, value)
+    check_last_contiguous("q", q)
+    if kv_len is not None:
+        check_shape("kv_len", check_tensor("kv_len", kv_len), (q.shape[0],))
+        if kv_len.dtype != torch.int32 or kv_len.device != q.device:
+            raise ValueError(f"kv_len: is {kv_len.dtype} on {kv_len.device}, must be torch.int32 on {q.device}")
+    if k.shape[1] == 0 or q.numel() == 0:
+        return q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    name = resolve("attention", backend, q, k, v, kv_len)
+    return torch.ops.pab.attention(q, k, v, kv_len, scale, None, None, None, 0.0, None, None, 1, name)
+
+
+def self_attention(
+    qkv: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    pair_stride: int = 1,
+    eps: float = 1e-6,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of all tokens on all, straight from the QKV GEMM's output: `qk_norm_rope`, then `attention`.
+
+    The CUDA kernel norms or rotates the queries as it loads them. Of the keys' norm it wants `key_scales` alone: a pass
+    that reads them and writes next to nothing.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        [B, N, 3, H, D], any strides but 1 for D. It is used up: its queries and keys may be overwritten.
+    q_weight, k_weight, rope, pair_stride, eps
+        As for `qk_norm_rope`.
+    softmax_scale, backend
+        As for `attention`.
+
+    Returns
+    -------
+    Tensor
+        [B, N, H * D] in the dtype of qkv.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("qkv", check_tensor("qkv", qkv))
+    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
+    check_last_contiguous("qkv", qkv)
+    check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
+    q, k, v = qkv.unbind(2)
+    if qkv.numel() == 0:
+        return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
+    name = resolve("attention", backend, q, k, v, None)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if name == "cuda" and rope is None and q_weight is not None and k_weight is not None:
+        scales = key_scales(k, eps=eps)
+        return torch.ops.pab.attention(
+            q, k, v, None, scale, q_weight, k_weight, scales, float(eps), None, None, 1, name
+        )
+    if name == "cuda" and rope is not None and q_weight is None and (q.shape[-1], pair_stride) == backends.HOPPER_ROPE:
+        qk_norm_rope(qkv, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps, queries=False)
+        return torch.ops.pab.attention(q, k, v, None, scale, None, None, None, 0.0, *rope, int(pair_stride), name)
+    qk_norm_rope(qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps)
+    return attention(q, k, v, softmax_scale=scale, backend=name)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    softmax_scale: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    scales: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pair_stride: int,
+    backend: str,
+) -> Tensor:
+    if backend == "cuda":
+        norm = (q_weight, k_weight, scales, eps)
+        return _attention_cuda(q, k, v, kv_len, softmax_scale, *norm, cos, sin, pair_stride)
+    if any(x is not None for x in (q_weight, k_weight, scales, cos, sin)):
+        raise ValueError(f"backend: got {backend!r}, must be 'cuda' to norm or rotate on load")
+    if backend == "reference":
+        return reference.attention_ref(q, k, v, kv_len=kv_len, softmax_scale=softmax_scale)
+    if backend == "triton":
+        from pab_kernels.triton_ops.attention import attention_triton
+
+        return attention_triton(q, k, v, kv_len, softmax_scale)
+    mask = None
+    if kv_len is not None:
+        # SDPA gives NaN to a row without keys: let it see one key, whose value is zero.
+        mask = torch.arange(k.shape[1], device=k.device) < kv_len[:, None].clamp(min=1)
+        mask = mask[:, None, None, :]
+        v = v * (kv_len > 0)[:, None, None, None].to(v.dtype)
+    q_heads, k_heads, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    with sdpa_kernel(SDPA_ORDER, set_priority=True) if q.is_cuda else nullcontext():
+        y = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=mask, scale=softmax_scale)
+    # The fused backends lay their output out like q, so that this is a view.
+    return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+def _attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    softmax_scale: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    scales: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pair_stride: int,
+) -> Tensor:
+    if backends._C is None:
+        raise ValueError("backend: cuda was left out of this build")
+    if q.device.type != "cuda":
+        raise ValueError(f"backend: cuda got a tensor on {q.device}, must be on a CUDA device")
+    batch, queries, heads, head_dim = q.shape
+    out = q.new_empty(batch, queries, heads * head_dim)
+    lengths = None if kv_len is None else kv_len.contiguous()
+    backends._C.attention(
+        q=q.data_ptr(),
+        q_strides=q.stride()[:3],
+        k=k.data_ptr(),
+        k_strides=k.stride()[:3],
+        v=v.data_ptr(),
+        v_strides=v.stride()[:3],
+        shape=(batch, queries, k.shape[1], heads, head_dim),
+        dtype=str(q.dtype).removeprefix("torch."),
+        kv_len=0 if lengths is None else lengths.data_ptr(),
+        softmax_scale=softmax_scale,
+        q_weight=0 if q_weight is None else q_weight.data_ptr(),
+        k_weight=0 if k_weight is None else k_weight.data_ptr(),
+        key_scales=0 if scales is None else scales.data_ptr(),
+        key_scales_pitch=0 if scales is None else scales.shape[-1],
+        eps=eps,
+        cos=0 if cos is None else cos.data_ptr(),
+        sin=0 if sin is None else sin.data_ptr(),
+        pair_stride=pair_stride,
+        out=out.data_ptr(),
+        device=q.device.index,
+        stream=torch.cuda.current_stream(q.device).cuda_stream,
+    )
+    return out
+
+
+register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? kv_len, float softmax_scale, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? scales, float eps, Tensor? cos, Tensor? sin, int pair_stride, str backend) -> Tensor",
+    (),
+    _attention,
+    lambda q, *_: q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3]),
+)

@@ -1,0 +1,205 @@
+"""The pass between two GEMMs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from pab_kernels import reference
+from pab_kernels.backends import resolve
+from pab_kernels.checks import (
+    check_float,
+    check_last_contiguous,
+    check_like,
+    check_quantized,
+    check_shape,
+    check_tensor,
+)
+from pab_kernels.ops.registration import register, writes_only
+from pab_kernels.quantized import Quantized
+
+MAX_BRANCHES = 4
+"""Most branch outputs that one pass adds."""
+
+
+@overload
+def residual_norm_modulate(
+    x: Tensor,
+    branches: Sequence[Tensor | Quantized] = (),
+    gates: Sequence[Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    embed: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    saved: Quantized | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def residual_norm_modulate(
+    x: Tensor,
+    branches: Sequence[Tensor | Quantized] = (),
+    gates: Sequence[Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    embed: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Quantized,
+    saved: Quantized | None = None,
+    backend: str | None = None,
+) -> Quantized: ...
+
+
+def residual_norm_modulate(
+    x: Tensor,
+    branches: Sequence[Tensor | Quantized] = (),
+    gates: Sequence[Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    embed: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | Quantized | None = None,
+    saved: Quantized | None = None,
+    backend: str | None = None,
+) -> Tensor | Quantized:
+    """Add branch outputs to the residual stream in place, then normalise and modulate it.
+
+    ``x += sum(gate * branch) + embed``; where `shift` and `scale` are given, also
+    ``out = layer_norm(x) * (1 + scale) + shift`` without affine weights (adaLN of DiT, arXiv:2212.09748).
+    Sums and norm are float32 (float64 for float64 input on the reference), and the norm sees the sum before it is
+    rounded to the dtype of x. So does what is quantised: rows of one byte an element are rounded once, and their scale
+    comes from the same registers.
+
+    Parameters
+    ----------
+    x : Tensor
+        Residual stream [G, N, C]; any strides for G and N, stride 1 for C. Written in place where there is
+        something to add.
+    branches : sequence of (Tensor or Quantized)
+        At most 4 of [G, N, C], dtype of x or one byte an element: outputs just computed, or slots. None may overlap x
+        or `out`.
+    gates : sequence of (Tensor or None), optional
+        For each branch its gate [G, C], or None for none. All None by default.
+    shift, scale : Tensor, optional
+        Modulation [G, C]: every row of group g uses row g. Both or neither.
+    embed : Tensor, optional
+        Position embedding [P, C], P dividing N: row n of each group adds ``embed[n // (N // P)]``.
+    eps : float
+        Added to the variance.
+    out : Tensor or Quantized, optional
+        Where the modulated rows go, [G, N, C]. Without `shift` and `scale` only a Quantized: a copy of the new x. Must
+        not overlap x.
+    saved : Quantized, optional
+        Where a copy of ``branches[0]``, not gated, goes: how a slot of one byte an element is written.
+    backend : {"triton", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor or Quantized
+        `out` [G, N, C], or x itself where there is neither modulation nor `out`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("x", check_tensor("x", x))
+    check_shape("x", x, ("G", "N", "C"))
+    check_last_contiguous("x", x)
+    groups, rows, channels = x.shape
+    gates = [None] * len(branches) if gates is None else list(gates)
+    if len(branches) > MAX_BRANCHES:
+        raise ValueError(f"branches: got {len(branches)}, must be at most {MAX_BRANCHES}")
+    if len(gates) != len(branches):
+        raise ValueError(f"gates: got {len(gates)} for {len(branches)} branches, must be one each")
+    if (shift is None) != (scale is None):
+        raise ValueError("shift, scale: got one of them, must be both or neither")
+    if isinstance(out, Tensor) and shift is None:
+        raise ValueError("out: got a tensor without shift and scale, must be None where nothing is modulated")
+    if saved is not None and not branches:
+        raise ValueError("saved: got a Quantized without branches, must be None where there is nothing to save")
+    named: list[tuple[str, Tensor | Quantized | None, tuple[int | str, ...]]] = [
+        *((f"branches[{i}]", branch, (groups, rows, channels)) for i, branch in enumerate(branches)),
+        *((f"gates[{i}]", gate, (groups, channels)) for i, gate in enumerate(gates)),
+        ("shift", shift, (groups, channels)),
+        ("scale", scale, (groups, channels)),
+        ("embed", embed, ("P", channels)),
+        ("out", out, (groups, rows, channels)),
+        ("saved", saved, (groups, rows, channels)),
+    ]
+    for name, value, shape in named:
+        if isinstance(value, Quantized):
+            check_quantized(name, value, shape, x.device)
+        elif value is not None:
+            check_shape(name, check_tensor(name, value), shape)
+            check_like(name, value, x, "x")
+            check_last_contiguous(name, value)
+    if embed is not None and (embed.shape[0] == 0 or rows % embed.shape[0]):
+        raise ValueError(f"embed: has {embed.shape[0]} rows, must divide the {rows} rows of x")
+    if shift is not None and out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() > 0:
+        parts = [split(branch) for branch in branches]
+        values, row_scales = [value for value, _ in parts], [row_scale for _, row_scale in parts]
+        name = resolve("residual_norm_modulate", backend, x)
+        torch.ops.pab.residual_norm_modulate(
+            x, values, row_scales, gates, shift, scale, embed, float(eps), *split(out), *split(saved), name
+        )
+    return x if out is None else out
+
+
+def split(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+    """Values and row scales, as an op's schema takes them."""
+    return (rows.values, rows.row_scale) if isinstance(rows, Quantized) else (rows, None)
+
+
+def join(values: Tensor | None, row_scale: Tensor | None) -> Tensor | Quantized | None:
+    """What `split` took apart."""
+    return values if values is None or row_scale is None else Quantized(values, row_scale)
+
+
+def _residual_norm_modulate(
+    x: Tensor,
+    values: list[Tensor],
+    row_scales: list[Tensor | None],
+    gates: list[Tensor | None],
+    shift: Tensor | None,
+    scale: Tensor | None,
+    embed: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    out_scale: Tensor | None,
+    saved: Tensor | None,
+    saved_scale: Tensor | None,
+    backend: str,
+) -> None:
+    branches: Any = [join(*parts) for parts in zip(values, row_scales, strict=True)]
+    written = join(out, out_scale)
+    copy = None if saved is None or saved_scale is None else Quantized(saved, saved_scale)
+    if backend == "triton":
+        from pab_kernels.triton_ops.residual_norm_modulate import residual_norm_modulate_triton
+
+        residual_norm_modulate_triton(x, branches, gates, shift, scale, embed, eps, written, copy)
+    else:
+        reference.residual_norm_modulate_ref(
+            x, branches, gates, shift, scale, embed=embed, eps=eps, out=written, saved=copy
+        )
+
+
+register(
+    "residual_norm_modulate(Tensor(a!) x, Tensor[] values, Tensor?[] row_scales, Tensor?[] gates, Tensor? shift, "
+    "Tensor? scale, Tensor? embed, float eps, Tensor(b!)? out, Tensor(c!)? out_scale, Tensor(d!)? saved, "
+    "Tensor(e!)? saved_scale, str backend) -> ()",
+    ("x", "out", "out_scale", "saved", "saved_scale"),
+    _residual_norm_modulate,
+    writes_only,
+)

@@ -1,0 +1,133 @@
+"""Self-attention along the frames."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pab_kernels import backends, reference
+from pab_kernels.backends import resolve
+from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
+from pab_kernels.ops.query_key import check_norm_rope
+from pab_kernels.ops.registration import register, writes_only
+
+
+def temporal_attention(
+    qkv: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention along T for every (batch, token, head), straight from the QKV GEMM's output.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        [B, T, S, 3, H, D], any strides but 1 for D. D is even.
+    q_weight, k_weight : Tensor, optional
+        RMSNorm weights [D] of queries and keys, dtype of qkv; None for no norm.
+    rope : (cos, sin), optional
+        Rotary tables, each [T, D / 2] float32, applied after the norm to the interleaved pairs (2i, 2i + 1)
+        (arXiv:2104.09864).
+    eps : float
+        Of the RMSNorm.
+    softmax_scale : float, optional
+        Factor on the scores, D**-0.5 by default.
+    out : Tensor, optional
+        Contiguous [B, T, S, H * D], dtype of qkv.
+    backend : {"cuda", "triton", "reference"}, optional
+        Forces a backend.
+
+    Returns
+    -------
+    Tensor
+        [B, T, S, H * D] in the dtype of qkv; softmax and sums are float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, shape, stride or device, naming the argument.
+    """
+    check_float("qkv", check_tensor("qkv", qkv))
+    check_shape("qkv", qkv, ("B", "T", "S", 3, "H", "D"))
+    check_last_contiguous("qkv", qkv)
+    batch, frames, tokens, _, heads, head_dim = qkv.shape
+    if head_dim % 2:
+        raise ValueError(f"qkv: head_dim is {head_dim}, must be even")
+    check_norm_rope(qkv, q_weight, k_weight, rope, frames)
+    cos, sin = (None, None) if rope is None else rope
+    shape = (batch, frames, tokens, heads * head_dim)
+    out = _output("out", out, shape, qkv, "qkv")
+    if out.numel() > 0:
+        scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+        name = resolve("temporal_attention", backend, qkv)
+        torch.ops.pab.temporal_attention(qkv, q_weight, k_weight, cos, sin, float(eps), scale, out, name)
+    return out
+
+
+def _output(name: str, out: Tensor | None, shape: tuple[int, ...], model: Tensor, model_name: str) -> Tensor:
+    """`out` after its checks, or a fresh contiguous tensor."""
+    if out is None:
+        return model.new_empty(shape)
+    check_shape(name, check_tensor(name, out), shape)
+    check_like(name, out, model, model_name)
+    if not out.is_contiguous():
+        raise ValueError(f"{name}: strides are {out.stride()}, must be contiguous")
+    return out
+
+
+def _temporal_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    softmax_scale: float,
+    out: Tensor,
+    backend: str,
+) -> None:
+    if backend == "cuda":
+        backends._C.temporal_attention(
+            qkv=qkv.data_ptr(),
+            qkv_strides=qkv.stride()[:5],
+            shape=tuple(qkv.shape),
+            dtype=str(qkv.dtype).removeprefix("torch."),
+            q_weight=0 if q_weight is None else q_weight.data_ptr(),
+            k_weight=0 if k_weight is None else k_weight.data_ptr(),
+            cos=0 if cos is None else cos.data_ptr(),
+            sin=0 if sin is None else sin.data_ptr(),
+            eps=eps,
+            softmax_scale=softmax_scale,
+            out=out.data_ptr(),
+            device=qkv.device.index,
+            stream=torch.cuda.current_stream(qkv.device).cuda_stream,
+        )
+    elif backend == "triton":
+        from pab_kernels.triton_ops.temporal_attention import temporal_attention_triton
+
+        temporal_attention_triton(qkv, q_weight, k_weight, cos, sin, eps, softmax_scale, out)
+    else:
+        reference.temporal_attention_ref(
+            qkv,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            rope=None if cos is None or sin is None else (cos, sin),
+            eps=eps,
+            softmax_scale=softmax_scale,
+            out=out,
+        )
+
+
+register(
+    "temporal_attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
+    "float softmax_scale, Tensor(a!) out, str backend) -> ()",
+    ("out",),
+    _temporal_attention,
+    writes_only,
+)
