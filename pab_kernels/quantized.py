@@ -60,3 +60,13 @@ class Quantized:
     def flatten(self) -> Quantized:
         """All rows as one list: [M, C]."""
         return self.view(self.row_scale.numel(), self.shape[-1])
+
+
+def split(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+    """Values and row scales, as the schema of an op and the arguments of a kernel have them."""
+    return (rows.values, rows.row_scale) if isinstance(rows, Quantized) else (rows, None)
+
+
+def join(values: Tensor | None, row_scale: Tensor | None) -> Tensor | Quantized | None:
+    """What `split` took apart."""
+    return values if values is None or row_scale is None else Quantized(values, row_scale)

@@ -25,6 +25,8 @@ from pab_kernels.models.checkpoints import build
 from pab_kernels.plain import PlainPAB
 from pab_kernels.workloads import WORKLOADS, workload
 
+from .problem_tools import WORKLOADS_OF_FAMILIES, problem
+
 H100 = Ceilings(690e12, 2.94e12)
 FLOORS = {  # seconds without PAB and with the preset, at those ceilings
     "open_sora-144p-2s": (0.47, 0.39),
@@ -38,7 +40,6 @@ FLOORS = {  # seconds without PAB and with the preset, at those ceilings
     "open_sora_plan_v120-29x480p": (6.68, 5.00),
     "open_sora_plan_v120-93x480p": (114.0, 79.7),
 }
-TINY = ("open_sora-144p-2s", "latte-16x512", "open_sora_plan_v110-65x512", "open_sora_plan_v120-29x480p")
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(bench)
@@ -48,17 +49,6 @@ app.command()(bench)
 def full_stack(family: str) -> BlockStack:
     """The blocks of a released model without its weights."""
     return adapter_for(nn.Module.to(build(family), dtype=torch.bfloat16)).stack
-
-
-@functools.cache
-def problem(name: str) -> Problem:
-    """A tiny problem with weights large enough that broadcasting changes the result."""
-    tiny = WORKLOADS[name].tiny()
-    made = Problem.make(tiny, PABConfig.preset(tiny.family), torch.device("cpu"), torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in made.host.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return made
 
 
 def invoke(*arguments: object) -> Any:
@@ -142,7 +132,7 @@ def test_an_unknown_workload_is_named_with_the_nearest() -> None:
         workload("open_sora-480-2s")
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", WORKLOADS_OF_FAMILIES)
 def test_contenders_agree_and_leave_the_host_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend="eager", **kwargs))
@@ -225,7 +215,7 @@ def test_what_is_not_finite_is_not_timed() -> None:
     assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", WORKLOADS_OF_FAMILIES)
 def test_the_command_prints_and_writes(name: str, tmp_path) -> None:
     json_file, csv_file = tmp_path / "new" / "bench.json", tmp_path / "results.csv"
     for _ in range(2):

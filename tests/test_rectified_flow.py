@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pab_kernels import PABConfig, accelerate
@@ -22,20 +22,9 @@ from pab_kernels.workloads import WORKLOADS
 
 from .latte_tools import inputs, tiny_latte
 from .pipeline_tools import SMALLEST, tiny_pipeline
+from .problem_tools import WORKLOADS_OF_FAMILIES, problem
 
-NAMES = ("open_sora-144p-2s", "latte-16x512", "open_sora_plan_v110-65x512", "open_sora_plan_v120-29x480p")
 TIMESTEPS = [900.0, 700.0, 500.0, 50.0]
-
-
-@functools.cache
-def problem(name: str) -> Problem:
-    """A tiny problem with weights large enough that everything matters."""
-    tiny = WORKLOADS[name].tiny()
-    made = Problem.make(tiny, PABConfig.preset(tiny.family), torch.device("cpu"), torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in made.host.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return made
 
 
 def single_calls(made: Problem, handle: PABHandle) -> Tensor:
@@ -63,7 +52,7 @@ def test_a_step_is_guidance_and_the_way_to_the_next_timestep():
     assert euler_step(latents, prediction[:2], 1.0, 0.5).flatten().tolist() == [1 + 3 / 2, 2 + 4 / 2]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WORKLOADS_OF_FAMILIES)
 @pytest.mark.parametrize("pab", [False, True], ids=["no pab", "pab"])
 def test_steps_are_single_calls_with_guidance_and_sampler(name, pab):
     made = problem(name)
@@ -80,11 +69,13 @@ def test_steps_are_single_calls_with_guidance_and_sampler(name, pab):
     }
 
 
-@pytest.mark.parametrize(("name", "masked"), [*((name, False) for name in NAMES), (NAMES[0], True)])
+@pytest.mark.parametrize(
+    ("name", "masked"), [*((name, False) for name in WORKLOADS_OF_FAMILIES), (WORKLOADS_OF_FAMILIES[0], True)]
+)
 def test_modulation_of_all_steps_is_that_of_each(name, masked):
     made = problem(name)
     given = dict(made.inputs.given)
-    if name == NAMES[0]:
+    if name == WORKLOADS_OF_FAMILIES[0]:
         given["fps"] = torch.tensor([24.0, 8.0])
     if masked:
         given["x_mask"] = torch.rand(2, made.workload.latent[0]) < 0.5

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pab_kernels.quantized import Quantized
+from pab_kernels.quantized import Quantized, split
 from pab_kernels.triton_ops.quantize import store_row
 
 
@@ -227,11 +227,11 @@ def residual_norm_modulate_triton(
         config = default_config(groups * rows, channels)
     blocks = triton.cdiv(rows, config.rows)
     absent = 4 - len(branches)
-    parts = [_parts(branch) for branch in branches]
+    parts = [split(branch) for branch in branches]
     values = [value for value, _ in parts]
     row_scales = [row_scale for _, row_scale in parts]
-    out_values, out_scale = _parts(out)
-    saved_values, saved_scale = _parts(saved)
+    out_values, out_scale = split(out)
+    saved_values, saved_scale = split(saved)
     half = max(triton.next_power_of_2(channels) // 2, 1)
     with torch.cuda.device_of(x):
         _residual_norm_modulate_kernel[(groups * blocks,)](
@@ -270,11 +270,6 @@ def residual_norm_modulate_triton(
             ROWS=config.rows,
             num_warps=config.warps,
         )
-
-
-def _parts(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
-    """Values, and the scales of rows of one byte an element."""
-    return (rows.values, rows.row_scale) if isinstance(rows, Quantized) else (rows, None)
 
 
 def _row_strides(values: Tensor | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pab_kernels import backends, reference
 from pab_kernels.backends import resolve
 from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
-from pab_kernels.ops.query_key import check_norm_rope, key_scales, qk_norm_rope
+from pab_kernels.ops.query_key import check_qkv, key_scales, qk_norm_rope
 from pab_kernels.ops.registration import register
 
 SDPA_ORDER = [
@@ -113,10 +113,7 @@ def self_attention(
     TypeError, ValueError
         A wrong type, dtype, shape, stride or device, naming the argument.
     """
-    check_float("qkv", check_tensor("qkv", qkv))
-    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
-    check_last_contiguous("qkv", qkv)
-    check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
+    check_qkv(qkv, q_weight, k_weight, rope, pair_stride)
     q, k, v = qkv.unbind(2)
     if qkv.numel() == 0:
         return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])

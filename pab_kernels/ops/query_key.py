@@ -52,15 +52,26 @@ def qk_norm_rope(
     TypeError, ValueError
         A wrong type, dtype, shape, stride or device, naming the argument.
     """
-    check_float("qkv", check_tensor("qkv", qkv))
-    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
-    check_last_contiguous("qkv", qkv)
-    check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
+    check_qkv(qkv, q_weight, k_weight, rope, pair_stride)
     if qkv.numel() > 0 and not ((q_weight is None or not queries) and k_weight is None and rope is None):
         cos, sin = (None, None) if rope is None else rope
         name = resolve("qk_norm_rope", backend, qkv)
         torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), queries, name)
     return qkv
+
+
+def check_qkv(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    pair_stride: int,
+) -> None:
+    """Raise TypeError or ValueError for what `qk_norm_rope` does not take."""
+    check_float("qkv", check_tensor("qkv", qkv))
+    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
+    check_last_contiguous("qkv", qkv)
+    check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
 
 
 def check_norm_rope(

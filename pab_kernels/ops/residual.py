@@ -19,7 +19,7 @@ from pab_kernels.checks import (
     check_tensor,
 )
 from pab_kernels.ops.registration import register, writes_only
-from pab_kernels.quantized import Quantized
+from pab_kernels.quantized import Quantized, join, split
 
 MAX_BRANCHES = 4
 """Most branch outputs that one pass adds."""
@@ -155,16 +155,6 @@ def residual_norm_modulate(
             x, values, row_scales, gates, shift, scale, embed, float(eps), *split(out), *split(saved), name
         )
     return x if out is None else out
-
-
-def split(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
-    """Values and row scales, as an op's schema takes them."""
-    return (rows.values, rows.row_scale) if isinstance(rows, Quantized) else (rows, None)
-
-
-def join(values: Tensor | None, row_scale: Tensor | None) -> Tensor | Quantized | None:
-    """What `split` took apart."""
-    return values if values is None or row_scale is None else Quantized(values, row_scale)
 
 
 def _residual_norm_modulate(
