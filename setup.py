@@ -27,12 +27,17 @@ ROOT = Path(__file__).resolve().parent
 # Listed one by one: pab_kernels/models and pab_kernels/triton_ops are symlinks to the folders at the top.
 PACKAGES = [
     "pab_kernels",
+    "pab_kernels.blocks",
+    "pab_kernels.cli",
     "pab_kernels.demo",
+    "pab_kernels.measure",
     "pab_kernels.models",
     "pab_kernels.models.hosts",
     "pab_kernels.ops",
     "pab_kernels.pipelines",
+    "pab_kernels.runtime",
     "pab_kernels.triton_ops",
+    "pab_kernels.tune",
 ]
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels import ops, reference
+from pab_kernels import ops
+from pab_kernels.ops import reference
 from pab_kernels.triton_ops.qk_norm_rope import Config, default_config, qk_norm_rope_triton
 
 from .common import copy_bandwidth, median_ms, record, rotations

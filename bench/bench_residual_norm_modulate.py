@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels import ops, reference
+from pab_kernels import ops
+from pab_kernels.ops import reference
 from pab_kernels.triton_ops.residual_norm_modulate import Config, default_config, residual_norm_modulate_triton
 
 from .common import copy_bandwidth, median_ms, record, rotations

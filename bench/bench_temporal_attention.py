@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels import backends, ops, reference
+from pab_kernels import ops
+from pab_kernels.ops import backends, reference
 
 from .common import copy_bandwidth, median_ms, record, rotations
 

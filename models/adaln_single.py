@@ -9,8 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from pab_kernels.branches import CrossAttention, Mlp, SelfAttention
-from pab_kernels.executor import Block, BlockStack
+from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
 from pab_kernels.models.adapter import (
     Call,
     Modulation,
@@ -21,6 +20,7 @@ from pab_kernels.models.adapter import (
     plain,
 )
 from pab_kernels.models.hosts.layers import unpatchify
+from pab_kernels.runtime.executor import Block, BlockStack
 
 
 class AdaLNSingleAdapter:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pab_kernels.branches import Linear, Rope
-from pab_kernels.executor import BlockStack
+from pab_kernels.blocks.branches import Linear, Rope
+from pab_kernels.runtime.executor import BlockStack
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .hosts import OpenSoraPlanV110, OpenSoraPlanV120, STDiT3
+from pab_kernels.models.hosts import OpenSoraPlanV110, OpenSoraPlanV120, STDiT3
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor
 
-from pab_kernels.checks import check_shape, check_tensor
-from pab_kernels.executor import BlockStack
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
 from pab_kernels.models.adapter import Call, check_value, embed_patches, plain
+from pab_kernels.ops.checks import check_shape, check_tensor
+from pab_kernels.runtime.executor import BlockStack
 
 
 class LatteAdapter(AdaLNSingleAdapter):

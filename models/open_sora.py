@@ -9,9 +9,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from pab_kernels.branches import CrossAttention, Linear, Mlp, Rope, SelfAttention
-from pab_kernels.checks import check_shape, check_tensor
-from pab_kernels.executor import Block, BlockStack
+from pab_kernels.blocks.branches import CrossAttention, Linear, Mlp, Rope, SelfAttention
 from pab_kernels.models.adapter import (
     Call,
     Modulation,
@@ -23,6 +21,8 @@ from pab_kernels.models.adapter import (
     plain,
 )
 from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
+from pab_kernels.ops.checks import check_shape, check_tensor
+from pab_kernels.runtime.executor import Block, BlockStack
 
 
 class OpenSoraAdapter:

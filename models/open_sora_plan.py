@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pab_kernels.branches import Rope
-from pab_kernels.executor import BlockStack
+from pab_kernels.blocks.branches import Rope
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
 from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, plain
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
+from pab_kernels.runtime.executor import BlockStack
 
 
 def _text_mask(mask: Tensor | None, text: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pab_kernels.branches import (
+    from pab_kernels.blocks.branches import (
         CrossAttention,
         Fp8Linear,
         Linear,
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
         text_kv,
     )
     from pab_kernels.config import PABConfig
-    from pab_kernels.run_report import Report
-    from pab_kernels.runtime import PABHandle, accelerate
+    from pab_kernels.runtime.handle import PABHandle, accelerate
+    from pab_kernels.runtime.report import Report
     from pab_kernels.schedule import Schedule, StepVariant
 
 _HOMES = {
-    "branches": (
+    "blocks.branches": (
         "CrossAttention",
         "Fp8Linear",
         "Linear",
@@ -35,8 +35,8 @@ _HOMES = {
         "text_kv",
     ),
     "config": ("PABConfig",),
-    "run_report": ("Report",),
-    "runtime": ("PABHandle", "accelerate"),
+    "runtime.report": ("Report",),
+    "runtime.handle": ("PABHandle", "accelerate"),
     "schedule": ("Schedule", "StepVariant"),
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pab_kernels import PABConfig
-from pab_kernels.contenders import Problem
+from pab_kernels.measure.contenders import Problem
 from pab_kernels.workloads import WORKLOADS
 
 WORKLOADS_OF_FAMILIES = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.quantized import Quantized
+from pab_kernels.ops.quantized import Quantized
 
 DTYPES = [pytest.param(torch.float8_e4m3fn, id="fp8"), pytest.param(torch.int8, id="int8")]
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}

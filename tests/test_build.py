@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from pab_kernels import backends
+from pab_kernels.ops import backends
 
 ROOT = Path(__file__).parent.parent
 

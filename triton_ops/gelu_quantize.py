@@ -62,7 +62,7 @@ def default_config(hidden: int) -> Config:
 
 
 def gelu_quantize_triton(x: Tensor, values: Tensor, row_scale: Tensor, *, config: Config | None = None) -> None:
-    """Launch the pass. The arguments are those of `pab_kernels.fp8_ops.gelu_quantize`, already checked.
+    """Launch the pass. The arguments are those of `pab_kernels.ops.fp8_linear.gelu_quantize`, already checked.
 
     Parameters
     ----------

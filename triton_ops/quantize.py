@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pab_kernels.quantized import LIMITS, TINY
+from pab_kernels.ops.quantized import LIMITS, TINY
 
 E4M3_LIMIT = tl.constexpr(next(limit for dtype, limit in LIMITS.items() if dtype.is_floating_point))
 INT8_LIMIT = tl.constexpr(next(limit for dtype, limit in LIMITS.items() if not dtype.is_floating_point))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pab_kernels.quantized import Quantized, split
+from pab_kernels.ops.quantized import Quantized, split
 from pab_kernels.triton_ops.quantize import store_row
 
 

@@ -2,7 +2,7 @@
 
 What cuBLASLt's scaled matmul leaves undone here: it has no GELU for scales of rows, and its bfloat16 result would be
 written, read and written again. The epilogue cannot know a row's largest magnitude, which lies in other tiles, so it
-scales by a bound on it (`pab_kernels.fp8_ops.scaled_linear_gelu` says which, and why that costs next to nothing).
+scales by a bound on it (`ops.fp8_linear.scaled_linear_gelu` says which, and why that costs next to nothing).
 
 Persistent programs walk over tiles in groups that share rows of x; the flattened loop lets the next tile's loads run
 under an epilogue.
@@ -100,7 +100,7 @@ def scaled_linear_gelu_triton(
     *,
     config: Config | None = None,
 ) -> None:
-    """Launch the GEMM. The arguments are those of `pab_kernels.fp8_ops.scaled_linear_gelu`, already checked.
+    """Launch the GEMM. The arguments are those of `pab_kernels.ops.fp8_linear.scaled_linear_gelu`, already checked.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange
 from torch import nn
 
-from ...checks import check_shape
+from pab_kernels.ops.checks import check_shape
 
 
 def check_fixed(**settings: tuple[object, object]) -> None:

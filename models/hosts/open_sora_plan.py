@@ -23,8 +23,8 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from torch import nn
 
-from ...checks import check_shape
-from .layers import PlanAttnProcessor, check_fixed, modulate, text_bias, unpatchify
+from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_fixed, modulate, text_bias, unpatchify
+from pab_kernels.ops.checks import check_shape
 
 
 def check_inputs(

@@ -7,8 +7,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ...checks import check_shape
-from .layers import (
+from pab_kernels.models.hosts.layers import (
     CaptionEmbedder,
     Mlp,
     PatchEmbedding,
@@ -21,6 +20,7 @@ from .layers import (
     repeat_rows,
     unpatchify,
 )
+from pab_kernels.ops.checks import check_shape
 
 
 class SelfAttention(nn.Module):

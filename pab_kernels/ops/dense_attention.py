@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pab_kernels import backends, reference
-from pab_kernels.backends import resolve
-from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
+from pab_kernels.ops import backends, reference
+from pab_kernels.ops.backends import resolve
+from pab_kernels.ops.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
 from pab_kernels.ops.query_key import check_qkv, key_scales, qk_norm_rope
 from pab_kernels.ops.registration import register
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pab_kernels import reference
-from pab_kernels.backends import resolve
-from pab_kernels.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
+from pab_kernels.ops import reference
+from pab_kernels.ops.backends import resolve
+from pab_kernels.ops.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
 from pab_kernels.ops.registration import register, writes_only
 
 

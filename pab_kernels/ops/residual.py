@@ -8,9 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pab_kernels import reference
-from pab_kernels.backends import resolve
-from pab_kernels.checks import (
+from pab_kernels.ops import reference
+from pab_kernels.ops.backends import resolve
+from pab_kernels.ops.checks import (
     check_float,
     check_last_contiguous,
     check_like,
@@ -18,8 +18,8 @@ from pab_kernels.checks import (
     check_shape,
     check_tensor,
 )
+from pab_kernels.ops.quantized import Quantized, join, split
 from pab_kernels.ops.registration import register, writes_only
-from pab_kernels.quantized import Quantized, join, split
 
 MAX_BRANCHES = 4
 """Most branch outputs that one pass adds."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pab_kernels.checks import check_shape, check_tensor
+from pab_kernels.ops.checks import check_shape, check_tensor
 from pab_kernels.pipelines.samplers import RFlowScheduler
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
 from pab_kernels.pipelines.text import TextEncoder, clean_prompt
@@ -20,7 +20,7 @@ from pab_kernels.pipelines.text_to_video import (
     TextToVideoPipeline,
     check_steps,
 )
-from pab_kernels.runtime import handle_of
+from pab_kernels.runtime.handle import handle_of
 
 FPS = 24.0
 """The frame rate that the model is told, as the original tells it for every video."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
-from pab_kernels.rectified_flow import step_sizes
+from pab_kernels.runtime.rectified_flow import step_sizes
 
 SCHEDULERS: dict[str, Any] = {
     "latte": DDIMScheduler,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pab_kernels.checks import check_shape
+from pab_kernels.ops.checks import check_shape
 from pab_kernels.pipelines import vae as decoders
 from pab_kernels.pipelines.sizes import VideoSize
 from pab_kernels.pipelines.text import TextEncoder

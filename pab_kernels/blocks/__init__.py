@@ -1,0 +1,1 @@
+"""What a transformer is made of: the description that adapters fill in, and each branch as a function. No state."""

@@ -1,0 +1,5 @@
+"""The `pab` command: one file a group of commands, and the options that they share."""
+
+from pab_kernels.cli.main import app
+
+__all__ = ["app"]

@@ -1,0 +1,195 @@
+"""`pab generate`: the command, its progress bar, table and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pab_kernels.cli import options
+
+if TYPE_CHECKING:
+    from pab_kernels.pipelines.generate import Generated, Step
+    from pab_kernels.pipelines.loading import Pipeline
+
+DEMO_PROMPT = "a red circle moves right over a striped background"
+
+
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show; repeat it for several videos.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    model: options.Model = "demo",
+    weights: options.Weights = None,
+    text_encoder: options.TextEncoder = None,
+    vae: Annotated[
+        str | None, typer.Option(help="A video decoder for diffusers; without one latents are saved.")
+    ] = None,
+    random_weights: Annotated[bool, typer.Option(help="No checkpoint and no text encoder: for timing.")] = False,
+    resolution: options.Resolution = None,
+    duration: options.Duration = None,
+    aspect: options.Aspect = None,
+    size: options.Size = None,
+    pab: options.Pab = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
+    guidance: options.Guidance = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each prompt.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the video goes, .mp4 or .gif.")] = Path("outputs/video.mp4"),
+    compare: Annotated[bool, typer.Option(help="Generate with and without PAB, and compare.")] = False,
+    preview: Annotated[
+        int | None, typer.Option(min=1, help="Every so many steps, write a frame as a PNG beside the video.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a summary as JSON, and nothing else on stdout.")
+    ] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    cache_device: options.CacheDevice = None,
+    cache_dtype: options.CacheDtype = None,
+    linear_precision: options.LinearPrecision = None,
+) -> None:
+    """Generate videos from text, with Pyramid Attention Broadcast.
+
+    Examples:
+
+    pab generate --prompt "a blue star moves up" --compare
+
+    pab generate --prompt "a red circle moves right" --seed 3 --preview 5 --output star.gif
+
+    pab generate --model maxin-cn/Latte-1 --prompt "a dog on a beach" --pab latte:347
+
+    pab generate --model open_sora --resolution 480p --duration 2s --random-weights --json > run.json
+    """
+    from pab_kernels.pipelines import generate as generation
+    from pab_kernels.pipelines.loading import Source, load_pipeline, resolve_model
+    from pab_kernels.pipelines.sizes import family_size
+
+    with options.clean_errors():
+        source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights)
+        generation.check_output(output, source)
+        family = source.family
+        defaults = generation.DEFAULTS[family]
+        video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+        request = generation.Request(
+            prompt or [DEMO_PROMPT],
+            negative_prompt,
+            defaults.steps if steps is None else steps,
+            defaults.guidance if guidance is None else guidance,
+            seed or [0],
+            video,
+        )
+        pab = defaults.preset if pab is None else pab
+        config = generation.pab_settings(pab, cache_dtype=cache_dtype, linear_precision=linear_precision)
+        if compare and config is None:
+            raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
+        place = options.device_named(device)
+        number = options.dtype_named(dtype or options.default_dtype(place))
+        options.on_host(cache_device)
+        generation.check_memory(source, request, config, place, number, cache_device)
+        pipe = load_pipeline(source, video, dtype=number, device=place)
+        runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
+        results, previews = {}, []
+        with _progress(quiet) as bar:
+            for name, settings in runs.items():
+                task = bar.add_task(name, total=request.steps, variant="")
+                watch = _Watch(bar, task, pipe, output.with_stem(f"{output.stem}-{name.replace(' ', '-')}"), preview)
+                on_step = watch if not quiet or preview is not None else None
+                results[name] = generation.generate(pipe, request, settings, on_step, cache_device)
+                previews += watch.written
+        files = [*previews, *generation.save(results, request, pipe, config, output)]
+        summary = generation.summary(results, request) | {
+            "model": family,
+            "pab": None if config is None else config.to_dict(),
+            "device": str(place),
+            "dtype": str(number).removeprefix("torch."),
+            "files": [str(path) for path in files],
+        }
+    if as_json:
+        typer.echo(json.dumps(_plain(summary), indent=1, allow_nan=False))
+    elif not quiet:
+        _print(results, summary)
+    if not all(result.finite for result in results.values()):
+        options.print_error("the result is not finite: what was written is of no use")
+        raise typer.Exit(1)
+
+
+class _Watch:
+    """Moves the progress bar, and writes a preview every `every` steps beside `output`."""
+
+    def __init__(self, bar: Progress, task: TaskID, pipe: Pipeline, output: Path, every: int | None) -> None:
+        self.bar, self.task, self.pipe, self.output, self.every = bar, task, pipe, output, every
+        self.written: list[Path] = []
+
+    def __call__(self, step: Step) -> None:
+        from pab_kernels import figures
+        from pab_kernels.pipelines.generate import preview
+
+        shown = "" if step.variant is None else str(step.variant)
+        self.bar.update(self.task, completed=step.done, total=step.total, variant=shown)
+        if self.every is not None and step.done % self.every == 0:
+            path = self.output.with_name(f"{self.output.stem}-step-{step.done:03}.png")
+            figures.save_frame(preview(self.pipe, step), path)
+            self.written.append(path)
+
+
+def _progress(quiet: bool) -> Progress:
+    """On stderr: run, bar, step, what the step did, time left (in the end: taken)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[variant]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+
+
+def _print(results: Mapping[str, Generated], summary: Mapping[str, Any]) -> None:
+    """For people: the files, the runtime's report, and a table with a column a run."""
+    from pab_kernels.pipelines.memory import gib
+
+    console = Console()
+    for path in summary["files"]:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    runs = list(results.values())
+    table = Table("", *results)
+    table.add_row("seconds", *(f"{run.seconds:.2f}" for run in runs))
+    if (report := runs[-1].report) is not None:
+        console.print(str(report), highlight=False)
+        blank = [""] * (len(runs) - 1)
+        for kind, computed in report.computed.items():
+            table.add_row(f"{kind}: computed + broadcast", *blank, f"{computed} + {report.broadcast[kind]}")
+        table.add_row("cache, MiB", *blank, f"{report.cache_bytes / 2**20:.1f}")
+        if report.host_bytes:
+            table.add_row("cache in host memory, MiB", *blank, f"{report.host_bytes / 2**20:.1f}")
+    if runs[-1].peak_bytes is not None:
+        table.add_row("peak GPU memory, GiB", *(f"{gib(run.peak_bytes or 0):.2f}" for run in runs))
+    table.add_row("finite", *("yes" if run.finite else "NO" for run in runs))
+    if (comparison := summary["comparison"]) is not None:
+        table.add_row("speed-up", "", f"{comparison['speed_up']:.2f}x")
+        for i, score in enumerate(comparison.get("videos", ())):
+            which = f", video {i}" if len(comparison["videos"]) > 1 else ""
+            table.add_row(f"PSNR against no PAB{which}", "", f"{score['psnr']:.2f} dB")
+            table.add_row(f"SSIM against no PAB{which}", "", f"{score['ssim']:.4f}")
+            if score["lpips"] is not None:
+                table.add_row(f"LPIPS against no PAB{which}", "", f"{score['lpips']:.4f}")
+        if "latents_difference" in comparison:
+            table.add_row("latents' difference to no PAB", "", f"{comparison['latents_difference']:.2e}")
+    console.print(table)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for what JSON has no number for: the PSNR of equal frames is infinite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""What times and checks: contenders, floor, benchmark, report, recorded runs."""

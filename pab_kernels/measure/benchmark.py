@@ -1,0 +1,235 @@
+"""Times one denoising run in several forms, in one process, on the same weights and inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pab_kernels import clock
+from pab_kernels.config import PABConfig
+from pab_kernels.measure.contenders import CONTENDERS, Problem, Session
+from pab_kernels.measure.floor import CHIP_FILLING_TOKENS, Ceilings, Work, measure_copy, measure_gemms, run_work
+from pab_kernels.models import adapter_for
+from pab_kernels.runtime.handle import handle_of
+from pab_kernels.runtime.rectified_flow import euler_step, step_sizes
+from pab_kernels.runtime.report import Report
+from pab_kernels.schedule import Schedule, StepVariant
+from pab_kernels.workloads import CHANNELS
+
+
+@dataclass
+class Timing:
+    """One contender's result.
+
+    `warm_up` are the seconds of everything before the timed runs: compiling, capturing. `steps` are the seconds of each
+    step of the last run, on the device: from the end of the step before to its own, sampler included.
+    """
+
+    name: str
+    runs: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    warm_up: float = 0.0
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    latents: Tensor | None = None
+    report: Report | None = None
+    error: str | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """The median of the timed runs."""
+        return statistics.median(self.runs) if self.runs else None
+
+
+def predict(model: nn.Module, problem: Problem, latents: Tensor, call: int) -> Tensor:
+    """What the model predicts at a call, for both halves of guidance [2, C, T, H, W] float32."""
+    inputs = problem.inputs
+    both = torch.cat([latents, latents]).to(problem.dtype)
+    out = model(both, timestep=inputs.timesteps[call], **inputs.given)
+    out = out if isinstance(out, Tensor) else out[0]
+    return out[:, :CHANNELS].float()
+
+
+def advance(problem: Problem, latents: Tensor, prediction: Tensor, call: int) -> Tensor:
+    """Guidance and one Euler step."""
+    return euler_step(latents, prediction, problem.workload.guidance, step_sizes(problem.timesteps)[call])
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module, problem: Problem, calls: int | None = None, after_step: Callable[[], object] = lambda: None
+) -> Tensor:
+    """The denoising loop, or its first `calls` calls: the latents in the end. This runtime takes whole steps."""
+    latents, handle, take_step = problem.inputs.latents, handle_of(model), None
+    if handle is not None:
+        take_step = handle.rectified_flow(latents, problem.workload.guidance, **problem.inputs.given)
+    for call in range(len(problem.timesteps))[:calls]:
+        if take_step is not None:
+            latents = take_step(latents)
+        else:
+            latents = advance(problem, latents, predict(model, problem, latents, call), call)
+        after_step()
+    return latents
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
+    """Warm a contender up and time its runs.
+
+    Parameters
+    ----------
+    name : str
+        One of `CONTENDERS`.
+    problem : Problem
+    repeats : int
+        Timed runs.
+    budget : float
+        Seconds that the timed runs may take together; one is made in any case.
+
+    Returns
+    -------
+    Timing
+        With `error` set if the contender failed: one that fails must not cost the others their turn.
+    """
+    contender, device, result = CONTENDERS[name], problem.device, Timing(name)
+    config = problem.settings(contender.pab)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with contender.open(problem, config) as session:
+            start = time.perf_counter()
+            _warm_up(session, problem, config)
+            wait(device)
+            result.warm_up = time.perf_counter() - start
+            while len(result.runs) < repeats and sum(result.runs) + max(result.runs, default=-budget) <= budget:
+                seconds, latents, result.steps = _timed_run(session, problem)
+                result.runs.append(seconds)
+            if not latents.isfinite().all():
+                raise ArithmeticError("its latents are not finite, so its times mean nothing")
+            result.latents = latents.cpu()
+            result.report = None if session.report is None else session.report()
+    except Exception as error:
+        result.error, result.runs, result.steps = f"{type(error).__name__}: {error}", [], []
+    if device.type == "cuda":
+        result.peak_bytes = torch.cuda.max_memory_allocated(device)
+        result.reserved_bytes = torch.cuda.max_memory_reserved(device)
+    return result
+
+
+def _timed_run(session: Session, problem: Problem) -> tuple[float, Tensor, list[float]]:
+    """Seconds of one run, its latents, and the seconds of each step."""
+    device = problem.device
+    wait(device)
+    start = time.perf_counter()
+    session.begin(problem.timesteps)
+    marks: list[Any] = [clock.mark(device)]
+    latents = denoise(session.model, problem, after_step=lambda: marks.append(clock.mark(device)))
+    wait(device)
+    return time.perf_counter() - start, latents, [clock.seconds(*pair) for pair in itertools.pairwise(marks)]
+
+
+def _warm_up(session: Session, problem: Problem, config: PABConfig) -> None:
+    """Two calls load kernels and fill the allocator. A runtime repeats its first calls until it has all its graphs."""
+    session.begin(problem.timesteps)
+    if session.report is None:
+        denoise(session.model, problem, 2)
+        return
+    first: dict[StepVariant, int] = {}
+    for call, variant in enumerate(Schedule(config, problem.timesteps)):
+        first.setdefault(variant, call)
+    graphs = -1
+    for _ in range(3):
+        session.begin(problem.timesteps)
+        denoise(session.model, problem, max(2, 1 + max(first.values())))
+        captured = session.report().graphs
+        if captured in (graphs, len(first)):
+            return
+        graphs = captured
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``||actual - expected|| / ||expected||``; infinite where anything is not finite."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return error if error < float("inf") else float("inf")
+
+
+@torch.no_grad()
+def check(problem: Problem) -> tuple[float, float]:
+    """Relative errors of this runtime without PAB against the eager host at the first call.
+
+    Of the prediction, and of the latents after one step of guidance and sampler. The step is as long as with the
+    workload's own number of steps: a longer one would magnify rounding.
+    """
+    workload = problem.workload
+    inputs = workload.inputs(problem.device, problem.dtype)
+    problem = dataclasses.replace(problem, timesteps=workload.timesteps(), inputs=inputs)
+    results = []
+    for name in ("eager", "runtime"):
+        with CONTENDERS[name].open(problem, PABConfig()) as session:
+            session.begin(problem.timesteps)
+            prediction = predict(session.model, problem, problem.inputs.latents, 0)
+            session.begin(problem.timesteps)
+            results.append((prediction, denoise(session.model, problem, 1)))
+    (expected, expected_latents), (actual, actual_latents) = results
+    return relative_error(actual, expected), relative_error(actual_latents, expected_latents)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The device's ceilings, and what a run must do without PAB and with it.
+
+    `gemm_own` and `gemm_filled` are the GEMM rates in FLOP/s at the run's own number of tokens, and at
+    `CHIP_FILLING_TOKENS` (None where that was not measured). The ceiling is the larger.
+    """
+
+    gemm_own: float
+    gemm_filled: float | None
+    ceilings: Ceilings
+    without: Work
+    with_pab: Work
+    shape: tuple[int, int, int, int]
+
+    def seconds(self, pab: bool, *, fp8: bool = False) -> float:
+        """The least time of a run with PAB or without, with the blocks' GEMMs in fp8 or not."""
+        return (self.with_pab if pab else self.without).seconds(self.ceilings, fp8=fp8)
+
+
+def measure_floor(problem: Problem, *, fp8: bool = False) -> Floor:
+    """Measure the ceilings, with `fp8` that of fp8 GEMMs too, and count what the run must do."""
+    adapter = adapter_for(problem.host)
+    try:
+        stack = adapter.stack
+        shape = (2, *problem.workload.grid, stack.blocks[0].table.shape[-1])
+        without, with_pab = (
+            run_work(stack, Schedule(config, problem.timesteps), shape, problem.workload.text_used)
+            for config in (problem.settings(False), problem.settings(True))
+        )
+        on_gpu = problem.device.type == "cuda"
+        seconds = 0.1 if on_gpu else 0.01
+        rows = shape[0] * shape[1] * shape[2]
+        own = measure_gemms(stack, rows, seconds)
+        filled = measure_gemms(stack, CHIP_FILLING_TOKENS, seconds) if on_gpu else None
+        fp8_flops = None
+        if fp8:
+            fp8_flops = max(measure_gemms(stack, count, seconds, fp8=True) for count in (rows, CHIP_FILLING_TOKENS))
+        copy = measure_copy(problem.device, 2**30 if on_gpu else 2**24, seconds)
+    finally:
+        adapter.restore()
+    ceilings = Ceilings(max(own, filled or 0.0), copy, fp8_flops)
+    return Floor(own, filled, ceilings, without, with_pab, shape)

@@ -1,0 +1,372 @@
+"""Text to video with and without Pyramid Attention Broadcast: what `pab generate` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.latte.pipeline_latte import LattePipeline
+from torch import Tensor
+
+from pab_kernels import figures, quality
+from pab_kernels.config import PRESETS, PABConfig
+from pab_kernels.pipelines import latents, memory
+from pab_kernels.pipelines.demo import DemoPipeline
+from pab_kernels.pipelines.latte import LatteLatents
+from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
+from pab_kernels.pipelines.open_sora import OpenSoraPipeline
+from pab_kernels.pipelines.sizes import FPS, VideoSize
+from pab_kernels.quality import Frames
+from pab_kernels.runtime.handle import PABHandle, accelerate
+from pab_kernels.runtime.report import Report
+from pab_kernels.schedule import StepVariant
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A family's own steps, guidance scale, and PAB preset."""
+
+    steps: int
+    guidance: float
+    preset: str
+
+
+DEFAULTS = {
+    "demo": Defaults(30, 2.0, "latte"),
+    "latte": Defaults(50, 7.5, "latte"),
+    "open_sora": Defaults(30, 7.0, "open_sora"),
+    "open_sora_plan_v110": Defaults(150, 7.5, "open_sora_plan_v110"),
+    "open_sora_plan_v120": Defaults(100, 7.5, "open_sora_plan_v120"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: a video for each prompt. One seed s stands for s, s + 1, ...; size None is the pipeline's."""
+
+    prompts: Sequence[str]
+    negative_prompt: str = ""
+    steps: int = 30
+    guidance: float = 2.0
+    seeds: Sequence[int] = (0,)
+    size: VideoSize | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts)
+        if count == 0:
+            raise ValueError("prompt must be given at least once")
+        if len(self.seeds) not in (1, count):
+            raise ValueError(f"seed must be given once or for each of {count} prompts, got {len(self.seeds)}")
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """One for each prompt."""
+        if len(self.seeds) == len(self.prompts):
+            return list(self.seeds)
+        return [self.seeds[0] + i for i in range(len(self.prompts))]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run gave.
+
+    `frames` are videos [T, H, W, 3] uint8, None where there is no decoder; `latents` float32 [B, C, T, H, W] on the
+    CPU, None where the pipeline keeps them to itself; `report` is the runtime's, None without PAB.
+    """
+
+    frames: tuple[Frames, ...] | None
+    latents: Tensor | None
+    finite: bool
+    """Whether all frames and latents are."""
+    seconds: float
+    """Of everything: text, denoising, decoding."""
+    report: Report | None
+    peak_bytes: int | None
+    """Most GPU memory in use at once, None on a CPU."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken, the `done`-th of `total`; on a GPU the one before it is complete.
+
+    `variant` is what it did, None without PAB. `sample` [B, C, T, H, W] are latents, or of the demo the pixels in
+    [-1, 1] that it now takes the video to have.
+    """
+
+    done: int
+    total: int
+    variant: StepVariant | None
+    sample: Tensor
+
+
+OnStep = Callable[[Step], None]
+
+
+def pab_settings(text: str, **given: str | None) -> PABConfig | None:
+    """What `--pab` means: "off", the name of a preset ("latte", "latte:347"), or a YAML file.
+
+    Parameters
+    ----------
+    text : str
+    given : str or None
+        Settings that an option of the command line gives instead, None for those that it does not.
+
+    Returns
+    -------
+    PABConfig or None
+        None for "off", unless another setting needs this runtime all the same.
+
+    Raises
+    ------
+    ValueError
+        None of these, or a bad file or setting; the message says what is allowed.
+    """
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if text == "off":
+        return PABConfig(**changes) if changes else None
+    family, _, variant = text.partition(":")
+    if family in PRESETS:
+        return dataclasses.replace(PABConfig.preset(family, variant or None), **changes)
+    if Path(text).is_file():
+        return dataclasses.replace(PABConfig.from_yaml(text), **changes)
+    raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
+
+
+def check_output(output: Path, source: Source) -> None:
+    """Raise ValueError for a file that cannot be written, before anything is generated."""
+    if output.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"output: got {output.name!r}, must end in .mp4 or .gif")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"output: got {str(output)!r}, must be in a folder that can be written: {folder} is not one")
+    if output.suffix == ".mp4" and source.decodes and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ValueError(f"output: got {output.name!r}, must end in .gif: .mp4 needs `pip install imageio[ffmpeg]`")
+
+
+def check_memory(
+    source: Source,
+    request: Request,
+    config: PABConfig | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_device: str | None = None,
+) -> None:
+    """Refuse a run that will not fit in the GPU's free memory; nothing is checked on a CPU.
+
+    Raises
+    ------
+    ValueError
+        As `memory.check_fits`.
+    """
+    if device.type == "cuda" and request.size is not None:
+        rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
+        run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
+        memory.check_fits(run, torch.cuda.mem_get_info(device)[0], extra=text_encoder_bytes(source, dtype))
+
+
+def generate(
+    pipe: Pipeline,
+    request: Request,
+    config: PABConfig | None,
+    on_step: OnStep | None = None,
+    cache_device: str | None = None,
+) -> Generated:
+    """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
+
+    Parameters
+    ----------
+    pipe : Pipeline
+    request : Request
+    config : PABConfig or None
+    on_step : callable, optional
+        Called with a `Step` after every call of the transformer.
+    cache_device : str, optional
+        As for `accelerate`.
+    """
+    on_gpu = pipe.transformer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
+        frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle))
+        report = None if handle is None else handle.report()
+    if hidden is not None:
+        hidden = hidden.cpu()  # waits for the GPU
+    finite = (frames is None or bool(np.isfinite(frames).all())) and (hidden is None or bool(hidden.isfinite().all()))
+    return Generated(
+        frames=None if frames is None else tuple(_bytes(frames)),
+        latents=hidden,
+        finite=finite,
+        seconds=time.perf_counter() - start,
+        report=report,
+        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+    )
+
+
+class _Steps:
+    """A pipeline's callback after each step. On a GPU it waits for the step before, else the loop would run ahead."""
+
+    def __init__(self, on_step: OnStep, handle: PABHandle | None) -> None:
+        self.on_step, self.handle = on_step, handle
+        self.last: torch.cuda.Event | None = None
+
+    def __call__(self, pipe: Any, index: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        if tensors["latents"].is_cuda:
+            if self.last is not None:
+                self.last.synchronize()
+            self.last = torch.cuda.Event()
+            self.last.record()
+        schedule = None if self.handle is None else self.handle.schedule
+        variant = None if schedule is None else schedule[index]
+        sample = tensors.get("denoised", tensors["latents"])
+        self.on_step(Step(index + 1, len(pipe.scheduler.timesteps), variant, sample))
+        return {}
+
+
+def preview(pipe: Pipeline, step: Step) -> Frames:
+    """The middle frame of every video, side by side [1, H, B * W, 3]: pixels of the demo, else a look at latents."""
+    middle = step.sample.shape[2] // 2
+    if isinstance(pipe, DemoPipeline):
+        pixels = (step.sample[:, :, middle].float().cpu().numpy() / 2 + 0.5).clip(0, 1)
+        return np.concatenate(list(_bytes(pixels.transpose(0, 2, 3, 1))), axis=1)[None]
+    return np.concatenate([latents.first_look(video)[middle] for video in step.sample], axis=1)[None]
+
+
+def _bytes(frames: np.ndarray) -> np.ndarray:
+    """Frames in [0, 1] as uint8; what is not finite becomes black."""
+    return (np.nan_to_num(frames, nan=0.0) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[np.ndarray | None, Tensor | None]:
+    """Frames [B, T, H, W, 3] in [0, 1], and latents."""
+    arguments: dict[str, Any] = {
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "callback_on_step_end": after_step,
+    }
+    prompts = list(request.prompts)
+    if isinstance(pipe, LattePipeline):
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.all_seeds]
+        return np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments).frames), None
+    arguments["seed"] = request.all_seeds
+    if isinstance(pipe, DemoPipeline):
+        return pipe(prompts, **arguments).cpu().numpy(), None
+    size = request.size
+    if isinstance(pipe, LatteLatents) or size is None:
+        return None, pipe(prompts, **arguments)
+    if isinstance(pipe, OpenSoraPipeline):
+        hidden = pipe(prompts, size=size, **arguments)
+    else:
+        hidden = pipe(prompts, frames=size.frames, height=size.height, width=size.width, **arguments)
+    return None if pipe.vae is None else pipe.decode(hidden, size).numpy(), hidden
+
+
+def save(
+    results: Mapping[str, Generated], request: Request, pipe: Pipeline, config: PABConfig | None, output: Path
+) -> list[Path]:
+    """Write the last of `results`: a video for each prompt, or its latents where there is no decoder.
+
+    Several results (with and without PAB), and latents, get a contact sheet as a PNG beside the file.
+
+    Parameters
+    ----------
+    results : mapping of str to Generated
+        Names and runs of the same request.
+    request : Request
+    pipe : Pipeline
+    config : PABConfig or None
+        For the latents' metadata.
+    output : Path
+        .mp4 or .gif; the i-th of several prompts gets "-i" before the suffix, latents get .safetensors instead.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+    """
+    last = list(results.values())[-1]
+    written = []
+    for i, prompt in enumerate(request.prompts):
+        path = output if len(request.prompts) == 1 else output.with_stem(f"{output.stem}-{i}")
+        if last.frames is not None:
+            rows = {name: result.frames[i] for name, result in results.items() if result.frames is not None}
+            figures.save_video(last.frames[i], path, FPS.get(getattr(pipe, "family", "latte"), 8))
+        else:
+            assert last.latents is not None
+            hidden = {name: result.latents[i] for name, result in results.items() if result.latents is not None}
+            first = next(iter(hidden.values()))
+            rows = {name: latents.first_look(value, like=first) for name, value in hidden.items()}
+            path = path.with_suffix(".safetensors")
+            latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
+        written.append(path)
+        if last.frames is None or len(results) > 1:
+            sheet = path.with_suffix(".png")
+            figures.contact_sheet(rows, sheet, prompt)
+            written.append(sheet)
+    return written
+
+
+def _metadata(request: Request, pipe: Any, config: PABConfig | None, index: int) -> dict[str, Any]:
+    """What it takes to decode the latents later, and to make them again."""
+    size = pipe.size() if isinstance(pipe, LatteLatents) or request.size is None else request.size
+    return {
+        "family": pipe.family,
+        **{name: value for name, value in dataclasses.asdict(size).items() if name != "latent"},
+        "fps": FPS[pipe.family],
+        "latent_scale": pipe.latent_scale,
+        "latent_shift": pipe.latent_shift,
+        "prompt": request.prompts[index],
+        "negative_prompt": request.negative_prompt,
+        "seed": request.all_seeds[index],
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "pab": None if config is None else config.to_dict(),
+    }
+
+
+def comparison(result: Generated, baseline: Generated) -> dict[str, Any]:
+    """How `result` differs from `baseline`, as plain values: speed-up, and quality of each video or latents' distance.
+
+    `latents_difference` is ||result - baseline|| / ||baseline||.
+    """
+    found: dict[str, Any] = {"speed_up": baseline.seconds / result.seconds}
+    if result.frames is not None and baseline.frames is not None:
+        pairs = zip(result.frames, baseline.frames, strict=True)
+        return found | {"videos": [dataclasses.asdict(quality.compare(*pair)) for pair in pairs]}
+    assert result.latents is not None
+    assert baseline.latents is not None
+    distance = (result.latents - baseline.latents).norm() / baseline.latents.norm()
+    return found | {"latents_difference": float(distance)}
+
+
+def summary(results: Mapping[str, Generated], request: Request) -> dict[str, Any]:
+    """The request and its runs as plain values, as `pab generate --json` prints them."""
+    runs = list(results.values())
+    return {
+        "prompts": list(request.prompts),
+        "negative_prompt": request.negative_prompt,
+        "seeds": request.all_seeds,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "runs": {
+            name: {
+                "seconds": run.seconds,
+                "finite": run.finite,
+                "peak_bytes": run.peak_bytes,
+                "report": None if run.report is None else dataclasses.asdict(run.report),
+            }
+            for name, run in results.items()
+        },
+        "comparison": comparison(runs[-1], runs[0]) if len(runs) > 1 else None,
+    }

@@ -1,0 +1,270 @@
+"""What a run needs of a GPU's memory, told before anything is allocated, and what would make it need less."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.models import adapter_for, checkpoints
+from pab_kernels.ops.quantized import DTYPES
+from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
+from pab_kernels.runtime.executor import BlockStack
+from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, layer_names, layer_weights, measure_shapes
+from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
+from pab_kernels.runtime.workspace import TEXT_PADDING
+
+TEXT_LENGTHS = {"open_sora": 300, "latte": 120, "open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a run's parts."""
+
+    weights: int
+    slots: int
+    """On the GPU: all of them, or what stands in for those in host memory."""
+    text: int
+    """Keys and values of the text, of every block with cross-attention."""
+    activations: int
+    """The largest set of tensors that is alive at once during a step."""
+    slot_count: int
+    host: int = 0
+    """Slots in pinned host memory."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts on the GPU."""
+        return self.weights + self.slots + self.text + self.activations
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run, as far as its memory goes.
+
+    `rows` is the batch that the transformer sees, 2 a prompt with guidance. With `cache_on_host` slots lie in pinned
+    host memory.
+    """
+
+    family: str
+    size: VideoSize
+    config: PABConfig
+    rows: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    cache_on_host: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the memory depends on of a transformer, without its weights."""
+
+    stack: BlockStack
+    elements: int
+    """Of all weights and tables."""
+    patch: tuple[int, int]
+    """Latent rows and columns of a token."""
+
+    @classmethod
+    def of(cls, family: str, **overrides: Any) -> ModelShape:
+        """Build the transformer on the meta device; `overrides` differ from the released model.
+
+        Raises
+        ------
+        ValueError
+            Unknown family.
+        """
+        host: Any = checkpoints.build(family, **overrides)
+        patch = host.config.patch_size
+        return cls(
+            stack=adapter_for(host).stack,
+            elements=sum(tensor.numel() for tensor in (*host.parameters(), *host.buffers())),
+            patch=(patch, patch) if isinstance(patch, int) else tuple(patch[1:]),
+        )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the residual stream."""
+        return self.stack.blocks[0].table.shape[-1]
+
+    def shape(self, run: PlannedRun) -> tuple[int, int, int, int]:
+        """(B, T, S, C) of the residual stream."""
+        frames, height, width = run.size.latent
+        tokens = -(-height // self.patch[0]) * -(-width // self.patch[1])
+        return run.rows, frames, tokens, self.channels
+
+    def stream(self, run: PlannedRun) -> int:
+        """Bytes of the residual stream."""
+        return math.prod(self.shape(run)) * run.dtype.itemsize
+
+    def slot(self, run: PlannedRun) -> int:
+        """Bytes of a slot."""
+        small = run.config.cache_dtype
+        return SlotLayout(self.shape(run), run.dtype if small is None else DTYPES[small]).nbytes
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Of the weights that all of the linears have beside the host's own when they run in fp8."""
+        return sum(
+            layer_bytes(layer_weights(block, layer))
+            for block in self.stack.blocks
+            for layer in layer_names(block).values()
+        )
+
+
+def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
+    """Memory of the executor's path, from shapes alone.
+
+    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB). MLP slots
+    are counted as if none shared its memory with another, which depends on the timesteps.
+
+    Parameters
+    ----------
+    run : PlannedRun
+    model : ModelShape, optional
+        By default that of the released model.
+
+    Raises
+    ------
+    ValueError
+        Unknown family.
+    """
+    model = ModelShape.of(run.family) if model is None else model
+    item = run.dtype.itemsize
+    keys = model.stack.slot_keys(run.config)
+    gates = sum(key.branch != "cross" for key in keys) * run.rows * model.channels * item
+    on_device = min(STAGES, len(keys)) if run.cache_on_host else len(keys)
+    return Memory(
+        weights=model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes),
+        slots=on_device * model.slot(run) + gates,
+        text=_text(run, model),
+        activations=_activations(run, model),
+        slot_count=len(keys),
+        host=len(keys) * model.slot(run) if run.cache_on_host else 0,
+    )
+
+
+def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
+    """What each shape of linear takes in the run's dtype and in fp8, measured here; or why none can run in fp8."""
+    model = ModelShape.of(run.family)
+    batch, frames, tokens, _ = model.shape(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return measure_shapes(model.stack, batch * frames * tokens, device, run.dtype)
+    except ValueError as error:
+        return str(error)
+
+
+def _text(run: PlannedRun, model: ModelShape) -> int:
+    """K and V are each as wide as the stream; the length is padded as for graphs."""
+    length = -(-TEXT_LENGTHS[run.family] // TEXT_PADDING) * TEXT_PADDING
+    crossing = sum(block.cross is not None for block in model.stack.blocks)
+    return crossing * run.rows * length * 2 * model.channels * run.dtype.itemsize
+
+
+def _activations(run: PlannedRun, model: ModelShape) -> int:
+    """Stream, scratch and modulated stream, and on top the wider of two moments: attention, or the MLP."""
+    blocks = model.stack.blocks
+    attention = 3 + 1  # the QKV GEMM's output, and attention's own
+    mlp = max(block.mlp.up.weight.shape[0] for block in blocks) / model.channels
+    tables = 2 * len(blocks) * 6 * model.channels * (run.rows + 1) * run.dtype.itemsize
+    frames, height, width = run.size.latent
+    latents = run.rows * 4 * frames * height * width * 4 * 4  # latents, input, prediction of 8 channels; float32
+    return int(model.stream(run) * (3 + max(attention, mlp))) + tables + latents
+
+
+def check_fits(run: PlannedRun, free: int, extra: int = 0, host_free: int | None = None) -> Memory:
+    """Refuse a run that will not fit.
+
+    Parameters
+    ----------
+    run : PlannedRun
+    free : int
+        Bytes that the GPU has free.
+    extra : int
+        Bytes of what else will lie there, such as the text encoder.
+    host_free : int, optional
+        Bytes that the host has free; by default what it says now.
+
+    Returns
+    -------
+    Memory
+
+    Raises
+    ------
+    ValueError
+        The run needs more than there is; the message names its parts, and other runs that would fit.
+    """
+    model = ModelShape.of(run.family)
+    host_free = available_host_memory() if host_free is None else host_free
+
+    def fits(memory: Memory) -> bool:
+        return memory.total + extra <= free and memory.host <= host_free
+
+    need = estimate(run, model)
+    if fits(need):
+        return need
+    fitting = []
+    for name, smaller in smaller_runs(run):
+        memory = estimate(smaller, model)
+        if fits(memory):
+            host = f" and {gib(memory.host):.1f} in host memory" if memory.host else ""
+            fitting.append(f"{name} ({gib(memory.total + extra):.1f} GiB{host})")
+    others = f", {gib(extra):.1f} others" if extra else ""
+    host = f" and {gib(need.host):.1f} GiB of host memory, of which {gib(host_free):.1f} are free" if need.host else ""
+    raise ValueError(
+        f"{run.family} at {run.size} with a batch of {run.rows} needs {gib(need.total + extra):.1f} GiB "
+        f"({gib(need.weights):.1f} weights, {gib(need.slots):.1f} in {need.slot_count} slots, {gib(need.text):.1f} "
+        f"text, {gib(need.activations):.1f} activations{others}), but {gib(free):.1f} GiB are free{host}. "
+        + (f"These would fit: {'; '.join(fitting)}." if fitting else "No smaller run of this family would fit.")
+    )
+
+
+def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
+    """What could be changed to need less memory of the GPU, one change at a time."""
+    on = [kind for kind in KINDS if getattr(run.config, f"{kind}_broadcast")]
+    if on and not run.cache_on_host:
+        yield "--cache-device cpu", dataclasses.replace(run, cache_on_host=True)
+    if len(on) > 1:
+        for kind in on:
+            yield f"no {kind}_broadcast", _with(run, **{f"{kind}_broadcast": False})
+    for count in (21, 14, 7):
+        if on:
+            blocks = {f"{kind}_block": (0, count) for kind in on}
+            yield f"{', '.join(blocks)} of [0, {count}]", _with(run, **blocks)
+    if on and run.config.cache_dtype is None:
+        yield "--cache-dtype fp8", _with(run, cache_dtype="fp8")
+    if on:
+        yield "--pab off", dataclasses.replace(run, config=PABConfig())
+    if run.rows > 2:
+        yield "one prompt at a time", dataclasses.replace(run, rows=2)
+    if run.family == "open_sora":
+        yield from _smaller_sizes(run)
+
+
+def _with(run: PlannedRun, **settings: Any) -> PlannedRun:
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, **settings))
+
+
+def _smaller_sizes(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
+    size = run.size
+    for name, frames in reversed(DURATIONS.items()):
+        if frames < size.frames:
+            latent = (frames // 17 * 5, *size.latent[1:])
+            yield (
+                f"--duration {name}",
+                dataclasses.replace(run, size=VideoSize(frames, size.height, size.width, latent)),
+            )
+    for resolution in reversed(RESOLUTIONS):
+        smaller = open_sora_size(resolution, "9:16", size.frames)
+        if smaller.height * smaller.width < 0.9 * size.height * size.width:
+            yield f"--resolution {resolution}", dataclasses.replace(run, size=smaller)
+
+
+def gib(size: int) -> float:
+    """Bytes in GiB."""
+    return size / 2**30

@@ -1,0 +1,1 @@
+"""What chooses settings: profile, trials, frontier, results."""

@@ -1,0 +1,231 @@
+"""What PAB settings do to a model's videos and to the time they take, measured against the same videos without PAB."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pab_kernels import clock, quality
+from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.measure.floor import Ceilings, step_work
+from pab_kernels.models import adapter_for
+from pab_kernels.pipelines.generate import Generated, Request, generate
+from pab_kernels.pipelines.loading import Pipeline
+from pab_kernels.quality import Frames, Quality
+from pab_kernels.runtime.handle import accelerate
+from pab_kernels.schedule import Schedule, StepVariant
+
+CEILINGS = {"cpu": Ceilings(1.0, float("inf")), "cuda": Ceilings(690e12, 2.94e12)}
+"""For predicted time, of which only ratios count: arithmetic alone on a CPU, an H100's otherwise."""
+COMPUTED = StepVariant()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some settings on all videos: the quality of each, and the share of the denoising time that is saved.
+
+    `predicted` counts the operations that the schedule leaves out. `measured` takes the median time of each kind of
+    step, and compares with a run all of whose steps compute everything.
+    """
+
+    name: str
+    config: PABConfig
+    videos: tuple[Quality, ...]
+    predicted: float
+    measured: float
+
+    def values(self, measure: str) -> tuple[float, ...]:
+        """ "psnr", "ssim" or "lpips" of each video."""
+        return tuple(getattr(video, measure) for video in self.videos)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A run without PAB: its video, and what the transformer gave at each call."""
+
+    request: Request
+    frames: Frames
+    outputs: tuple[Any, ...]
+
+
+class Yardstick:
+    """Makes a model's videos without PAB, then tries settings out against them.
+
+    A trial computes only what can differ: up to its first broadcast it is the run without PAB, whose predictions it
+    gets. They are kept on the device.
+
+    Parameters
+    ----------
+    pipe : Pipeline
+    request : Request
+        Its videos are made one at a time.
+    on_call : callable, optional
+        Called after every call of the transformer that really runs.
+
+    Attributes
+    ----------
+    timesteps : tuple of float
+        Of every call of the transformer in a run.
+    unit_savings : dict of str to float
+        For each kind of attention that the model has: the predicted share of a step that its broadcast saves.
+
+    Raises
+    ------
+    ValueError
+        The pipeline gives no frames.
+    """
+
+    def __init__(self, pipe: Pipeline, request: Request, on_call: Callable[[], object] = lambda: None) -> None:
+        self._pipe, self._host, self._on_call = pipe, pipe.transformer, on_call
+        self._recordings: list[_Recording] = []
+        first: tuple[Any, Any] = (), {}
+        outputs: list[Any] = []
+        with accelerate(pipe, PABConfig()) as handle:
+            run = self._host.forward
+
+            def record(*args: Any, **kwargs: Any) -> Any:
+                nonlocal first
+                first = args, kwargs
+                outputs.append(run(*args, **kwargs))
+                on_call()
+                return outputs[-1]
+
+            with _forward(self._host, record):
+                for single in split(request):
+                    outputs.clear()
+                    frames = _video(generate(pipe, single, None))
+                    self._recordings.append(_Recording(single, frames, tuple(outputs)))
+            assert handle.schedule is not None
+            self.timesteps = handle.schedule.timesteps
+        self._costs = _Costs(self._host, *first)
+        self.unit_savings = {kind: self._costs.unit_saving(kind) for kind in self._costs.kinds}
+
+    def predicted_saving(self, config: PABConfig) -> float:
+        """Share of the denoising time that `config` should save."""
+        return self._costs.saving(Schedule(config, self.timesteps))
+
+    def calls(self, config: PABConfig) -> int:
+        """How many calls of the transformer a trial of `config` runs."""
+        return len(self._recordings) * (len(self.timesteps) - first_call(Schedule(config, self.timesteps)))
+
+    def try_out(self, name: str, config: PABConfig) -> Trial:
+        """Run `config` on all videos."""
+        schedule = Schedule(config, self.timesteps)
+        clocks: dict[StepVariant, list[tuple[Any, Any]]] = {}
+        videos = []
+        with accelerate(self._host, config) as handle:
+            run, start = self._host.forward, first_call(schedule)
+            for recording in self._recordings:
+                calls = iter(range(len(schedule)))
+
+                def replay(*args: Any, calls: Any = calls, recording: _Recording = recording, **kwargs: Any) -> Any:
+                    call = next(calls)
+                    if call < start:
+                        return recording.outputs[call]
+                    if call == start:
+                        handle.begin(self.timesteps, first_call=start)
+                    before = clock.mark(self._host.device)
+                    output = run(*args, **kwargs)
+                    clocks.setdefault(schedule[call], []).append((before, clock.mark(self._host.device)))
+                    self._on_call()
+                    return output
+
+                with _forward(self._host, replay):
+                    frames = _video(generate(self._pipe, recording.request, None))
+                videos.append(quality.compare(frames, recording.frames))
+        return Trial(name, config, tuple(videos), self._costs.saving(schedule), _measured_saving(schedule, clocks))
+
+
+def split(request: Request) -> list[Request]:
+    """A request for each of its videos."""
+    pairs = zip(request.prompts, request.all_seeds, strict=True)
+    return [dataclasses.replace(request, prompts=(prompt,), seeds=(seed,)) for prompt, seed in pairs]
+
+
+def first_call(schedule: Schedule) -> int:
+    """The call before the first broadcast, which writes every slot that may be read; the end where there is none."""
+    broadcasting = (call for call, step in enumerate(schedule) if _broadcasts(step))
+    first = next(broadcasting, None)
+    return len(schedule) if first is None else max(first - 1, 0)
+
+
+def _broadcasts(step: StepVariant) -> bool:
+    mlps = (step.mlp_spatial, step.mlp_temporal)
+    return any(getattr(step, kind) for kind in KINDS) or any(len(mlp.broadcast) for mlp in mlps)
+
+
+def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[Any, Any]]]) -> float:
+    """From the median time of each variant: the first step of one also allocates, or captures a graph."""
+    medians = {
+        variant: statistics.median(clock.seconds(*marks) for marks in pairs) for variant, pairs in clocks.items()
+    }
+    if not medians:
+        return 0.0
+    full = statistics.fmean(seconds for variant, seconds in medians.items() if not _broadcasts(variant))
+    # Calls that were not run compute everything.
+    return 1 - statistics.fmean(medians.get(step, full) for step in schedule) / full
+
+
+def _video(generated: Generated) -> Frames:
+    if generated.frames is None:
+        raise ValueError("model: gives latents, must give a video to measure quality: see --vae")
+    (frames,) = generated.frames
+    return frames
+
+
+@contextmanager
+def _forward(host: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of that of a runtime's handle."""
+    before = host.forward
+    host.forward = forward
+    try:
+        yield
+    finally:
+        host.forward = before
+
+
+class _Costs:
+    """Predicted time of a step, from shapes alone.
+
+    Parameters
+    ----------
+    host
+        Only its configuration is read.
+    args, kwargs
+        Of a call.
+    """
+
+    def __init__(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.device("meta"):
+            twin = type(host).from_config(host.config)
+        adapter = adapter_for(nn.Module.to(twin, host.dtype))  # not ModelMixin.to, which warns
+        call = adapter.bind(*args, **kwargs)
+        self._stack, self._shape, self._text = adapter.stack, call.shape, call.text.shape[1]
+        self._ceilings = CEILINGS[host.device.type]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of attention that the model has."""
+        return self._stack.kinds
+
+    def unit_saving(self, kind: str) -> float:
+        """Share of a step's time that is saved where all blocks broadcast `kind`."""
+        settings: dict[str, Any] = {f"{kind}_broadcast": True, f"{kind}_threshold": (0, 2), f"{kind}_range": 2}
+        _, broadcasting = schedule = Schedule(PABConfig(**settings), (1.0, 1.0))
+        return 1 - self._seconds(schedule, broadcasting) / self._seconds(schedule, COMPUTED)
+
+    def saving(self, schedule: Schedule) -> float:
+        """Share of a run's time that `schedule` saves."""
+        known = {variant: self._seconds(schedule, variant) for variant in {*schedule, COMPUTED}}
+        return 1 - statistics.fmean(known[step] for step in schedule) / known[COMPUTED]
+
+    def _seconds(self, schedule: Schedule, variant: StepVariant) -> float:
+        work = step_work(self._stack, schedule, variant, self._shape, self._text)
+        return work.seconds(self._ceilings)

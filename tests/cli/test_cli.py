@@ -1,0 +1,445 @@
+"""The `pab` command, on tiny models."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import typer
+from diffusers import DDIMScheduler
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from pab_kernels.cli.main import app
+from pab_kernels.config import PABConfig
+from pab_kernels.demo.text import TextEmbedding
+from pab_kernels.models import checkpoints
+from pab_kernels.pipelines import latents, sizes
+from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.generate import Request, Step
+from pab_kernels.pipelines.generate import generate as run
+from pab_kernels.schedule import Schedule
+from tests.pipeline_tools import TINY, save_text, tiny_text, tiny_transformer
+
+RUNNER = CliRunner()
+
+
+def pab(*arguments: object, code: int = 0) -> str:
+    """Run a command; its output, with line breaks and styles of tables taken out."""
+    result = RUNNER.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must fail with exit code 2 and one line; the line."""
+    output = pab(*arguments, code=2).strip()
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every family at toy width, and one more size of Open-Sora-Plan."""
+    torch.set_num_threads(1)
+    for family, config in TINY.items():
+        monkeypatch.setitem(checkpoints.FULL_SIZE, family, {**checkpoints.FULL_SIZE[family], **config})
+        if family in sizes.PLAN_SIZES:
+            monkeypatch.setitem(sizes.PLAN_SIZES[family], "17x64", (17, 64, 64))
+
+
+# schedule
+
+
+def test_schedule_draws_a_preset():
+    output = pab("schedule", "--preset", "open_sora_plan_v110:357", "--steps", 150)
+    assert "159 calls for 150 steps of open_sora_plan_v110" in output
+    assert all(kind in output for kind in ("spatial", "temporal", "cross"))
+
+
+def test_schedule_reads_a_file_and_plots(tmp_path):
+    PABConfig.preset("latte").to_yaml(tmp_path / "pab.yaml")
+    picture = tmp_path / "plot.png"
+    output = pab(
+        "schedule", "--config", tmp_path / "pab.yaml", "--family", "open_sora", "--steps", 8, "--plot", picture
+    )
+    assert "8 calls for 8 steps of open_sora" in output
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --preset"),
+        (["--preset", "sora"], "preset: got 'sora'"),
+        (["--preset", "latte:999"], "variant: got '999'"),
+        (["--preset", "latte", "--steps", "0"], "steps: got 0"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_schedule_refuses(arguments, message):
+    assert message in refused("schedule", *arguments)
+
+
+# info
+
+
+def test_info_names_versions_and_backends():
+    output = pab("info")
+    for word in ("torch", "gpu", "residual_norm_modulate", "temporal_attention"):
+        assert word in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slots"),
+    [
+        (["--model", "open_sora", "--resolution", "480p", "--duration", "8s"], "112 slots .* 45.9"),
+        (["--model", "open_sora", "--resolution", "480p", "--pab", "off"], "0 slots .* 0.0"),
+        (["--model", "latte", "--prompts", "2"], "84 slots .* 11.8"),
+        (["--model", "open_sora_plan", "--size", "29x480p"], "64 slots .* 5.3"),
+        (["--model", "open_sora_plan", "--size", "65x512x512", "--dtype", "float32"], "84 slots .* 12.6"),
+        (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "staging of 112 slots .* 0.4"),
+        (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "slots in host memory .* 11.5"),
+        (["--model", "open_sora", "--resolution", "480p", "--cache-dtype", "int8"], "112 slots .* 5.8"),
+    ],
+)
+def test_info_tells_memory(arguments, slots):
+    output = pab("info", *arguments)
+    assert re.search(slots, output)
+    assert all(part in output for part in ("weights", "keys and values", "activations", "all"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "demo"], "model: got 'demo'"),
+        (["--model", "opensora"], "family: got 'opensora'"),
+        (["--model", "open_sora", "--resolution", "481p"], "resolution: got '481p'"),
+        (["--model", "open_sora", "--size", "29x480p"], "size: got '29x480p' for open_sora"),
+        (["--model", "latte", "--pab", "nothing"], "pab: got 'nothing'"),
+        (["--model", "latte", "--dtype", "int8"], "dtype: got 'int8'"),
+        (["--model", "latte", "--cache-device", "disk"], "cache_device: got 'disk', must be cpu or cuda"),
+        (["--model", "latte", "--cache-dtype", "fp4"], "cache_dtype: got 'fp4', must be null or one of fp8, int8"),
+    ],
+)
+def test_info_refuses(arguments, message):
+    assert message in refused("info", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_tells_what_would_run_in_fp8():
+    output = pab("info", "--model", "latte", "--linear-precision", "fp8")
+    assert re.search(r"No linears in fp8: linear_precision: got fp8, .* fp8 GEMMs need a CUDA GPU, got cpu", output)
+    weights = [re.search(r"weights +│ +(\d\.\d)", text) for text in (output, pab("info", "--model", "latte"))]
+    assert [match and match[1] for match in weights] == ["2.8", "2.0"], "QKV, text queries and MLPs twice"
+
+
+# generate
+
+
+FAMILY_SIZES = {
+    "open_sora": ["--resolution", "144p", "--aspect", "1:1", "--duration", "17"],
+    "latte": [],
+    "open_sora_plan_v110": ["--size", "17x64"],
+    "open_sora_plan_v120": ["--size", "17x64"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_SIZES)
+def test_generate_runs_every_family_on_random_weights(tiny, family, tmp_path):
+    output = pab(
+        *("generate", "--model", family, *FAMILY_SIZES[family], "--random-weights", "--steps", 6, "--compare"),
+        *("--prompt", "a cat", "--prompt", "a dog that runs", "--negative-prompt", "red", "--seed", 4, "--seed", 9),
+        *("--output", tmp_path / "v.mp4", "--device", "cpu", "--cfg", 3),
+    )
+    assert re.search("finite .* yes .* yes", output)
+    assert "speed-up" in output
+    assert "latents' difference to no PAB" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "v-0.png",
+        "v-0.safetensors",
+        "v-1.png",
+        "v-1.safetensors",
+    ]
+    hidden, metadata = latents.load(tmp_path / "v-1.safetensors")
+    assert hidden.isfinite().all()
+    assert metadata["family"] == family
+    assert (metadata["prompt"], metadata["negative_prompt"], metadata["seed"]) == ("a dog that runs", "red", 9)
+    assert (metadata["steps"], metadata["guidance"]) == (6, 3.0)
+    assert PABConfig.from_dict(metadata["pab"]) == PABConfig.preset(family)
+    assert len(metadata["latent_scale"]) in (1, hidden.shape[0])
+    assert metadata["height"] == hidden.shape[2] * 8
+    assert {"frames", "width", "fps", "latent_shift"} <= metadata.keys()
+
+
+def test_generate_loads_a_checkpoint_and_a_text_encoder(tiny, tmp_path):
+    state = tiny_transformer("open_sora").state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    save_text(tiny_text(), tmp_path / "t5")
+    output = pab(
+        *("generate", "--model", "open_sora", *FAMILY_SIZES["open_sora"], "--prompt", "a red cat"),
+        *("--weights", tmp_path / "model.safetensors", "--text-encoder", tmp_path / "t5"),
+        *("--steps", 4, "--output", tmp_path / "v.mp4", "--device", "cpu"),
+    )
+    assert "4 transformer calls" in output
+    assert latents.load(tmp_path / "v.safetensors")[0].isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder with an untrained demo model: 5 frames of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("demo")
+    transformer = demo_transformer(pairs=1, heads=1, size=16, frames=5)
+    DemoPipeline(transformer, demo_scheduler(), TextEmbedding()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_generate_paints_a_video_with_the_demo(demo, suffix, tmp_path):
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    output = pab(
+        *("generate", "--model", demo, "--prompt", "a red circle moves right", "--steps", 3, "--pab", "off"),
+        *("--output", tmp_path / f"v{suffix}", "--device", "cpu"),
+    )
+    assert f"wrote {tmp_path / 'v'}{suffix}" in output
+    assert [path.name for path in tmp_path.iterdir()] == [f"v{suffix}"]
+    assert (tmp_path / f"v{suffix}").stat().st_size > 500
+
+
+def test_generate_compares_the_demo_with_itself(demo, tmp_path):
+    output = pab(
+        *("generate", "--model", demo, "--prompt", "a red circle moves right", "--prompt", "a blue star moves up"),
+        *("--steps", 4, "--compare", "--output", tmp_path / "v.gif", "--device", "cpu"),
+    )
+    assert all(word in output for word in ("PSNR against no PAB, video 1", "SSIM", "speed-up", "4 transformer calls"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v-0.gif", "v-0.png", "v-1.gif", "v-1.png"]
+
+
+def invoke(*arguments: object) -> Any:
+    """A command's result with stdout and stderr apart."""
+    return RUNNER.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_generate_prints_json_alone_on_stdout(demo, tmp_path):
+    result = invoke(
+        *("generate", "--model", demo, "--prompt", "a red circle moves right", "--steps", 4, "--compare", "--json"),
+        *("--output", tmp_path / "v.gif", "--device", "cpu", "--seed", 7, "--preview", 2),
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["model"], summary["steps"], summary["seeds"], summary["guidance"]) == ("demo", 4, [7], 2.0)
+    assert (summary["device"], summary["dtype"]) == ("cpu", "float32")
+    assert PABConfig.from_dict(summary["pab"]) == PABConfig.preset("latte")
+    assert sorted(summary["files"]) == sorted(map(str, tmp_path.iterdir()))
+    without, with_pab = summary["runs"].values()
+    assert without["report"] is None
+    assert with_pab["finite"]
+    computed, broadcast = with_pab["report"]["computed"], with_pab["report"]["broadcast"]
+    assert all(computed[kind] + broadcast[kind] == 4 for kind in computed)
+    (video,) = summary["comparison"]["videos"]
+    assert video["psnr"] is None or video["psnr"] > 0
+    assert 0 < video["ssim"] <= 1
+    assert summary["comparison"]["speed_up"] == pytest.approx(without["seconds"] / with_pab["seconds"])
+    assert "with PAB" in result.stderr  # the progress bar
+
+
+def test_generate_writes_previews_of_every_second_step(demo, tmp_path):
+    prompts = ("--prompt", "a red circle moves right", "--prompt", "a blue star moves up")
+    arguments = (
+        "--model",
+        demo,
+        *prompts,
+        "--steps",
+        5,
+        "--preview",
+        2,
+        "--output",
+        tmp_path / "v.gif",
+        "--pab",
+        "off",
+    )
+    assert pab("generate", *arguments, "--device", "cpu", "--quiet") == ""
+    names = ["v-0.gif", "v-1.gif", "v-denoising-step-002.png", "v-denoising-step-004.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    frames = [iio.imread(tmp_path / name) for name in names[2:]]
+    assert frames[0].shape == (256, 512, 3)  # two videos of 16 x 16, enlarged
+    assert not np.array_equal(frames[0], frames[1])
+    # The last but one preview is near the video: the demo's previews are without the noise that is still to go.
+    video = iio.imread(tmp_path / "v-0.gif")[2].astype(int)
+    distance = [abs(frame[:, :256].astype(int) - video).mean() for frame in frames]
+    assert distance[1] < distance[0]
+
+
+def test_generate_previews_latents(tiny, tmp_path):
+    arguments = ("--model", "latte", "--random-weights", "--steps", 2, "--preview", 1, "--device", "cpu")
+    pab("generate", *arguments, "--output", tmp_path / "v.mp4", "--quiet")
+    frame = iio.imread(tmp_path / "v-denoising-step-001.png")
+    assert frame.shape[2] == 3
+    assert frame.std() > 10
+
+
+def test_generate_tells_of_every_step_what_it_did(demo):
+    pipe = DemoPipeline.from_pretrained(demo)
+    request = Request(["a red circle moves right"], steps=6)
+    steps: list[Step] = []
+    config = PABConfig.preset("latte")
+    run(pipe, request, config, steps.append)
+    plan = Schedule(config, pipe.scheduler.timesteps.tolist())
+    assert [(step.done, step.total, step.variant) for step in steps] == [(i + 1, 6, v) for i, v in enumerate(plan)]
+    assert len(set(plan)) > 1
+    run(pipe, request, None, steps.append)
+    assert steps[-1].variant is None
+
+
+def test_generate_ends_with_1_for_a_result_that_is_not_finite(demo, tmp_path, monkeypatch):
+    step = DDIMScheduler.step
+
+    def broken(self, *args, **kwargs):
+        latents, denoised = step(self, *args, **kwargs)
+        return latents * torch.nan, denoised
+
+    monkeypatch.setattr(DDIMScheduler, "step", broken)
+    arguments = ("--model", demo, "--prompt", "a red circle moves right", "--steps", 2, "--device", "cpu")
+    result = invoke("generate", *arguments, "--pab", "off", "--output", tmp_path / "v.gif", "--quiet")
+    assert result.exit_code == 1
+    assert "not finite" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("no room for 3 GiB"), 1), (OSError("disk full"), 1), (ValueError("x: got 1"), 2)],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_end_with_one_line_and_their_code(error, code, demo, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(DemoPipeline, "__call__", fail)
+    arguments = ("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif", "--quiet")
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert result.output == f"error: {error}\n"
+    monkeypatch.setenv("PAB_DEBUG", "1")
+    assert invoke(*arguments).exception is error
+
+
+def test_a_bug_keeps_its_traceback(demo, tmp_path, monkeypatch):
+    bug = RuntimeError("shapes do not fit")
+    monkeypatch.setattr(DemoPipeline, "__call__", lambda *args, **kwargs: (_ for _ in ()).throw(bug))
+    assert invoke("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif").exception is bug
+
+
+def test_generate_refuses_a_folder_that_cannot_be_written(demo, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "file" / "v.gif")
+    assert "must be in a folder that can be written" in line
+
+
+# help
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "report", "info", "schedule", "verify"])
+def test_help_shows_examples_that_the_command_line_understands(command, monkeypatch):
+    output = pab(command, "--help")
+    examples = [line.strip() for line in output.splitlines() if line.strip().startswith(f"pab {command}")]
+    assert examples
+    parser: Any = typer.main.get_command(app)
+    for example in examples:
+        words = shlex.split(example.split(" > ")[0])[2:]
+        parser.commands[command].make_context(command, words)  # raises for an unknown option
+
+
+def test_help_names_the_exit_codes():
+    assert "Exit codes: 0 done" in pab("--help")
+
+
+def test_the_shell_completes_presets():
+    environment = {
+        **os.environ,
+        "_PAB_COMPLETE": "complete_bash",
+        "COMP_WORDS": "pab generate --pab la",
+        "COMP_CWORD": "3",
+    }
+    command = [sys.executable, "-c", "from pab_kernels.cli import app; app(prog_name='pab')"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout.split() == ["latte"], result.stderr
+
+
+def test_generate_refuses_a_word_that_the_demo_does_not_know(demo, tmp_path):
+    output = tmp_path / "v.gif"
+    arguments = ("--model", demo, "--prompt", "a red elephant", "--output", output, "--device", "cpu")
+    assert "elephant" in refused("generate", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "v.avi"], "output: got 'v.avi'"),
+        (["--model", "opensora"], "model: got 'opensora', must be demo"),
+        (["--random-weights"], "random_weights: got it for 'demo'"),
+        (["--model", "open_sora", "--random-weights", "--weights", "x"], "random_weights: .* must be given alone"),
+        (["--model", "open_sora", "--resolution", "481p"], "resolution: got '481p'"),
+        (["--model", "open_sora", "--duration", "50"], "duration: got '50'"),
+        (["--model", "open_sora", "--aspect", "21:9"], "aspect: got '21:9'"),
+        (["--model", "open_sora_plan_v110", "--size", "29x480p"], "size: got '29x480p'"),
+        (["--size", "29x480p"], "size: got '29x480p' for demo"),
+        (["--pab", "nothing"], "pab: got 'nothing'"),
+        (["--pab", "off", "--compare"], "there is nothing to compare"),
+        (["--prompt", "a", "--prompt", "b", "--prompt", "c", "--seed", "1", "--seed", "2"], "seed must be given once"),
+        (["--dtype", "int8"], "dtype: got 'int8'"),
+        (["--linear-precision", "fp8"], "linear_precision: got fp8, must be None here: fp8 GEMMs need a CUDA GPU"),
+        (["--model", "open_sora", "--weights", "nowhere.safetensors"], "there is no file or folder nowhere"),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else value[:20],
+)
+def test_generate_refuses(arguments, message, tmp_path):
+    line = refused("generate", "--output", tmp_path / "v.gif", "--device", "cpu", *arguments)
+    assert re.search(message, line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_refuses_mp4_where_it_cannot_be_written(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert "output: got 'video.mp4', must end in .gif" in refused("generate", "--device", "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_generate_refuses_a_gpu_that_is_not_there():
+    assert "device: got cuda" in refused("generate", "--device", "cuda", "--output", "v.gif")
+
+
+def test_generate_refuses_a_run_that_does_not_fit(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (40 * 2**30, 80 * 2**30))
+    monkeypatch.setattr("pab_kernels.pipelines.memory.available_host_memory", lambda: 64 * 2**30)
+    line = refused(
+        *("generate", "--model", "open_sora", "--resolution", "480p", "--duration", "8s", "--random-weights"),
+        *("--device", "cuda", "--output", tmp_path / "v.mp4"),
+    )
+    assert re.search(
+        r"needs 51\.\d GiB .* 45.9 in 112 slots.* but 40.0 GiB are free.* --cache-device cpu .* --duration 4s", line
+    )
+
+
+# verify
+
+
+def test_verify_refuses_what_is_no_recording(tmp_path):
+    assert "no such file" in refused("verify", tmp_path / "absent.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert "not a recording" in refused("verify", tmp_path / "x.safetensors")
+    assert "tolerance: got 0.0" in refused("verify", tmp_path / "x.safetensors", "--tolerance", "0")
+    assert "dtype: got 'int8'" in refused("verify", tmp_path / "x.safetensors", "--dtype", "int8")

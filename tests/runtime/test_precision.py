@@ -1,0 +1,169 @@
+"""Which linears run in fp8, and a whole model with them on the reference backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pab_kernels import Fp8Linear, Mlp, PABConfig, SelfAttention, Slot, accelerate, fused_pab_attention
+from pab_kernels.blocks.branches import Linear, mlp
+from pab_kernels.models import adapter_for
+from pab_kernels.runtime import precision
+from pab_kernels.runtime.precision import Fp8Linears, Shape, Trial
+from tests.latte_tools import call, inputs, tiny_latte
+from tests.runtime.test_slots import CONFIGS, gpu_latte, gpu_run
+
+TIMESTEPS = [900.0, 700.0, 600.0]
+PAB: dict[str, Any] = {"spatial_broadcast": True, "spatial_threshold": (100, 800), "spatial_range": 2}
+
+
+def has_fp8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_latte().bfloat16()
+
+
+@pytest.fixture
+def _any_device(monkeypatch):
+    """As if this device had fp8 tensor cores: the ops then run on their reference."""
+    monkeypatch.setattr(precision, "no_fp8", lambda device: None)
+
+
+def run(model: nn.Module, config: PABConfig, **options: Any) -> Tensor:
+    latents, text = (tensor.bfloat16() for tensor in inputs())
+    with accelerate(model, config, **options) as handle:
+        handle.begin(TIMESTEPS)
+        return torch.stack([call(model, latents, text, t) for t in TIMESTEPS])
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.usefixtures("_any_device")
+def test_all_linears(model):
+    """Near the same in bfloat16, but not the same, and the host stays what it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = run(model, PABConfig(**PAB))
+    result = run(model, PABConfig(**PAB, linear_precision="fp8-all"))
+    assert 3e-3 < error(result, expected) < 0.1
+    assert torch.equal(run(model, PABConfig(**PAB), linear_precision="fp8-all"), result)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.usefixtures("_any_device")
+def test_excluded_layers_are_exactly_as_without(model):
+    expected = run(model, PABConfig())
+    everything = PABConfig(linear_precision="fp8-all", linear_exclude=("*",))
+    assert torch.equal(run(model, everything), expected)
+    stack = adapter_for(model).stack
+    blocks = Fp8Linears(stack, ("spatial.0.*", "*.mlp"), measure=False).at(4).blocks
+    first = [block for block in blocks if block.kind == "spatial" and block.index == 0]
+    others = [block for block in blocks if block not in first]
+    assert [type(block.attention.qkv) for block in first] == [Linear]
+    assert {type(block.attention.qkv) for block in others} == {Fp8Linear}
+    assert {type(block.cross.q) for block in others if block.cross is not None} == {Fp8Linear}
+    assert {type(block.mlp.up) for block in blocks} == {Linear}
+
+
+@pytest.mark.usefixtures("_any_device")
+def test_a_shape_is_measured_once_and_decides(model, monkeypatch):
+    measured = []
+
+    def measure(block, layer, rows):
+        measured.append((layer, rows))
+        return Trial(1.0, 0.5 if layer == "mlp" and rows > 10 else 1.0)
+
+    monkeypatch.setattr(precision, "measure", measure)
+    linears = Fp8Linears(adapter_for(model).stack)
+    large, small = linears.at(100), linears.at(10)
+    assert measured == [(layer, rows) for rows in (100, 10) for layer in ("qkv", "cross.q", "mlp")]
+    assert {type(block.mlp.down) for block in large.blocks} == {Fp8Linear}
+    assert {type(block.attention.qkv) for block in large.blocks} == {Linear}
+    assert {type(block.mlp.down) for block in small.blocks} == {Linear}
+    again = linears.at(100)
+    assert len(measured) == 6
+    assert again.blocks[0].mlp.up is large.blocks[0].mlp.up, "quantised a second time"
+    assert set(linears.trials) == {Shape(*key) for key in [
+        ("qkv", 100, 16, 48), ("cross.q", 100, 16, 16), ("mlp", 100, 16, 64),
+        ("qkv", 10, 16, 48), ("cross.q", 10, 16, 16), ("mlp", 10, 16, 64),
+    ]}  # fmt: skip
+
+
+@pytest.mark.usefixtures("_any_device")
+def test_sizes_that_do_not_fit_stay_where_fp8_must_pay(monkeypatch):
+    model = tiny_latte(heads=3).bfloat16()  # 24 channels
+    stack = adapter_for(model).stack
+    monkeypatch.setattr(precision, "measure", lambda block, layer, rows: Trial(2.0, 1.0))
+    assert all(isinstance(block.mlp.up, Linear) for block in Fp8Linears(stack).at(4).blocks)
+    assert all(isinstance(block.mlp.up, Fp8Linear) for block in Fp8Linears(stack, measure=False).at(4).blocks)
+
+
+def test_errors(model, monkeypatch):
+    config = PABConfig(linear_precision="fp8")
+    with pytest.raises(ValueError, match=r"linear_precision: got fp8, must be None here: fp8 GEMMs need a CUDA GPU"):
+        accelerate(model, config)
+    assert "forward" not in model.__dict__
+    monkeypatch.setattr(precision, "no_fp8", lambda device: None)
+    with pytest.raises(ValueError, match=r"fp8 for weights of torch\.float32, must be None, or torch\.bfloat16"):
+        accelerate(tiny_latte(), config)
+    with pytest.raises(ValueError, match=r"linear_exclude: 'spatial\.9\.qkv' fits no layer; .* 'spatial\..*qkv'"):
+        accelerate(model, PABConfig(linear_precision="fp8", linear_exclude=("spatial.9.qkv",)))
+    with pytest.raises(ValueError, match=r"linear_precision: got 'fp4', must be null or one of fp8, fp8-all"):
+        accelerate(model, PABConfig(), linear_precision="fp4")
+    part = Linear(torch.randn(16, 16), torch.randn(16))
+    with pytest.raises(TypeError, match=r"up, down: are Fp8Linear and Linear, must be alike"):
+        Mlp(Fp8Linear.of(part), part)
+    with pytest.raises(TypeError, match=r"h: got Tensor, must be Quantized because the weights are"):
+        mlp(torch.randn(2, 16), Mlp(Fp8Linear.of(part), Fp8Linear.of(part)), torch.empty(2, 16))
+
+
+def test_fused_attention_in_fp8():
+    torch.manual_seed(0)
+    qkv, proj = (Linear(torch.randn(rows, 16) * 0.3, torch.randn(rows) * 0.1) for rows in (48, 16))
+    modulation: Any = tuple(torch.randn(2, 16) for _ in range(3))
+    results = []
+    for part in (qkv, Fp8Linear.of(qkv)):
+        x = torch.ones(2, 3, 5, 16) * torch.arange(16)
+        slot = Slot(torch.empty_like(x), torch.empty(2, 16))
+        weights = SelfAttention(part, proj, 2, "spatial")
+        results.append(fused_pab_attention(x, weights, modulation, slot, kind="spatial", broadcast=False))
+    assert 1e-4 < error(results[1], results[0]) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8(), reason="no GPU with fp8 tensor cores")
+@pytest.mark.parametrize("cache_dtype", [None, "fp8", "int8"])
+def test_on_a_gpu(cache_dtype, device):
+    """All linears in fp8 with each kind of slot: graphs repeat the eager steps bit for bit, near those in bfloat16."""
+    model = gpu_latte()
+    config = CONFIGS["attention"]
+    with accelerate(model, config) as handle:
+        expected = gpu_run(model, handle)
+    options: dict[str, Any] = {"linear_precision": "fp8-all", "cache_dtype": cache_dtype}
+    with accelerate(model, config, cuda_graphs=False, **options) as handle:
+        result = gpu_run(model, handle)
+        assert handle.report().fp8 == {"qkv": 6, "cross.q": 3, "mlp": 6}
+    assert 1e-3 < error(result, expected) < 0.1
+    with accelerate(model, config, **options) as handle:
+        for _ in range(3):
+            assert torch.equal(gpu_run(model, handle), result)
+        assert handle.report().eager is None
+        assert handle.report().graphs > 1
+    with accelerate(model, config, cache_device="cpu", **options) as handle:
+        assert torch.equal(gpu_run(model, handle), result)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8(), reason="no GPU with fp8 tensor cores")
+def test_on_a_gpu_shapes_are_measured(device):
+    trials = precision.measure_shapes(adapter_for(gpu_latte()).stack, 4096, torch.device(device), torch.bfloat16)
+    assert {shape.layer for shape in trials} == {"qkv", "cross.q", "mlp"}
+    assert all(trial.plain_ms > 0 and trial.fp8_ms > 0 for trial in trials.values())

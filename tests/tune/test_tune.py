@@ -1,0 +1,263 @@
+"""The frontier against brute force, the search on made-up trials, and trials against whole runs."""
+
+import itertools
+import math
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pab_kernels import PABConfig, accelerate, quality
+from pab_kernels.config import MlpWindow, named_settings
+from pab_kernels.demo.text import TextEmbedding
+from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.generate import Request, generate
+from pab_kernels.quality import Quality
+from pab_kernels.schedule import Schedule
+from pab_kernels.tune.choose import Estimate, Search, Target, best, reaches
+from pab_kernels.tune.frontier import RANGES, frontier, predicted_error
+from pab_kernels.tune.profile import Profile
+from pab_kernels.tune.results import Tuned
+from pab_kernels.tune.trials import Trial, Yardstick, first_call, split
+from tests.latte_tools import call, inputs, tiny_latte
+
+UNIT_SAVINGS = {"spatial": 0.2, "temporal": 0.15, "cross": 0.08}
+
+
+def made_up(calls: int, kinds=("spatial", "temporal", "cross"), blocks: int = 2, seed: int = 0) -> Profile:
+    rng = np.random.default_rng(seed)
+    impact = {kind: np.hstack([np.full((blocks, 1), np.nan), rng.random((blocks, calls - 1))]) for kind in kinds}
+    return Profile(tuple(np.linspace(999, 20, calls).round()), impact, impact, impact)
+
+
+def everything(calls: list[int]) -> list[PABConfig]:
+    """All windows and ranges of spatial attention that broadcast something."""
+    thresholds = [calls[0] + 1, *[(a + b) // 2 for a, b in itertools.pairwise(calls)], calls[-1] - 1]
+    return [
+        PABConfig(spatial_broadcast=True, spatial_threshold=(lo, hi), spatial_range=every)
+        for every in RANGES
+        for hi, lo in itertools.combinations(thresholds, 2)
+    ]
+
+
+def broadcasts(config: PABConfig, profile: Profile) -> int:
+    return Schedule(config, profile.timesteps).broadcast_count("spatial")
+
+
+# The frontier
+
+
+def test_predicted_error_adds_what_the_outputs_would_have_changed():
+    profile = made_up(6)
+    change = profile.impact["temporal"]
+    config = PABConfig(temporal_broadcast=True, temporal_threshold=(0, 800), temporal_range=3)
+    # Calls 2, 4 and 5 broadcast: 2 what call 1 computed, 4 and 5 what call 3 did.
+    expected = (change[:, 2] ** 2 + change[:, 4] ** 2 + (change[:, 4] + change[:, 5]) ** 2).sum()
+    assert predicted_error(profile, config) == pytest.approx(expected)
+    assert predicted_error(profile, PABConfig()) == 0
+
+
+def test_no_settings_beat_the_frontier():
+    profile = made_up(9, kinds=("spatial",))
+    found = frontier(profile, UNIT_SAVINGS)
+    for candidate in found:
+        assert candidate.error == pytest.approx(predicted_error(profile, candidate.config))
+        assert candidate.saving == pytest.approx(0.2 * broadcasts(candidate.config, profile) / 9)
+    for config in everything([int(t) for t in profile.timesteps]):
+        count, error = broadcasts(config, profile), predicted_error(profile, config)
+        assert not count or any(
+            c.error <= error * (1 + 1e-9) and broadcasts(c.config, profile) >= count for c in found
+        ), config
+
+
+def test_the_frontier_rises_in_saving_and_error():
+    found = frontier(made_up(12), UNIT_SAVINGS)
+    assert all(a.saving < b.saving and a.error < b.error for a, b in itertools.pairwise(found))
+    assert len({c.config for c in found}) == len(found)
+
+
+def test_thresholds_keep_to_calls_that_differ():
+    profile = made_up(8)
+    repeated = replace(profile, timesteps=(999.0, 800.0, 800.0, 600.0, 600.0, 400.0, 200.0, 1.0))
+    for candidate in frontier(repeated, UNIT_SAVINGS):
+        assert candidate.error == pytest.approx(predicted_error(repeated, candidate.config))
+
+
+# The search
+
+
+def trial(name: str, config: PABConfig, psnr: float, saving: float, spread: float = 2.0) -> Trial:
+    videos = tuple(Quality(psnr + spread * sign, 1 - 10 ** (-(psnr + spread * sign) / 30)) for sign in (-1, 0, 0, 1))
+    return Trial(name, config, videos, saving, saving)
+
+
+class Model:
+    """Stands in for trials: quality falls with the predicted error, but not as fast as foreseen, and savings differ."""
+
+    def __init__(self, calls: int = 20) -> None:
+        self.profile = made_up(calls)
+        self.candidates = frontier(self.profile, UNIT_SAVINGS)
+        self.saving = {c.config: c.saving for c in self.candidates}
+        self.tried: list[str] = []
+
+    def try_out(self, name: str, config: PABConfig) -> Trial:
+        self.tried.append(name)
+        error = predicted_error(self.profile, config)
+        return trial(name, config, 34 - 8 * math.log10(error), self.saving.get(config, 0.1))
+
+    def search(self, target: str, count: int = 4) -> list[Trial]:
+        named = named_settings("latte")
+        return list(Search(self.profile, self.candidates, Target.parse(target)).run(self.try_out, named, count))
+
+
+@pytest.mark.parametrize("target", ["psnr=28", "psnr=33", "ssim=0.9"])
+def test_the_search_ends_at_the_last_candidate_that_reaches_the_target(target):
+    model, wanted = Model(), Target.parse(target)
+    trials = model.search(target, count=12)
+    chosen = best(trials, wanted)
+    assert reaches(chosen, wanted)
+    every = [model.try_out("", c.config) for c in model.candidates]
+    most = max(t.predicted for t in every if reaches(t, wanted))
+    assert chosen.predicted == pytest.approx(most)
+    assert len(trials) < 4 + 12, "it stops by itself"
+
+
+def test_few_trials_come_near():
+    wanted = Target.parse("psnr=30")
+    low = [Estimate.of(t.values("psnr")).low for t in Model().search("psnr=30", count=3) if reaches(t, wanted)]
+    assert min(low) < 31
+
+
+def test_a_speed_is_chosen_for_its_quality():
+    model, wanted = Model(), Target.parse("speedup=1.15")
+    chosen = best(model.search("speedup=1.15"), wanted)
+    assert chosen.name == "tuned 1"
+    assert chosen.predicted >= 1 - 1 / 1.15
+    assert chosen.config == next(c.config for c in model.candidates if c.saving >= 1 - 1 / 1.15)
+
+
+def test_a_speed_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"target: got speedup=9, must be at most speedup=1\.\d\d"):
+        Model().search("speedup=9")
+
+
+def test_the_search_is_deterministic():
+    first, second = Model().search("psnr=31"), Model().search("psnr=31")
+    assert [(t.name, t.config) for t in first] == [(t.name, t.config) for t in second]
+
+
+def test_where_none_reaches_the_target_the_nearest_is_best():
+    wanted = Target.parse("psnr=90")
+    trials = Model().search("psnr=90", count=2)
+    chosen = best(trials, wanted)
+    assert not reaches(chosen, wanted)
+    assert Estimate.of(chosen.values("psnr")).mean == max(statistics.fmean(t.values("psnr")) for t in trials)
+
+
+def test_estimates():
+    found = Estimate.of([20.0, 30.0, 25.0, 25.0])
+    assert found.mean == 25
+    assert found.margin == pytest.approx(0.978472 * math.sqrt(50 / 3) / 2, rel=1e-4)  # t(0.8) of 3 degrees of freedom
+    assert Estimate.of([25.0]).margin == math.inf
+    assert Estimate.of([math.inf, math.inf]) == Estimate(100.0, 0.0)
+
+
+@pytest.mark.parametrize("text", ["psnr", "psnr=", "psnr=-3", "psnr=0", "ssim=1", "ssim=2", "speedup=1", "lpips=0.1"])
+def test_targets_that_are_refused(text):
+    with pytest.raises(ValueError, match="target: got"):
+        Target.parse(text)
+
+
+# Trials
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DemoPipeline:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    transformer = demo_transformer(pairs=2, heads=1, size=16, frames=5)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    return DemoPipeline(transformer.eval().requires_grad_(False), demo_scheduler(), TextEmbedding())
+
+
+REQUEST = Request(("a red circle moves right", "a blue star moves up"), steps=10, seeds=(4, 9))
+
+
+@pytest.mark.parametrize("name", ["latte", "latte:469"])
+def test_a_trial_is_the_whole_run(pipe, name):
+    calls = []
+    yardstick = Yardstick(pipe, REQUEST, lambda: calls.append(0))
+    assert len(calls) == 2 * 10
+    config = named_settings("latte")[name]
+    found = yardstick.try_out(name, config)
+    assert len(calls) == 2 * 10 + yardstick.calls(config) < 2 * 10 * 2, "the beginning is shared"
+    for single, video in zip(split(REQUEST), found.videos, strict=True):
+        (expected,), (without,) = (generate(pipe, single, settings).frames or () for settings in (config, PABConfig()))
+        assert video == quality.compare(expected, without)
+        assert video.psnr < 60, "the settings must really broadcast"
+    assert 0 < found.predicted < 1
+    assert found.measured < 1
+    accelerate(pipe.transformer, PABConfig()).close()  # refuses a replaced forward
+
+
+def test_predicted_savings_add_up(pipe):
+    yardstick = Yardstick(pipe, split(REQUEST)[0])
+    config = PABConfig.preset("latte")
+    plan = Schedule(config, yardstick.timesteps)
+    expected = sum(plan.broadcast_count(kind) * unit for kind, unit in yardstick.unit_savings.items()) / len(plan)
+    assert yardstick.try_out("x", config).predicted == pytest.approx(expected)
+    assert yardstick.try_out("off", PABConfig()).videos[0].psnr == math.inf
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (PABConfig(), 4),
+        (PABConfig(cross_broadcast=True, cross_threshold=(100, 650), cross_range=3), 1),
+        (PABConfig(mlp_broadcast=True, mlp_spatial_broadcast_config=(MlpWindow(600, (0,), 1),)), 2),
+    ],
+)
+def test_first_call(config, expected):
+    assert first_call(Schedule(config, [900, 700, 600, 300])) == expected
+
+
+def test_a_run_may_begin_late():
+    model, timesteps = tiny_latte(), [900.0, 700.0, 600.0, 300.0]
+    latents, text = inputs()
+    config = PABConfig(spatial_broadcast=True, spatial_threshold=(100, 650), spatial_range=2)
+    with accelerate(model, config) as handle:
+        handle.begin(timesteps)
+        outputs = [call(model, latents, text, t) for t in timesteps]
+        plan = handle.begin(timesteps, first_call=1)
+        assert torch.equal(call(model, latents, text, timesteps[1]), outputs[1])
+        assert [step.spatial for step in plan] == [False, False, False, True]
+        call(model, latents, text, timesteps[2])
+        assert torch.equal(call(model, latents, text, timesteps[3]), outputs[3])
+        handle.begin(timesteps, first_call=3)
+        with pytest.raises(ValueError, match="before this run has written it"):
+            call(model, latents, text, timesteps[3])
+        for wrong in (-1, 4):
+            with pytest.raises(ValueError, match=f"first_call: got {wrong}"):
+                handle.begin(timesteps, first_call=wrong)
+
+
+# What is kept
+
+
+def test_the_best_so_far_is_always_on_disk(tmp_path):
+    wanted = Target.parse("psnr=28")
+    settings = named_settings("latte")
+    tuned = Tuned(tmp_path / "t.yaml", wanted, "made up")
+    for name, psnr, saving in (("latte", 20.0, 0.2), ("latte:235", 32.0, 0.1), ("latte:347", 25.0, 0.3)):
+        tuned.add(trial(name, settings[name], psnr, saving))
+        kept = PABConfig.from_yaml(tmp_path / "t.yaml")
+        assert kept == settings["latte" if name == "latte" else "latte:235"]
+    text = (tmp_path / "t.yaml").read_text()
+    assert text.startswith(
+        "# pab tune --target psnr=28: reached, after 3 trials\n# made up\n# latte:235: PSNR, dB 32.00 (at"
+    )
+    assert "10.0% as predicted, 10.0% as measured" in text
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + 3 * 4
