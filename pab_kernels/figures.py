@@ -211,9 +211,7 @@ def _fonts(words: str) -> dict[str, FT2Font]:
     for entry in fontManager.ttflist:
         if not missing:
             break
-        if (
-            entry.style != "normal" or entry.name in fonts or "Last Resort" in entry.name
-        ):  # it has boxes for all
+        if entry.style != "normal" or entry.name in fonts or "Last Resort" in entry.name:  # it has boxes for all
             continue
         try:
             font = FT2Font(entry.fname)
