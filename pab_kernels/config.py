@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pab_kernels import config_values as values
 from pab_kernels import strict_yaml
 from pab_kernels.config_values import MlpWindow
@@ -197,9 +195,7 @@ class PABConfig:
     def to_yaml(self, path: str | os.PathLike[str], comment: str = "") -> None:
         """Write the settings as YAML, below the lines of `comment`; a file there is replaced once this is complete."""
         with replaced(Path(path)) as partial:
-            partial.write_text(
-                strict_yaml.comment(comment) + yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8"
-            )
+            partial.write_text(strict_yaml.comment(comment) + strict_yaml.dump(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def preset(cls, family: str, variant: str | None = None) -> PABConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def load(path: Path) -> Any:
         return yaml.load(text, _Loader)  # derived from the safe one
     except Exception as error:  # PyYAML's constructors raise what they like, such as KeyError for `!!bool 3`
         raise ValueError(f"not valid YAML: {error}") from error
+
+
+def dump(settings: Mapping[str, Any]) -> str:
+    """Settings as a document that `load` reads back."""
+    text: str = yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 def comment(text: str) -> str:
@@ -91,16 +98,18 @@ def _line(place: Any) -> int:
     return int(place.start_mark.line) + 1
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that are numbers to either version of YAML."""
+
+
 # YAML 1.1, which PyYAML reads, has no 1e2, and takes 010 for 8 and 1:30 for 90.
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.I),
-    list("-+.0123456789"),
-)
+_FLOATS = r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+    _class.add_implicit_resolver(_FLOAT, re.compile(f"^(?:{_FLOATS})$", re.I), list("-+.0123456789"))
 _Loader.add_constructor(_INT, _Loader.construct_decimal)

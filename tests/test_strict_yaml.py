@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pab_kernels import PABConfig, strict_yaml
@@ -101,7 +101,10 @@ def test_every_character_may_be_in_a_comment(tmp_path):
     assert PABConfig.from_yaml(tmp_path / "pab.yaml") == config
 
 
-@given(st.text(max_size=200))
+@given(st.text(max_size=200) | st.text(alphabet="+-.:_0123456789eExXoOinfaINFA", max_size=8))
+@example("0e0")
+@example("010")
+@example("1:30")
 def test_comments_and_patterns_come_back(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "comment.yaml"
     config = PABConfig(linear_exclude=(text,))
