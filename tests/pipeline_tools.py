@@ -10,8 +10,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from pab_kernels.demo.text import TextEmbedding
 from pab_kernels.models import checkpoints
 from pab_kernels.pipelines import loading
+from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
@@ -72,6 +74,17 @@ def tiny_pipeline(family: str, vae: Any = None, **overrides: Any) -> Any:
         return LatteLatents(tiny_transformer(family, **overrides))
     cls = OpenSoraPipeline if family == "open_sora" else OpenSoraPlanPipeline
     return cls(tiny_transformer(family, **overrides), tiny_text(), vae)
+
+
+def tiny_demo() -> DemoPipeline:
+    """One pair of blocks on two frames of 8 x 8 pixels; random weights."""
+    torch.manual_seed(0)
+    transformer = demo_transformer(pairs=1, heads=1, size=8, frames=2)
+    for parameter in transformer.parameters():
+        parameter.data.normal_(0, 0.15)
+    return DemoPipeline(
+        transformer.eval().requires_grad_(False), demo_scheduler(), TextEmbedding().requires_grad_(False)
+    )
 
 
 def run(pipe: Any, prompt: Any, **settings: Any) -> torch.Tensor:

@@ -98,9 +98,10 @@ class T5Text:
         ValueError
             A prompt has more tokens than `length`. It is not cut: the end of a prompt may be what matters.
         """
-        for parameter in kept_in_float32(self.encoder):
-            if parameter.dtype == torch.float16:  # by the encoder's own `to` or `half`
-                parameter.data = parameter.data.float()
+        with torch.inference_mode(False):
+            for parameter in kept_in_float32(self.encoder):
+                if parameter.dtype == torch.float16:  # by the encoder's own `to` or `half`
+                    parameter.data = parameter.data.float()
         texts = list(prompts)
         _check_length(texts, [len(ids) for ids in self.tokenizer(texts)["input_ids"]], length)
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
