@@ -130,11 +130,11 @@ def check_count(name: str, found: int, count: int, things: str = "prompts") -> N
         raise ValueError(f"{name} must be a single value or one for each of {count} {things}, got {found}")
 
 
-def check_steps(num_inference_steps: int, name: str = "num_inference_steps") -> int:
+def check_steps(num_inference_steps: int) -> int:
     """The number of steps. Raises ValueError unless it is at least 1 and at most the 1000 of training."""
-    steps = whole(name, num_inference_steps)
+    steps = whole("num_inference_steps", num_inference_steps)
     if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"{name} must be in [1, {MAX_STEPS}], got {steps}")
+        raise ValueError(f"num_inference_steps must be in [1, {MAX_STEPS}], got {steps}")
     return steps
 
 

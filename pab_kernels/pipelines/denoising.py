@@ -106,9 +106,7 @@ class DenoisingPipeline:
 
     def _step(self, prediction: Tensor, t: Tensor, latents: Tensor, run: Run) -> tuple[Tensor, Tensor | None]:
         """The scheduler's step; what it draws comes from the run's generators."""
-        draws = {"generator": run.generators} if samplers.takes_generator(self.scheduler) else {}
-        done = self.scheduler.step(prediction, t, latents, **draws)
-        return done.prev_sample, getattr(done, "pred_original_sample", None)
+        return samplers.take_step(self.scheduler, prediction, t, latents, run.generators)
 
     def _steps(self, latents: Tensor, run: Run, guidance_scale: float, first: int) -> TakeStep:
         """A function that takes latents through the i-th step: transformer, guidance, scheduler.

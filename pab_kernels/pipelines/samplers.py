@@ -29,6 +29,9 @@ _FLOW = {
 }
 """diffusers' samplers of rectified flow alone, by name, since not every version has them all."""
 
+_MORE = ("prev_timestep", "starting_mask_ratio", "old_pred_original_sample")
+"""Arguments of a step that only its own pipeline gives."""
+
 
 def rflow_timesteps(steps: int, height: int, width: int, latent_frames: int) -> list[float]:
     """Timesteps of Open-Sora's rectified flow, shifted towards noise for more pixels and frames.
@@ -138,15 +141,12 @@ def check_scheduler(scheduler: Any, predictions: Sequence[str]) -> None:
     step = getattr(scheduler, "step", None)
     if step is None or not hasattr(scheduler, "set_timesteps"):
         raise ValueError(f"scheduler: got {name}, must have set_timesteps and step as diffusers' have")
-    parameters = list(inspect.signature(step).parameters.values())
+    parameters = inspect.signature(step).parameters.values()
     needed = [
         each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
     ]
-    if not isinstance(scheduler, RFlowScheduler):
-        if len(needed) != 3 or needed != [each.name for each in parameters[:3]]:
-            raise ValueError(f"scheduler: got {name}, whose step takes {', '.join(needed)}: must take three tensors")
-        if "prev_timestep" in inspect.signature(step).parameters:
-            raise ValueError(f"scheduler: got {name}, whose step must be told the timestep after: use DDPMScheduler")
+    if len(needed) > 3 or any(name in inspect.signature(step).parameters for name in _MORE):
+        raise ValueError(f"scheduler: got {name}, whose step takes more than prediction, timestep and latents")
     prediction = prediction_of(scheduler)
     if prediction not in predictions:
         what = "is for another kind of model" if prediction is None else f"takes the model to predict {prediction}"
@@ -162,9 +162,22 @@ def check_scheduler(scheduler: Any, predictions: Sequence[str]) -> None:
         )
 
 
-def takes_generator(scheduler: Any) -> bool:
-    """Whether the scheduler's step may draw noise, from a generator that it is given."""
-    return "generator" in inspect.signature(scheduler.step).parameters
+def take_step(
+    scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: torch.Generator | list[torch.Generator]
+) -> tuple[Tensor, Tensor | None]:
+    """A step of one of diffusers' schedulers.
+
+    Returns
+    -------
+    latents : Tensor
+        What the sampler adds was drawn from `generators`.
+    denoised : Tensor or None
+        What they are now taken to become, if the sampler tells.
+    """
+    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latents, *told = scheduler.step(prediction, t, latents, return_dict=False, **draws)
+    # TCD tells of a noisy sample.
+    return latents, told[0] if told and type(scheduler).__name__ != "TCDScheduler" else None
 
 
 def set_timesteps(scheduler: Any, steps: int, predictions: Sequence[str], name: str = "num_inference_steps") -> None:
@@ -187,7 +200,7 @@ def set_timesteps(scheduler: Any, steps: int, predictions: Sequence[str], name: 
         for.
     """
     check_scheduler(scheduler, predictions)
-    steps, sampler = check_steps(steps, name), type(scheduler).__name__
+    steps, sampler = check_steps(steps), type(scheduler).__name__
     config = getattr(scheduler, "config", {})
     if isinstance(scheduler, PNDMScheduler) and not config.get("skip_prk_steps") and steps < 4:
         raise ValueError(f"{name} must be at least 4 for PNDM, got {steps}")
@@ -216,8 +229,10 @@ def family_timesteps(family: str, steps: int) -> list[float]:
     ValueError
         Unknown family, or steps that its sampler does not take: 1 to 1000, for PNDM at least 4.
     """
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: got {steps}, must be in [1, {MAX_STEPS}]")
     if family == "open_sora":
-        return rflow_timesteps(check_steps(steps, "steps"), 480, 854, 15)
+        return rflow_timesteps(steps, 480, 854, 15)
     if family not in SCHEDULERS:
         raise ValueError(f"family: got {family!r}, must be one of open_sora, {', '.join(SCHEDULERS)}")
     scheduler = SCHEDULERS[family]()
