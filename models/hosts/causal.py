@@ -45,8 +45,8 @@ class CausalConv3d(nn.Module):
         # Open-Sora's zeros shrink with the stride, Open-Sora-Plan's repeated frames do not.
         self.frames_before = kernel[0] - (stride[0] if front == "zeros" else 1)
         self.front = front
-        padding = (0, *(size // 2 if space is None else space for size in kernel[1:]))
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding, bias=bias)
+        height, width = (size // 2 if space is None else space for size in kernel[1:])
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, (0, height, width), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(pad_front(x, self.frames_before, self.front))

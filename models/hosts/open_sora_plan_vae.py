@@ -6,6 +6,7 @@ Both are CausalVAEModel: the configuration names the blocks of each level.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,162 +15,25 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from pab_kernels.models.hosts.causal import CausalConv3d, FrameConv2d, check_video, each_frame, pad_front, posterior
+from pab_kernels.models.hosts.causal import check_video, posterior
 from pab_kernels.models.hosts.layers import check_fixed
+from pab_kernels.models.hosts.plan_vae_blocks import (
+    AttnBlock3DFix,
+    Downsample,
+    ResnetBlock2D,
+    ResnetBlock3D,
+    Spatial2xTime2x3DDownsample,
+    Spatial2xTime2x3DUpsample,
+    SpatialUpsample2x,
+    TimeDownsampleRes2x,
+    TimeUpsampleRes2x,
+    conv,
+    frame_conv,
+    norm,
+)
 from pab_kernels.models.hosts.tiles import Tiling, over_space, over_time
 
 LATENT_SCALE = 0.18215
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def _conv(in_channels: int, out_channels: int, size: int = 3) -> CausalConv3d:
-    return CausalConv3d(in_channels, out_channels, (size, size, size))
-
-
-def _frame_conv(in_channels: int, out_channels: int, size: int = 3) -> FrameConv2d:
-    return FrameConv2d(in_channels, out_channels, size, padding=size // 2)
-
-
-class _ResnetBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the shortcut is a convolution of size 1 where the widths differ."""
-
-    conv: Callable[..., nn.Module]
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        conv = type(self).conv
-        self.norm1 = _norm(in_channels)
-        self.conv1 = conv(in_channels, out_channels)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = conv(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.nin_shortcut = conv(in_channels, out_channels, 1)
-
-    def run(self, x: Tensor) -> Tensor:
-        """The block, where norms span all of x but batch and channels."""
-        residual = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        x = self.conv1(F.silu(self.norm1(x)))
-        return residual + self.conv2(F.silu(self.norm2(x)))
-
-
-class ResnetBlock3D(_ResnetBlock):
-    """Of a piece of video."""
-
-    conv = staticmethod(_conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
-
-
-class ResnetBlock2D(_ResnetBlock):
-    """Of every frame by itself."""
-
-    conv = staticmethod(lambda *sizes: nn.Conv2d(*sizes[:2], *(sizes[2:] or (3,)), padding=0 if sizes[2:] else 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return each_frame(self.run, x)
-
-
-class AttnBlock3DFix(nn.Module):
-    """Self-attention with one head among the pixels of each frame."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q = _conv(channels, channels, 1)
-        self.k = _conv(channels, channels, 1)
-        self.v = _conv(channels, channels, 1)
-        self.proj_out = _conv(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (part(h).flatten(3).permute(0, 2, 3, 1) for part in (self.q, self.k, self.v))  # [B, T, H * W, C]
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(h.permute(0, 3, 1, 2).unflatten(3, x.shape[3:]))
-
-
-class Downsample(nn.Module):
-    """Half of height and width, frame by frame; zeros right and below."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return each_frame(lambda images: self.conv(F.pad(images, (0, 1, 0, 1))), x)
-
-
-class TimeDownsampleRes2x(nn.Module):
-    """Half of the frames: the average of three, mixed with a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(channels, channels, 3, stride=(2, 1, 1), padding=(0, 1, 1))
-        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        alpha = torch.sigmoid(self.mix_factor)
-        x = pad_front(x, 2, "first")
-        return alpha * F.avg_pool3d(x, (3, 1, 1), stride=(2, 1, 1)) + (1 - alpha) * self.conv(x)
-
-
-class Spatial2xTime2x3DDownsample(nn.Module):
-    """Half of frames, height and width; zeros right and below."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = CausalConv3d(channels, channels, (3, 3, 3), stride=(2, 2, 2), space=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class SpatialUpsample2x(nn.Module):
-    """Twice the height and width, each pixel four times, and a convolution of each frame."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = CausalConv3d(channels, channels, (1, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
-
-
-def _after_first(x: Tensor, space: int) -> Tensor:
-    """Twice the frames but for the first, and `space` times the height and width, linearly between pixel centres."""
-    first = F.interpolate(x[:, :, :1], scale_factor=(1, space, space), mode="trilinear")
-    if x.shape[2] == 1:
-        return first
-    return torch.cat((first, F.interpolate(x[:, :, 1:], scale_factor=(2, space, space), mode="trilinear")), dim=2)
-
-
-class TimeUpsampleRes2x(nn.Module):
-    """Twice the frames but for the first, mixed with a convolution of them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv(channels, channels)
-        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        alpha = torch.sigmoid(self.mix_factor)
-        x = _after_first(x, 1)
-        return alpha * x + (1 - alpha) * self.conv(x)
-
-
-class Spatial2xTime2x3DUpsample(nn.Module):
-    """Twice height and width, and the frames but for the first; then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(_after_first(x, 2))
-
 
 _BLOCKS: dict[str, Callable[..., nn.Module]] = {
     cls.__name__: cls
@@ -184,7 +48,7 @@ _BLOCKS: dict[str, Callable[..., nn.Module]] = {
         TimeUpsampleRes2x,
         Spatial2xTime2x3DUpsample,
     )
-} | {"CausalConv3d": _conv, "Conv2d": _frame_conv}
+} | {"CausalConv3d": conv, "Conv2d": frame_conv}
 
 
 def _block(name: str, allowed: Sequence[str], *sizes: int) -> nn.Module:
@@ -212,7 +76,7 @@ def _run_middle(middle: Any, x: Tensor) -> Tensor:
 def _level(resnet: str, widths: Sequence[int], **resamplers: tuple[str, tuple[str, ...]]) -> nn.Module:
     """Blocks from each of `widths` to the next; `resamplers` are what follows, "" for none."""
     level = nn.Module()
-    pairs = zip(widths[:-1], widths[1:], strict=True)
+    pairs = pairwise(widths)
     level.block = nn.ModuleList(_block(resnet, _RESNETS, a, b) for a, b in pairs)
     for name, (block, allowed) in resamplers.items():
         if block:
@@ -246,7 +110,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid = _middle(config["encoder_mid_resnet"], config["encoder_attention"], widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = norm(widths[-1])
         self.conv_out = _block(config["encoder_conv_out"], _CONVS, widths[-1], moments)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,12 +138,12 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = norm(widths[0])
         self.conv_out = _block(config["decoder_conv_out"], _CONVS, widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = _run_middle(self.mid, self.conv_in(z))
-        for level in reversed(self.up):  # type: ignore[call-overload]
+        for level in reversed(self.up):
             x = _run_level(level, x, "upsample", "time_upsample")
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -287,7 +151,7 @@ class Decoder(nn.Module):
 _V110 = (("", "SpatialUpsample2x", "SpatialUpsample2x", "SpatialUpsample2x"), ("", "", *("TimeUpsampleRes2x",) * 2))
 
 
-class CausalVAE(ModelMixin, ConfigMixin):
+class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Open-Sora-Plan's autoencoder: frame 0, then four frames a latent; an eighth of height and width.
 
     The defaults are the released 1.1. `tiling` is None, off, as in the original until a script switches it on.
@@ -356,7 +220,9 @@ class CausalVAE(ModelMixin, ConfigMixin):
         for name in ("encoder_resnet_blocks", "encoder_spatial_downsample", "encoder_temporal_downsample"):
             for key in (name, name.replace("encoder", "decoder").replace("downsample", "upsample")):
                 if len(self.config[key]) != len(widths):
-                    raise ValueError(f"{key}: got {len(self.config[key])}, must be one for each of {len(widths)} levels")
+                    raise ValueError(
+                        f"{key}: got {len(self.config[key])}, must be one for each of {len(widths)} levels"
+                    )
         self.encoder = Encoder(widths, hidden_size, 2 * z_channels, self.config)
         self.decoder = Decoder(widths, z_channels, self.config)
         self.quant_conv = _block(q_conv, _CONVS, 2 * z_channels, 2 * embed_dim, 1)
@@ -366,7 +232,7 @@ class CausalVAE(ModelMixin, ConfigMixin):
     @property
     def latent_channels(self) -> int:
         """Channels of the transformer's latents."""
-        return self.config.embed_dim
+        return self.config["embed_dim"]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video [B, 3, 4 (T - 1) + 1, 8 H, 8 W], about [-1, 1], of the transformer's latents [B, 4, T, H, W]."""
@@ -377,9 +243,7 @@ class CausalVAE(ModelMixin, ConfigMixin):
         stride = int(tiling.tile_latent_min_size * (1 - tiling.tile_overlap_factor))
         blend = int(tiling.tile_sample_min_size * tiling.tile_overlap_factor)
         sizes = (tiling.tile_latent_min_size, stride, blend, tiling.tile_sample_min_size - blend)
-        return over_time(
-            lambda chunk: over_space(self.decode_piece, chunk, *sizes), z, tiling.tile_latent_min_size_t
-        )
+        return over_time(lambda chunk: over_space(self.decode_piece, chunk, *sizes), z, tiling.tile_latent_min_size_t)
 
     def decode_piece(self, z: Tensor) -> Tensor:
         """Video of latents over 0.18215, all at once."""

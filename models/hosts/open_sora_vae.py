@@ -44,9 +44,7 @@ _TEMPORAL: dict[str, Any] = {
 
 def _conv(in_channels: int, out_channels: int, size: int = 3, *, time_stride: int = 1, bias: bool = True) -> nn.Module:
     kernel: Triple = (size, size, size)
-    return CausalConv3d(
-        in_channels, out_channels, kernel, stride=(time_stride, 1, 1), front="zeros", bias=bias
-    )
+    return CausalConv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), front="zeros", bias=bias)
 
 
 class TemporalResBlock(nn.Module):
@@ -75,7 +73,9 @@ def _res_blocks(count: int, in_channels: int, out_channels: int, groups: int) ->
 class TemporalEncoder(nn.Module):
     """[B, in, T, H, W] to moments [B, 2 * embed, T / 4, H, W]."""
 
-    def __init__(self, channels: int, embed: int, widths: Sequence[int], halves: Sequence[bool], count: int, groups: int):
+    def __init__(
+        self, channels: int, embed: int, widths: Sequence[int], halves: Sequence[bool], count: int, groups: int
+    ):
         super().__init__()
         self.conv_in = _conv(channels, widths[0], bias=False)
         before = (widths[0], *widths[:-1])
@@ -105,7 +105,9 @@ class TemporalEncoder(nn.Module):
 class TemporalDecoder(nn.Module):
     """[B, embed, T, H, W] to [B, out, 4 T, H, W]."""
 
-    def __init__(self, channels: int, embed: int, widths: Sequence[int], halves: Sequence[bool], count: int, groups: int):
+    def __init__(
+        self, channels: int, embed: int, widths: Sequence[int], halves: Sequence[bool], count: int, groups: int
+    ):
         super().__init__()
         self.conv1 = _conv(embed, widths[-1])
         self.res_blocks = _res_blocks(count, widths[-1], widths[-1], groups)
@@ -248,7 +250,8 @@ class OpenSoraVAE(nn.Module):
         if unknown := set(temporal) - set(_TEMPORAL):
             raise ValueError(f"vae_temporal: got {', '.join(sorted(unknown))}, must be among {', '.join(_TEMPORAL)}")
         plain = {key: value for key, value in (spatial or {}).items() if not key.startswith("_")}
-        self.spatial_vae = SpatialVAE(AutoencoderKL(**{**_SPATIAL, **plain}), images["micro_batch_size"])
+        images_vae: Any = AutoencoderKL(**{**_SPATIAL, **plain})
+        self.spatial_vae = SpatialVAE(images_vae, images["micro_batch_size"])
         self.temporal_vae = TemporalVAE(**{**_TEMPORAL, **temporal})
         self.micro_frame_size = micro_frame_size
         self.scale: Tensor
@@ -291,7 +294,9 @@ class OpenSoraVAE(nn.Module):
             return self.temporal_vae.decode(z, frames)
         pieces = z.split(self.latents_of(self.micro_frame_size), dim=2)
         left = (min(self.micro_frame_size, frames - i * self.micro_frame_size) for i in range(len(pieces)))
-        return torch.cat([self.temporal_vae.decode(piece, each) for piece, each in zip(pieces, left)], dim=2)
+        return torch.cat(
+            [self.temporal_vae.decode(piece, each) for piece, each in zip(pieces, left, strict=True)], dim=2
+        )
 
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The transformer's latents [B, 4, T, H / 8, W / 8] of a video [B, 3, F, H, W] in [-1, 1].

@@ -17,8 +17,8 @@ class Tiling:
     """Largest pieces, in pixels and latents. The names are the original's.
 
     A tile blends over ``int(tile_sample_min_size * tile_overlap_factor)`` pixels with its neighbours. Where
-    ``tile_latent_min_size * (1 - tile_overlap_factor)`` is not whole, the original's arithmetic gives a video of another
-    width than 8 times the latent's; so does this, and says so.
+    ``tile_latent_min_size * (1 - tile_overlap_factor)`` is not whole, the original's arithmetic gives a video of
+    another width than 8 times the latent's; so does this, and says so.
     """
 
     tile_sample_min_size: int = 256
@@ -36,9 +36,11 @@ class Tiling:
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be at least 2: chunks share one")
         if not (0 <= self.tile_overlap_factor < 1 and int(self.tile_latent_min_size * (1 - self.tile_overlap_factor))):
             raise ValueError(
-                f"tile_overlap_factor: got {self.tile_overlap_factor} for tiles of {self.tile_latent_min_size} latents, "
-                "must be in [0, 1) and leave at least one"
+                f"tile_overlap_factor: got {self.tile_overlap_factor} for tiles of {self.tile_latent_min_size}, "
+                "must be in [0, 1) and leave at least one latent"
             )
+        if self.tile_latent_min_size * (1 - self.tile_overlap_factor) % 1 > 1e-9:
+            log.warning("tiles of %s latents overlap by a part of one: the video will have another width", self)
 
     def exceeded(self, x: Tensor, *, latent: bool) -> bool:
         """Whether [B, C, T, H, W], latents or pixels, is larger than one piece."""
