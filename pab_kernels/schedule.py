@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -69,16 +70,10 @@ class Schedule(Sequence[StepVariant]):
             if not math.isfinite(t):
                 raise ValueError(f"timesteps: got {t}, must be finite")
         ints = [int(t) for t in self.timesteps]
-        flags = {kind: _flags(config, kind, ints) for kind in KINDS}
-        mlp = {kind: _mlp_variants(config, kind, ints) for kind in ("spatial", "temporal")}
-        self._steps = tuple(
-            StepVariant(
-                **{kind: flags[kind][i] for kind in KINDS},
-                mlp_spatial=mlp["spatial"][i],
-                mlp_temporal=mlp["temporal"][i],
-            )
-            for i in range(len(ints))
-        )
+        if config.mlp_broadcast:
+            for kind in ("spatial", "temporal"):
+                _warn_missing(kind, config.mlp_windows(kind), ints)
+        self._steps = _plan(config, ints)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -89,6 +84,15 @@ class Schedule(Sequence[StepVariant]):
     def __getitem__(self, index: slice) -> tuple[StepVariant, ...]: ...
     def __getitem__(self, index: int | slice) -> StepVariant | tuple[StepVariant, ...]:
         return self._steps[index]
+
+    def resumed(self, call: int) -> Schedule:
+        """This plan where nothing of what was computed before `call` may be used: another batch runs from there on.
+
+        From `call` on it is the plan of the timesteps that are left.
+        """
+        again = copy.copy(self)
+        again._steps = self._steps[:call] + _plan(self.config, [int(t) for t in self.timesteps[call:]])
+        return again
 
     def mlp_alive(self, kind: str, index: int) -> frozenset[int]:
         """The calls at which the slot of an MLP is in use: from the one that writes it to the last that reads it.
@@ -114,6 +118,19 @@ class Schedule(Sequence[StepVariant]):
         return sum(map(self.broadcast_count, kinds)) / (len(kinds) * len(self))
 
 
+def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[StepVariant, ...]:
+    flags = {kind: _flags(config, kind, timesteps) for kind in KINDS}
+    mlp = {kind: _mlp_variants(config, kind, timesteps) for kind in ("spatial", "temporal")}
+    return tuple(
+        StepVariant(
+            **{kind: flags[kind][i] for kind in KINDS},
+            mlp_spatial=mlp["spatial"][i],
+            mlp_temporal=mlp["temporal"][i],
+        )
+        for i in range(len(timesteps))
+    )
+
+
 def _broadcasts(threshold: tuple[float, float], every: int, call: int, timestep: int) -> bool:
     return threshold[0] < timestep < threshold[1] and call % every != 0
 
@@ -137,7 +154,6 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
             for i, t in enumerate(timesteps)
         ]
     windows = config.mlp_windows(kind)
-    _warn_missing(kind, windows, timesteps)
     return _keyed_mlp_variants(windows, timesteps)
 
 
@@ -182,5 +198,5 @@ def _warn_missing(kind: str, windows: Sequence[MlpWindow], timesteps: Sequence[i
         warnings.warn(
             f"mlp_{kind}_broadcast_config: these keys are not among the run's timesteps and do nothing: {nearest}. "
             "mlp_threshold and mlp_range do not depend on exact timesteps.",
-            stacklevel=4,
+            stacklevel=3,
         )
