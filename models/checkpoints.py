@@ -169,8 +169,8 @@ def random_weights(
 ) -> nn.Module:
     """Build a family's transformer with random weights, to time it where no checkpoint is at hand.
 
-    Weights are normal with standard deviation 0.02, those of norms 1, so that gates are not zero and outputs are finite.
-    Parameters, errors and the module returned are as in `load`.
+    Weights are normal with standard deviation 0.02, those of norms 1, so that gates are not zero and outputs are
+    finite. Parameters, errors and the module returned are as in `load`.
     """
     _check_dtype(dtype)
     model = build(family, **overrides)
@@ -232,9 +232,7 @@ def load(
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if difference := _difference(expected, shapes):
         raise ValueError(f"{source} does not fit {type(model).__name__}:\n{difference}")
-    state = {
-        name: read[name]().to(device=device, dtype=_dtype_of(model, name, dtype), copy=True) for name in expected
-    }
+    state = {name: read[name]().to(device=device, dtype=_dtype_of(model, name, dtype), copy=True) for name in expected}
     return _fill(model, state, device, dtype)
 
 
