@@ -28,6 +28,11 @@ class Norm:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def affine(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.weight is not None or self.bias is not None
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -36,7 +41,8 @@ class Branch:
     Parameters
     ----------
     kind : {"spatial", "temporal", "cross", "mlp_spatial", "mlp_temporal"}
-        The settings that broadcast it, and so the name of its slot. Full attention over a video counts as spatial.
+        The settings that broadcast it, and so the name of its slot. Full attention over a video counts as spatial; an
+        MLP goes with the attention of its block.
     weights : SelfAttention, CrossAttention or Mlp
         What runs.
     norm : Norm, optional
@@ -81,13 +87,28 @@ class Block:
     modulation : Tensor or Linear, optional
         A table [K, C] that is added to the timestep's K vectors (adaLN-single, arXiv:2310.00426), or a linear
         [K * C, E] of the timestep's embedding (adaLN-zero, arXiv:2212.09748). Its dtype may be float32 in a model of
-        another one.
+        another one. All tables of a stack have the same K.
     """
 
     kind: str
     index: int
     branches: tuple[Branch, ...]
     modulation: Tensor | Linear | None = None
+
+    def __post_init__(self) -> None:
+        for branch in self.branches:
+            for vector in (branch.shift, branch.scale, branch.gate):
+                if isinstance(vector, int) and not 0 <= vector < self.vectors:
+                    raise ValueError(f"{self.name}: a branch takes vector {vector}, must be one of {self.vectors}")
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors K its modulation has."""
+        if self.modulation is None:
+            return 0
+        if isinstance(self.modulation, Tensor):
+            return self.modulation.shape[0]
+        return self.modulation.weight.shape[0] // self.branches[0].weights.last.weight.shape[0]
 
     @property
     def name(self) -> str:
@@ -100,12 +121,16 @@ class BlockStack:
     """What the executor runs: the blocks in order, and what is particular to a family.
 
     A temporal position embedding is added to the stream before the block at `embed_before`. `final` is the norm after
-    the last block, modulated by the call's own shift and scale.
+    the last block, modulated by the call's own shift and scale; it has no weights.
     """
 
     blocks: tuple[Block, ...]
     embed_before: int = -1
     final: Norm = Norm()
+
+    def __post_init__(self) -> None:
+        if self.final.affine:
+            raise ValueError("final: is affine, must have neither weight nor bias")
 
     @property
     def kinds(self) -> tuple[str, ...]:
