@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pab_kernels import PABConfig, Schedule, StepVariant
+from pab_kernels.blocks.block import BlockStack
 from pab_kernels.cli.bench import bench
 from pab_kernels.measure.benchmark import check, denoise, measure, measure_floor, relative_error
 from pab_kernels.measure.contenders import CONTENDERS, Problem
@@ -22,7 +23,6 @@ from pab_kernels.measure.floor import Ceilings, Work, measure_copy, measure_gemm
 from pab_kernels.models import adapter_for
 from pab_kernels.models.checkpoints import build
 from pab_kernels.plain import PlainPAB
-from pab_kernels.runtime.executor import BlockStack
 from pab_kernels.workloads import WORKLOADS, workload
 from tests.problem_tools import WORKLOADS_OF_FAMILIES, problem
 
@@ -58,7 +58,7 @@ def invoke(*arguments: object) -> Any:
 def test_floors_are_those_of_the_table(name: str) -> None:
     run = WORKLOADS[name]
     stack = full_stack(run.family)
-    shape = (2, *run.grid, stack.blocks[0].table.shape[-1])
+    shape = (2, *run.grid, stack.channels)
     for config, expected in zip((PABConfig(), PABConfig.preset(run.family)), FLOORS[name], strict=True):
         seconds = run_work(stack, Schedule(config, run.timesteps()), shape, run.text_used).seconds(H100)
         assert seconds == pytest.approx(expected, rel=0.02)
