@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import LatteTransformer3DModel
+from diffusers import LatteTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
 from pab_kernels.models.adapter import Adapter
 from pab_kernels.models.hosts import OpenSoraPlanV110, OpenSoraPlanV120
 from pab_kernels.models.latte import LatteAdapter
+from pab_kernels.models.ltx import LTXAdapter
 from pab_kernels.models.open_sora import OpenSoraAdapter
 from pab_kernels.models.open_sora_plan import (
     LatteT2VAdapter,
@@ -18,11 +19,14 @@ from pab_kernels.models.open_sora_plan import (
     OpenSoraPlanV120Adapter,
     OpenSoraT2VAdapter,
 )
+from pab_kernels.models.wan import WanAdapter
 
 _BY_CLASS: dict[type, Callable[[Any], Adapter]] = {
     LatteTransformer3DModel: LatteAdapter,
     OpenSoraPlanV110: OpenSoraPlanV110Adapter,
     OpenSoraPlanV120: OpenSoraPlanV120Adapter,
+    WanTransformer3DModel: WanAdapter,
+    LTXVideoTransformer3DModel: LTXAdapter,
 }
 
 
