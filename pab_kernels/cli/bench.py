@@ -1,4 +1,4 @@
-"""`pab bench` and `pab report`: the commands, their tables and files."""
+"""`pab bench`: the command, its tables and files."""
 
 from __future__ import annotations
 
@@ -133,24 +133,6 @@ def bench(
         console.print(f"wrote {pages.write([result], report_folder)[0]}", soft_wrap=True)
     if not result.get("check", {"within": True})["within"] or any(timing.error for timing in timings.values()):
         raise typer.Exit(1)
-
-
-def report(
-    files: Annotated[list[Path], typer.Argument(help="What `pab bench --json` wrote, a file for each workload.")],
-    output: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("outputs/report"),
-) -> None:
-    """Make one page of several benchmarks.
-
-    Example:
-
-    pab report latte.json open_sora.json --output reports/h100
-    """
-    from pab_kernels.measure import report as pages
-
-    with options.clean_errors():
-        results = [pages.load(file) for file in files]
-        console = Console()
-        console.print(f"wrote {pages.write(results, output)[0]}", soft_wrap=True)
 
 
 def command_line(context: typer.Context) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed while running, 2 wrong option or file. PAB_DEBUG=1 shows tracebacks."
+INTERRUPTED = 130
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DEVICES = ("cpu", "cuda")
 

@@ -130,13 +130,18 @@ def qk_norm_rope_ref(
     eps: float = 1e-6,
     queries: bool = True,
 ) -> Tensor:
-    """RMSNorm and rotary embedding of queries and keys, in place. See `pab_kernels.ops.qk_norm_rope`."""
-    for part, weight in ((qkv[:, :, 0], q_weight), (qkv[:, :, 1], k_weight))[0 if queries else 1 :]:
+    """RMSNorm and rotary embedding of queries and keys, in place. See `pab_kernels.ops.qk_norm_rope`.
+
+    Heads across which is normed are one here; tables narrower than half of a head repeat along it.
+    """
+    parts = list(zip(qkv.unbind(2)[:2], (q_weight, k_weight), strict=False))
+    for part, weight in parts[0 if queries else 1 :]:
         wide = _wide(part)
         if weight is not None:
             wide = rms_norm_ref(wide, weight, eps)
         if rope is not None:
-            cos, sin = (_wide(table)[:, None] for table in rope)
+            repeats = qkv.shape[-1] // 2 // rope[0].shape[-1]
+            cos, sin = (_wide(table).repeat(1, repeats)[:, None] for table in rope)
             wide = rotate_pairs_ref(wide, cos, sin, pair_stride)
         part.copy_(wide)
     return qkv

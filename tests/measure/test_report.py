@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pab_kernels.cli.main import app
+from pab_kernels.cli import app
 from pab_kernels.config import PABConfig
 from pab_kernels.measure import report
 from pab_kernels.measure.figures import memory_bars, speed_bars, timeline
