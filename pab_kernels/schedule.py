@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 from pab_kernels.config import BRANCHES, KINDS, MLP_KINDS, NO_BLOCKS, Blocks, MlpWindow, PABConfig
 
@@ -79,12 +79,9 @@ class Schedule(Sequence[StepVariant]):
             if not math.isfinite(t):
                 raise ValueError(f"timesteps: got {t}, must be finite")
         ints = [int(t) for t in self.timesteps]
-        flags = {kind: _flags(config, kind, ints) for kind in KINDS}
-        mlps = {kind: _mlp_variants(config, kind, ints) for kind in MLP_KINDS}
-        self._steps = tuple(
-            StepVariant(**{kind: flags[kind][i] for kind in KINDS}, **{kind: mlps[kind][i] for kind in MLP_KINDS})
-            for i in range(len(ints))
-        )
+        plans: dict[str, Sequence[Any]] = {kind: _flags(config, kind, ints) for kind in KINDS}
+        plans |= {kind: _mlp_variants(config, kind, ints) for kind in MLP_KINDS}
+        self._steps = tuple(StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(ints)))
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -13,7 +13,6 @@ from pab_kernels import ops
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.ops import fp8_linear as fp8_linear
 from pab_kernels.ops.quantized import Quantized
-from pab_kernels.ops.reference import rms_norm_ref
 
 Rope = tuple[Tensor, Tensor]
 """Rotary tables (cos, sin), each [positions, D / 2] float32, or [positions, H * D / 2] where each head has its own.
@@ -217,22 +216,15 @@ def _keys_values(
 ) -> Tensor:
     """[B, L, 2, H, D] of text [B, L, C], its keys normed."""
     kv = linear(text, weights, None if out is None else out.flatten(2)).unflatten(-1, (2, attention.heads, -1))
-    if norm is not None:
-        keys = kv[:, :, 0]
-        wide = keys if norm.shape[0] == keys.shape[-1] else keys.flatten(2)
-        keys.copy_(rms_norm_ref(wide, norm, attention.norm_eps).view(keys.shape))
+    ops.qk_norm_rope(kv[:, :, :1], q_weight=norm, eps=attention.norm_eps)
     return kv
 
 
 def cross_attention(x: Rows, weights: CrossAttention, text: TextKV, out: Tensor) -> Tensor:
     """Query GEMM, attention on the text and out-projection of x [B, T, S, C], into `out` [B, T, S, C]."""
     batch, channels = x.shape[0], x.shape[-1]
-    q = linear(x, weights.q)
-    if weights.q_norm is not None:
-        width = weights.q_norm.shape[0]
-        scale = weights.q_norm.float()[None] - 1
-        q = ops.residual_norm_modulate(q.view(1, -1, width), norm="rms", scale=scale, eps=weights.norm_eps)
-    q = q.view(batch, -1, weights.heads, channels // weights.heads)
+    q = linear(x, weights.q).view(batch, -1, weights.heads, channels // weights.heads)
+    ops.qk_norm_rope(q.unsqueeze(2), q_weight=weights.q_norm, eps=weights.norm_eps)
     y = ops.attention(q, *text.kv.unbind(2), kv_len=text.kv_len)
     if text.image is not None:
         y = y + ops.attention(q, *text.image.unbind(2))

@@ -64,6 +64,24 @@ def residual_norm_modulate(
 ) -> Quantized: ...
 
 
+@overload
+def residual_norm_modulate(
+    x: Tensor,
+    branches: Sequence[Tensor | Quantized] = (),
+    gates: Sequence[Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    embed: Tensor | None = None,
+    norm: Norm | None = None,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | Quantized | None,
+    saved: Quantized | None = None,
+    backend: str | None = None,
+) -> Tensor | Quantized: ...
+
+
 def residual_norm_modulate(
     x: Tensor,
     branches: Sequence[Tensor | Quantized] = (),

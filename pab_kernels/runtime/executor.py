@@ -178,8 +178,8 @@ class Executor:
                     position = key.position
                     stream.embed = embed if position == self.stack.embed_before else stream.embed
                 if key in traffic.reads:
-                    kept = cache.gate(key)
-                    stream.broadcast(key, vector(vectors.gate) if kept is None else kept)
+                    gate = cache.gate(key)
+                    stream.broadcast(key, vector(vectors.gate) if gate is None else gate)
                     continue
                 fp8 = isinstance(branch.weights.linears[0], Fp8Linear)
                 h = stream.read(branch.norm, vector(vectors.shift), vector(vectors.scale), fp8=fp8)

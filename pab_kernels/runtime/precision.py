@@ -151,10 +151,11 @@ def fits_fp8(weights: Weights) -> bool:
 
 def quantize_layer(weights: Weights) -> Weights:
     """The weights with a layer's linears in fp8."""
-    parts = layer_linears(weights).items()
-    return dataclasses.replace(
-        weights, **{name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part) for name, part in parts}
-    )
+    parts: dict[str, Any] = {
+        name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
+        for name, part in layer_linears(weights).items()
+    }
+    return dataclasses.replace(weights, **parts)
 
 
 def layer_bytes(weights: Weights) -> int:
@@ -199,7 +200,7 @@ def _random_block(block: Block, options: dict[str, Any]) -> Block:
         return Linear(torch.randn(features, channels, **options) * channels**-0.5, torch.zeros(features, **options))
 
     def random(weights: Weights) -> Weights:
-        parts = {field.name: of(getattr(weights, field.name)) for field in dataclasses.fields(weights)}
+        parts: dict[str, Any] = {field.name: of(getattr(weights, field.name)) for field in dataclasses.fields(weights)}
         return dataclasses.replace(weights, **parts)
 
     branches = tuple(dataclasses.replace(branch, weights=random(branch.weights)) for branch in block.branches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +83,13 @@ class VectorBank:
         self.dtype = torch.promote_types(stack.dtype, torch.float32) if self._folds else stack.dtype
         for table in self._tables:
             self.dtype = torch.promote_types(self.dtype, table.dtype)
-        options = {"dtype": self.dtype, "device": stack.device}
+        options: dict[str, Any] = {"dtype": self.dtype, "device": stack.device}
         vectors = len(self._tables[0]) if self._tables else 0
         self._table = torch.empty(len(self._tables), vectors, 1, self._channels, **options)
         self._constant = torch.empty(len(self._constants), 1, self._channels, **options)
         self._weight = torch.empty(len(self._folds), 1, self._channels, **options)
-        self._scale, self._added = (
-            torch.tensor([self._number(fold[i]) for fold in self._folds], dtype=torch.int64, device=stack.device)
-            for i in (1, 2)
-        )
+        numbers = [[self._number(scale), self._number(added)] for _, scale, added in self._folds]
+        self._scale, self._added = torch.tensor(numbers, dtype=torch.int64, device=stack.device).view(-1, 2).unbind(1)
         self.refresh()
 
     def _refs(self, branch: Branch, source: Ref) -> tuple[Ref | None, Ref | None, Ref | None]:
@@ -148,9 +147,9 @@ class VectorBank:
             torch.add(self._table, blocks.transpose(0, 1), out=own)
         for first, weights in self._linears:
             embedding = check_tensor("modulation.embedding", modulation.embedding)
-            vectors = linear(embedding, weights).view(self._rows, -1, self._channels).transpose(0, 1)
-            first += self._starts["linear"]
-            bank[first : first + len(vectors)].copy_(vectors)
+            found = linear(embedding, weights).view(self._rows, -1, self._channels).transpose(0, 1)
+            begin = self._starts["linear"] + first
+            bank[begin : begin + len(found)].copy_(found)
         if self._constants:
             bank[self._starts["constant"] : self._starts["fold"]].copy_(self._constant)
         if self._folds:

@@ -69,8 +69,8 @@ def test_excluded_layers_are_exactly_as_without(model):
     blocks = Fp8Linears(stack, ("spatial.0.*", "*.mlp"), measure=False).at(4).blocks
     for block in blocks:
         for branch in block.branches:
-            expected = Linear if block.name == "spatial.0" or branch.weights.layer == "mlp" else Fp8Linear
-            assert type(branch.weights.linears[0]) is expected
+            excluded = block.name == "spatial.0" or branch.weights.layer == "mlp"
+            assert type(branch.weights.linears[0]) is (Linear if excluded else Fp8Linear)
 
 
 def layer_types(stack: BlockStack) -> dict[str, set[type]]:
