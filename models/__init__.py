@@ -30,6 +30,13 @@ _BY_CLASS: dict[type, Callable[[Any], Adapter]] = {
 }
 
 
+_REFUSED = {
+    "WanVACETransformer3DModel": "a second stack of blocks adds to what these give",
+    "WanAnimateTransformer3DModel": "motion and face are added between these blocks",
+}
+"""Wan's relatives, by name, and why the executor would give another result."""
+
+
 def adapter_for(host: nn.Module) -> Adapter:
     """The adapter of the family that `host` belongs to.
 
@@ -43,6 +50,9 @@ def adapter_for(host: nn.Module) -> Adapter:
     ValueError
         An option of the host is not supported.
     """
+    name = type(host).__name__
+    if name in _REFUSED:
+        raise TypeError(f"{name}: is not supported, because {_REFUSED[name]}")
     if type(host) in _BY_CLASS:
         return _BY_CLASS[type(host)](host)
     if hasattr(host, "spatial_blocks") and hasattr(host, "temporal_blocks"):
@@ -52,4 +62,4 @@ def adapter_for(host: nn.Module) -> Adapter:
     if hasattr(host, "transformer_blocks") and hasattr(host, "adaln_single"):
         return OpenSoraT2VAdapter(host)
     known = ", ".join(cls.__name__ for cls in _BY_CLASS)
-    raise TypeError(f"host: got a {type(host).__name__}, must be a STDiT3, LatteT2V, OpenSoraT2V or one of {known}")
+    raise TypeError(f"host: got a {name}, must be a STDiT3, LatteT2V, OpenSoraT2V or one of {known}")

@@ -73,8 +73,9 @@ class AcrossHeadsAdapter(Adapter):
             check_value(f"{path}.processor.{name}", getattr(processor, name, None), None)
         check_value(f"{path}.fused_projections", getattr(module, "fused_projections", False), False)
         plain(self.host, f"{path}.to_out.1", nn.Dropout)
-        check_value(f"{path}.norm_k.eps", module.norm_k.eps, module.norm_q.eps)
-        return module.heads, module.norm_q.eps
+        eps = plain(self.host, f"{path}.norm_q", nn.RMSNorm).eps
+        check_value(f"{path}.norm_k.eps", plain(self.host, f"{path}.norm_k", nn.RMSNorm).eps, eps)
+        return module.heads, eps
 
     def _norm(self, path: str) -> Tensor:
         """The weight [C] of a plain RMSNorm."""
