@@ -147,7 +147,8 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 @contextmanager
 def _runtime(problem: Problem, config: PABConfig, **options: Any) -> Iterator[Session]:
-    with accelerate(problem.host, config, cache_device=problem.cache_device, **options) as handle:
+    options |= {"cache_device": problem.cache_device, "forwards_per_step": problem.workload.forwards_per_step}
+    with accelerate(problem.host, config, **options) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 
 

@@ -287,7 +287,7 @@ GPU: dict[str, Any] = {
 @pytest.mark.parametrize("config", [PABConfig(), PAB], ids=["no PAB", "PAB"])
 @pytest.mark.parametrize("family", GPU)
 def test_graphs_on_a_gpu(family: str, config: PABConfig, cache_dtype: str | None) -> None:
-    """Heads as wide as the released models'; the last of three runs is all graphs. Against the plain form in float32."""
+    """Heads as wide as the released models'; the last of three runs is all graphs; the plain form is in float32."""
     model, _ = model_and_arguments(family, **GPU[family])
     model = randomize(model, std=0.05).cuda()
     given = ltx_arguments(model) if family == "ltx" else wan_arguments(model)
