@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pab_kernels.cli import options
 from pab_kernels.config import PABConfig
-
-console = Console()
 
 
 def verify(
@@ -28,6 +25,7 @@ def verify(
     """
     from pab_kernels.measure import verify as recorded
 
+    console = options.console()
     with options.clean_errors():
         number, place = options.dtype_named(dtype), options.device_named(device)
         if tolerance is not None and not tolerance > 0:
