@@ -115,8 +115,8 @@ def _branch_work(
     shape: tuple[int, int, int, int],
     text: int,
 ) -> Work:
-    """Its own output is read once. Where it is computed, a pass before it reads and writes the stream and, unless the
-    branch reads that itself, writes what it does read."""
+    """Of one branch. Its output, new or kept, is read once. Where it is computed, a pass before it reads and writes the
+    stream and, unless the branch reads the stream itself, writes what it does read."""
     rows, channels = math.prod(shape[:3]), shape[3]
     weights = branch.weights
     gemms = products = 0.0
