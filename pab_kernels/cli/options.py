@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
+from pab_kernels.strict_yaml import printable
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,9 @@ def _fail(error: Exception, code: int) -> None:
 
 def print_error(message: str) -> None:
     """To stderr, as every error of the command line."""
-    console(stderr=True).print(Text.assemble(("error:", "red"), f" {message}"), soft_wrap=True)
+    console(stderr=True).print(
+        Text.assemble(("error:", "red"), " " + "\n".join(map(printable, message.splitlines()))), soft_wrap=True
+    )
 
 
 def console(stderr: bool = False, least_width: int = 0) -> Console:
