@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -79,9 +80,10 @@ class Schedule(Sequence[StepVariant]):
             if not math.isfinite(t):
                 raise ValueError(f"timesteps: got {t}, must be finite")
         ints = [int(t) for t in self.timesteps]
-        plans: dict[str, Sequence[Any]] = {kind: _flags(config, kind, ints) for kind in KINDS}
-        plans |= {kind: _mlp_variants(config, kind, ints) for kind in MLP_KINDS}
-        self._steps = tuple(StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(ints)))
+        if config.mlp_broadcast:
+            for kind in MLP_KINDS:
+                _warn_missing(kind, config.mlp_windows(kind), ints)
+        self._steps = _plan(config, ints)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -92,6 +94,15 @@ class Schedule(Sequence[StepVariant]):
     def __getitem__(self, index: slice) -> tuple[StepVariant, ...]: ...
     def __getitem__(self, index: int | slice) -> StepVariant | tuple[StepVariant, ...]:
         return self._steps[index]
+
+    def resumed(self, call: int) -> Schedule:
+        """This plan where nothing of what was computed before `call` may be used: another batch runs from there on.
+
+        From `call` on it is the plan of the timesteps that are left.
+        """
+        again = copy.copy(self)
+        again._steps = self._steps[:call] + _plan(self.config, [int(t) for t in self.timesteps[call:]])
+        return again
 
     def alive(self, kind: str, index: int) -> Collection[int]:
         """The calls at which the slot of a branch is in use; `kind` (one of `BRANCHES`) and `index` name it.
@@ -120,6 +131,12 @@ class Schedule(Sequence[StepVariant]):
         return sum(map(self.broadcast_count, kinds)) / (len(kinds) * len(self))
 
 
+def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[StepVariant, ...]:
+    plans: dict[str, Sequence[Any]] = {kind: _flags(config, kind, timesteps) for kind in KINDS}
+    plans |= {kind: _mlp_variants(config, kind, timesteps) for kind in MLP_KINDS}
+    return tuple(StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(timesteps)))
+
+
 def _broadcasts(threshold: tuple[float, float], every: int, call: int, timestep: int) -> bool:
     return threshold[0] < timestep < threshold[1] and call % every != 0
 
@@ -142,9 +159,7 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
             else MlpVariant(keep=blocks)
             for i, t in enumerate(timesteps)
         ]
-    windows = config.mlp_windows(kind)
-    _warn_missing(kind, windows, timesteps)
-    return _keyed_mlp_variants(windows, timesteps)
+    return _keyed_mlp_variants(config.mlp_windows(kind), timesteps)
 
 
 def _keyed_mlp_variants(windows: Sequence[MlpWindow], timesteps: Sequence[int]) -> list[MlpVariant]:
@@ -188,5 +203,5 @@ def _warn_missing(kind: str, windows: Sequence[MlpWindow], timesteps: Sequence[i
         warnings.warn(
             f"{kind}_broadcast_config: these keys are not among the run's timesteps and do nothing: {nearest}. "
             "mlp_threshold and mlp_range do not depend on exact timesteps.",
-            stacklevel=4,
+            stacklevel=3,
         )
