@@ -34,6 +34,8 @@ from pab_kernels.models.hosts.plan_vae_blocks import (
 from pab_kernels.models.hosts.tiles import Tiling, chunks, over_space, over_time
 
 LATENT_SCALE = 0.18215
+MOST_LEVELS, MOST_BLOCKS = 8, 32
+"""Twice and more what released models have."""
 
 _BLOCKS: dict[str, Callable[..., nn.Module]] = {
     cls.__name__: cls
@@ -216,6 +218,11 @@ class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
             in_channels=(in_channels, 3),
             out_channels=(out_channels, 3),
         )
+        if not (1 <= len(hidden_size_mult) <= MOST_LEVELS and 1 <= num_res_blocks <= MOST_BLOCKS):
+            raise ValueError(
+                f"hidden_size_mult, num_res_blocks: got {len(hidden_size_mult)} levels of {num_res_blocks} blocks, "
+                f"must be 1 to {MOST_LEVELS} and 1 to {MOST_BLOCKS}"
+            )
         widths = [hidden_size * multiplier for multiplier in hidden_size_mult]
         for name in ("encoder_resnet_blocks", "encoder_spatial_downsample", "encoder_temporal_downsample"):
             for key in (name, name.replace("encoder", "decoder").replace("downsample", "upsample")):

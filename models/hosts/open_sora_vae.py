@@ -20,6 +20,9 @@ from pab_kernels.models.hosts.layers import check_fixed
 SPATIAL_SCALE = 0.18215
 """Of the spatial latents; the image autoencoder's own configuration says 0.13025, and the original ignores it."""
 
+MOST_BLOCKS = 32
+"""Of a level, or levels: many times what the released model has."""
+
 _SPATIAL: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -249,6 +252,12 @@ class OpenSoraVAE(nn.Module):
         )
         if unknown := set(temporal) - set(_TEMPORAL):
             raise ValueError(f"vae_temporal: got {', '.join(sorted(unknown))}, must be among {', '.join(_TEMPORAL)}")
+        for name, value in (
+            ("num_res_blocks", temporal.get("num_res_blocks", 4)),
+            ("levels", len(temporal.get("channel_multipliers", (1,)))),
+        ):
+            if not 1 <= value <= MOST_BLOCKS:
+                raise ValueError(f"vae_temporal: {name} is {value}, must be 1 to {MOST_BLOCKS}")
         plain = {key: value for key, value in (spatial or {}).items() if not key.startswith("_")}
         images_vae: Any = AutoencoderKL(**{**_SPATIAL, **plain})
         self.spatial_vae = SpatialVAE(images_vae, images["micro_batch_size"])
