@@ -184,7 +184,7 @@ class DemoPipeline(DenoisingPipeline):
             raise ValueError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}:\n{difference}")
         transformer, text, scheduler = _parts(folder / CONFIG_NAME)  # nothing real is made before the two files fit
         state = _state(transformer, text)
-        for key, value in weight_files.read_all(entries, expected, torch.float32, "cpu").items():
+        for key, value in weight_files.read_all(entries, dict.fromkeys(expected, torch.float32), "cpu").items():
             state[key].copy_(value)
         for module in (transformer, text):
             module.eval().requires_grad_(False)

@@ -252,12 +252,13 @@ def _check_folder(path: Path) -> None:
             raise ValueError(f"model: {path} is a diffusers {name!r}, must be a {LattePipeline.__name__}")
     elif not _is_demo(path):
         try:
-            family = checkpoints.family_of(weight_files.open_files(*weight_files.weight_files(path)))
+            families = checkpoints.families_of(weight_files.open_files(*weight_files.weight_files(path)))
         except FileNotFoundError:
-            family = None
-        if family is None:
+            families = ()
+        if not families:
             raise ValueError(f"model: {path} holds no Latte pipeline of diffusers, demo model, or weights of a family")
-        raise ValueError(f"model: {path} is a checkpoint of {family}: pass `--model {family} --weights {path}`")
+        ours = f"pass `--model {families[0]} --weights {path}`" if families[0] in FAMILIES else "which has no command"
+        raise ValueError(f"model: {path} is a checkpoint of {' or '.join(families)}: {ours}")
 
 
 def _is_demo(folder: Path) -> bool:
