@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.sizes import FPS, VideoSize
+from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 from pab_kernels.quality import Frames
 from pab_kernels.runtime.handle import PABHandle, accelerate
 from pab_kernels.runtime.report import Report
@@ -91,6 +92,8 @@ class Generated:
     """Whether all frames and latents are."""
     seconds: float
     """Of everything: text, denoising, decoding."""
+    parts: Mapping[str, float]
+    """Seconds of "text", "denoising" and "decoding", as far as the pipeline takes them apart."""
     report: Report | None
     peak_bytes: int | None
     """Most GPU memory in use at once, None on a CPU."""
@@ -187,6 +190,9 @@ def generate(
     config: PABConfig | None,
     on_step: OnStep | None = None,
     cache_device: str | None = None,
+    sinks: Sequence[Callable[[Frames], None]] | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
+    offload_text: bool = False,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -199,25 +205,58 @@ def generate(
         Called with a `Step` after every call of the transformer.
     cache_device : str, optional
         As for `accelerate`.
+    sinks : sequence of callable, optional
+        For each prompt one that takes frames of its video as they are decoded.
+    given : (latents [1, C, T, H, W], mask [1, T]), optional
+        Frames that Open-Sora goes on from, for every prompt.
+    offload_text : bool
+        The text encoder waits in host memory while the transformer runs.
     """
     on_gpu = pipe.transformer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
+    if isinstance(pipe, TextToVideoPipeline):
+        pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
-        frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle))
+        frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:
         hidden = hidden.cpu()  # waits for the GPU
+    denoised = time.perf_counter()
     finite = (frames is None or bool(np.isfinite(frames).all())) and (hidden is None or bool(hidden.isfinite().all()))
+    videos = None if frames is None else tuple(_bytes(frames))
+    if isinstance(pipe, TextToVideoPipeline) and pipe.vae is not None and hidden is not None:
+        videos, whole = _decode(pipe, hidden, request, sinks)
+        finite &= whole
+    elif videos is not None and sinks is not None:
+        for sink, video in zip(sinks, videos, strict=True):
+            sink(video)
+    end = time.perf_counter()
+    parts = {"denoising": denoised - start}
+    if isinstance(pipe, TextToVideoPipeline):
+        parts = {"text": pipe.text_seconds, "denoising": denoised - start - pipe.text_seconds}
+        if videos is not None:
+            parts["decoding"] = end - denoised
     return Generated(
-        frames=None if frames is None else tuple(_bytes(frames)),
+        frames=videos,
         latents=hidden,
         finite=finite,
-        seconds=time.perf_counter() - start,
+        seconds=end - start,
+        parts=parts,
         report=report,
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
     )
+
+
+def _decode(
+    pipe: TextToVideoPipeline, hidden: Tensor, request: Request, sinks: Sequence[Callable[[Frames], None]] | None
+) -> tuple[tuple[Frames, ...], bool]:
+    """Videos of latents, whose frames go to their sinks as they are done; and whether all numbers were finite."""
+    size = pipe.size() if request.size is None and isinstance(pipe, LatteLatents) else request.size
+    assert size is not None
+    done = [pipe.decode_one(row, size, None if sinks is None else sinks[i]) for i, row in enumerate(hidden)]
+    return tuple(video.frames for video in done), all(video.finite for video in done)
 
 
 class _Steps:
@@ -254,8 +293,10 @@ def _bytes(frames: np.ndarray) -> np.ndarray:
     return (np.nan_to_num(frames, nan=0.0) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[np.ndarray | None, Tensor | None]:
-    """Frames [B, T, H, W, 3] in [0, 1], and latents."""
+def _run(
+    pipe: Pipeline, request: Request, after_step: _Steps | None, given: tuple[Tensor, Tensor] | None
+) -> tuple[np.ndarray | None, Tensor | None]:
+    """Frames [B, T, H, W, 3] in [0, 1] of pipelines that decode themselves, or latents."""
     arguments: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
         "num_inference_steps": request.steps,
@@ -275,16 +316,32 @@ def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[n
     if isinstance(pipe, LatteLatents) or size is None:
         return None, pipe(prompts, **arguments)
     if isinstance(pipe, OpenSoraPipeline):
-        hidden = pipe(prompts, size=size, **arguments)
-    else:
-        hidden = pipe(prompts, frames=size.frames, height=size.height, width=size.width, **arguments)
-    return None if pipe.vae is None else pipe.decode(hidden, size).numpy(), hidden
+        if given is not None:
+            first, mask = (part.expand(len(prompts), *part.shape[1:]) for part in given)
+            arguments |= {"given_latents": first, "given_mask": mask}
+        return None, pipe(prompts, size=size, **arguments)
+    return None, pipe(prompts, frames=size.frames, height=size.height, width=size.width, **arguments)
+
+
+@contextmanager
+def video_writers(pipe: Pipeline, output: Path, count: int) -> Iterator[list[Callable[[Frames], None]]]:
+    """For each of `count` prompts a function that takes frames of its video; the files are there when the block ends.
+
+    The demo's small videos are enlarged by whole factors; all others have the size that was decoded.
+    """
+    family = getattr(pipe, "family", "latte")
+    least = 256 if isinstance(pipe, DemoPipeline) else 1
+    with ExitStack() as stack:
+        files = output_files(output, count, True, False)
+        yield [
+            stack.enter_context(figures.video_writer(path, FPS.get(family, 8), least_size=least)) for path, _ in files
+        ]
 
 
 def save(
     results: Mapping[str, Generated], request: Request, pipe: Pipeline, config: PABConfig | None, output: Path
 ) -> list[Path]:
-    """Write the last of `results`: a video for each prompt, or its latents where there is no decoder.
+    """Write the latents of the last of `results` where there is no decoder; `video_writers` has written videos.
 
     Several results (with and without PAB), and latents, get a contact sheet as a PNG beside the file.
 
@@ -307,9 +364,7 @@ def save(
     last = list(results.values())[-1]
     files = output_files(output, len(request.prompts), last.frames is not None, last.frames is None or len(results) > 1)
     for i, (path, _) in enumerate(files):
-        if last.frames is not None:
-            figures.save_video(last.frames[i], path, FPS.get(getattr(pipe, "family", "latte"), 8))
-        else:
+        if last.frames is None:
             assert last.latents is not None
             latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
     for i, (_, sheet) in enumerate(files):  # only now: a picture that fails costs no video
@@ -372,6 +427,7 @@ def summary(results: Mapping[str, Generated], request: Request) -> dict[str, Any
         "runs": {
             name: {
                 "seconds": run.seconds,
+                "parts": dict(run.parts),
                 "finite": run.finite,
                 "peak_bytes": run.peak_bytes,
                 "report": None if run.report is None else dataclasses.asdict(run.report),
