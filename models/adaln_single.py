@@ -20,6 +20,7 @@ from pab_kernels.models.adapter import (
     plain,
 )
 from pab_kernels.models.hosts.layers import unpatchify
+from pab_kernels.models.seen import Seen
 from pab_kernels.runtime.executor import Block, BlockStack
 
 
@@ -36,7 +37,7 @@ class AdaLNSingleAdapter:
         self._processors = processors
         self._signature = inspect.signature(type(host).forward)
         self._fuser = WeightFuser()
-        self._visible: tuple[Tensor, int] | None = None
+        self._seen = Seen()
         config = plain(host, "config")
         for key, allowed in (
             ("norm_type", "ada_norm_single"),
@@ -131,11 +132,9 @@ class AdaLNSingleAdapter:
 
     def _check_visible(self, mask: Tensor | None) -> None:
         """Raise ValueError if the official self-attention mask hides something. Only a new one waits for the GPU."""
-        if mask is None or (self._visible and self._visible[0] is mask and self._visible[1] == mask._version):
-            return
-        if not bool((mask == 1).all()):
+        if mask is not None and self._seen.changed("attention_mask", mask) and not bool((mask == 1).all()):
+            self._seen.forget()
             raise ValueError("attention_mask: hides tokens from self-attention, must be None or all ones")
-        self._visible = (mask, mask._version)
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""
@@ -159,10 +158,6 @@ class AdaLNSingleAdapter:
     def wrap(self, sample: Tensor, call: Call) -> Any:
         """A tuple, or diffusers' output class where return_dict is set."""
         return Transformer2DModelOutput(sample=sample) if call.options[0] else (sample,)
-
-    def check_weights(self) -> None:
-        """Raise ValueError if the host's parameters were moved or replaced."""
-        self._fuser.check()
 
     def restore(self) -> None:
         """Give the host its separate parameters back."""

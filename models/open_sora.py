@@ -21,6 +21,7 @@ from pab_kernels.models.adapter import (
     plain,
 )
 from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
+from pab_kernels.models.seen import Seen
 from pab_kernels.ops.checks import check_shape, check_tensor
 from pab_kernels.runtime.executor import Block, BlockStack
 
@@ -59,9 +60,7 @@ class OpenSoraAdapter:
         for name, allowed in (("use_xpos", False), ("interpolate_factor", 1.0)):
             check_value(f"rope.{name}", getattr(host.rope, name, allowed), allowed)
         self._patch: tuple[int, int, int] = tuple(self.host.x_embedder.proj.kernel_size)
-        self._positions: Tensor | None = None
-        self._seen: tuple[Tensor, Tensor, tuple[int, int]] | None = None
-        self._rope: Rope | None = None
+        self._seen = Seen()
         blocks = []
         for index in range(len(plain(host, "spatial_blocks"))):
             blocks.append(self._block("spatial", index))
@@ -153,6 +152,8 @@ class OpenSoraAdapter:
         if x_mask is not None:
             check_shape("x_mask", x_mask, (batch, t))
             tensors["x_mask"] = x_mask.bool()
+        # The size comes as tensors; on a GPU, reading it waits.
+        height, width = (self._seen.values(name, check_tensor(name, given[name]))[0] for name in ("height", "width"))
         return Call(
             tensors=tensors,
             text=y.squeeze(1).to(self._dtype),
@@ -161,42 +162,32 @@ class OpenSoraAdapter:
             latent_size=(x.shape[3], x.shape[4]),
             groups=batch if x_mask is None else batch * t,
             text_mask=text_mask,
-            options=(given["height"], given["width"], x.shape[2]),
+            options=(x.shape[2],),
+            table_key=(t, h, w, (height * width) ** 0.5),
+            doubts=self._seen.doubts(),
         )
 
-    def prepare(self, call: Call) -> None:
+    def tables(self, call: Call) -> dict[str, Tensor]:
         """The position table of this size in pixels, and the rotary tables of this many frames."""
-        height, width, _ = call.options
-        if not self._has_rope(call.shape[1]):
-            angles = frame_angles(self._freqs, call.shape[1]).float()
-            self._rope = (angles.cos().contiguous(), angles.sin().contiguous())
-        # The size comes as tensors. Reading them waits for the GPU, so it is done only for new ones.
-        seen = self._seen
-        if seen is not None and seen[0] is height and seen[1] is width and seen[2] == call.latent_size:
-            return
-        h, w = (-(-size // patch) for size, patch in zip(call.latent_size, self._patch[1:], strict=True))
-        scale = (height[0].item() * width[0].item()) ** 0.5 / self.host.input_sq_size
-        table = position_table(self._inv_freq, h, w, scale, base_size=round((h * w) ** 0.5))
-        if self._positions is not None and self._positions.shape == table.shape:
-            self._positions.copy_(table)
-        else:
-            self._positions = table
-        self._seen = (height, width, call.latent_size)
-
-    def _has_rope(self, frames: int) -> bool:
-        return self._rope is not None and self._rope[0].shape[0] == frames
+        frames, h, w, side = call.table_key
+        scale = side / self.host.input_sq_size
+        angles = frame_angles(self._freqs, frames).float()
+        return {
+            "positions": position_table(self._inv_freq, h, w, scale, base_size=round((h * w) ** 0.5)),
+            "cos": angles.cos().contiguous(),
+            "sin": angles.sin().contiguous(),
+        }
 
     def embed(self, call: Call) -> Tensor:
         """Patches and their 2D positions."""
-        assert self._positions is not None  # made by prepare
-        return embed_patches(call.tensors["latents"], self.host.x_embedder.proj).add_(self._positions)
+        return embed_patches(call.tensors["latents"], self.host.x_embedder.proj).add_(call.tensors["positions"])
 
     def frame_embed(self, call: Call) -> None:
         """STDiT3 has rotary embedding along time instead."""
 
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables along time."""
-        return self._rope
+        return call.tensors["cos"], call.tensors["sin"]
 
     def _time(self, call: Call, timestep: Tensor) -> Tensor:
         """Embedding [B, C] of timestep and frame rate, rounded to the weights' dtype first, as in training."""
@@ -236,22 +227,12 @@ class OpenSoraAdapter:
         tokens = nn.functional.linear(h, self._final.weight, self._final.bias).flatten(1, 2)
         height, width = call.latent_size
         grid = (t, -(-height // self._patch[1]), -(-width // self._patch[2]))
-        out = unpatchify(tokens, grid, self._patch)[:, :, : call.options[2], :height, :width]
+        out = unpatchify(tokens, grid, self._patch)[:, :, : call.options[0], :height, :width]
         return out.to(torch.promote_types(self._dtype, torch.float32))
 
     def wrap(self, sample: Tensor, call: Call) -> Tensor:
         """STDiT3 returns the bare tensor."""
         return sample
-
-    def check_weights(self) -> None:
-        """Nothing is fused here, but the weights must still be those the blocks were made from."""
-        first = self.stack.blocks[0].attention.qkv.weight
-        assert isinstance(first, Tensor)
-        if self.host.spatial_blocks[0].attn.qkv.weight.data_ptr() != first.data_ptr():
-            raise ValueError(
-                "the host's weights were moved, cast or replaced after accelerate(): leave the handle, "
-                "change the model, then accelerate it again"
-            )
 
     def restore(self) -> None:
         """The host was not changed."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         text_kv,
     )
     from pab_kernels.config import PABConfig
-    from pab_kernels.runtime.handle import PABHandle, accelerate
+    from pab_kernels.runtime.accelerate import accelerate
+    from pab_kernels.runtime.handle import PABHandle
     from pab_kernels.runtime.report import Report
     from pab_kernels.schedule import Schedule, StepVariant
 
@@ -36,7 +37,8 @@ _HOMES = {
     ),
     "config": ("PABConfig",),
     "runtime.report": ("Report",),
-    "runtime.handle": ("PABHandle", "accelerate"),
+    "runtime.accelerate": ("accelerate",),
+    "runtime.handle": ("PABHandle",),
     "schedule": ("Schedule", "StepVariant"),
 }
 

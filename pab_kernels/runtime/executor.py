@@ -149,6 +149,10 @@ class Executor:
         self.tables = torch.stack([block.table for block in stack.blocks])  # [blocks, 6, C]
         self._traffic: dict[StepVariant, Traffic] = {}
 
+    def refresh(self) -> None:
+        """Copy anew what was copied from weights, in place: graphs know where it lies."""
+        torch.stack([block.table for block in self.stack.blocks], out=self.tables)
+
     def text_kv(
         self, text: Tensor, kv_len: Tensor | None = None, out: list[TextKV | None] | None = None
     ) -> list[TextKV | None]:

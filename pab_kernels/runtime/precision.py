@@ -59,8 +59,8 @@ class Trial:
 class Fp8Linears:
     """The blocks of a model with linears in fp8, for each number of rows.
 
-    Weights are quantised when they are first needed, and once; the host's own stay as they are. Change them in place,
-    and fp8 will not see it.
+    Weights are quantised when they are first needed; the host's own stay as they are. `refresh` does it anew where
+    those were changed in place.
 
     Parameters
     ----------
@@ -95,6 +95,8 @@ class Fp8Linears:
         self._exclude = tuple(exclude)
         self._measure = measure
         self._quantized: dict[tuple[int, str], Any] = {}
+        self._sums: dict[tuple[int, str], Tensor] = {}
+        """Of the weights that were quantised."""
 
     def at(self, rows: int) -> BlockStack:
         """The blocks as they run with `rows` rows B * T * S."""
@@ -108,9 +110,20 @@ class Fp8Linears:
                     key = (position, layer)
                     if key not in self._quantized:
                         self._quantized[key] = quantize_layer(weights)
+                        self._sums[key] = bit_sums(weights)
                     block = replace_layer(block, layer, self._quantized[key])
             blocks.append(block)
         return dataclasses.replace(self.stack, blocks=tuple(blocks))
+
+    def refresh(self) -> bool:
+        """Forget what was quantised if weights were changed since, and say whether. Waits for the GPU, once."""
+        blocks = self.stack.blocks
+        now = [bit_sums(layer_weights(blocks[position], layer)) for position, layer in self._sums]
+        if not now or torch.equal(torch.cat(now), torch.cat(list(self._sums.values()))):
+            return False
+        self._quantized.clear()
+        self._sums.clear()
+        return True
 
     def _trial(self, block: Block, layer: str, rows: int) -> Trial:
         first = first_linear(layer_weights(block, layer))
@@ -172,6 +185,18 @@ def quantize_layer(weights: Weights) -> Weights:
     if isinstance(weights, CrossAttention):
         return dataclasses.replace(weights, q=of(weights.q))
     return dataclasses.replace(weights, qkv=of(weights.qkv))
+
+
+def bit_sums(weights: Weights) -> Tensor:
+    """For each row of a layer's bfloat16 weights, and for its biases, the sum of their bits as integers: int64 [rows].
+
+    They tell whether weights were changed, also by writes that torch does not count (to ``parameter.data``).
+    """
+    parts = (weights.up, weights.down) if isinstance(weights, Mlp) else (first_linear(weights),)
+    bits = [
+        tensor.view(torch.int16) for part in parts for tensor in (part.weight, part.bias) if isinstance(tensor, Tensor)
+    ]
+    return torch.cat([each.sum(-1, dtype=torch.int64).flatten() for each in bits])
 
 
 def layer_bytes(weights: Weights) -> int:
