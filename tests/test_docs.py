@@ -13,7 +13,7 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 
-from pab_kernels.cli.main import app
+from pab_kernels.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -1,4 +1,4 @@
-"""The `pab` command: one file a group of commands, and the options that they share."""
+"""The `pab` command: one file a command, and the options that they share."""
 
 from pab_kernels.cli.main import app
 

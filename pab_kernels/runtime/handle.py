@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import weakref
 from collections import Counter
@@ -293,7 +292,7 @@ class PABHandle:
             stack = self._adapter.stack
             if self._fp8 is not None:
                 with CAPTURES:  # it may measure with graphs
-                    stack = self._fp8.at(math.prod(call.shape[:3]))
+                    stack = self._fp8.at(call.layout.rows)
             options = (self._lane, self._cuda_graphs, self._cache_device)
             found = Workspace(self._adapter, stack, run.schedule, call, *options)
             self._shapes.add(key, forward, found)

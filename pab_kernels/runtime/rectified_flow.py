@@ -48,7 +48,7 @@ class FlowInputs:
     """What each of a run's N steps takes besides the latents.
 
     `call` stands for all calls of the transformer; `shape` is that of the latents [B, C, T, H, W]. `modulation`
-    [N, G, 8, C] holds the blocks' six vectors, shift and scale; `scales` float32 [N, 2] guidance scale and step size.
+    [N, G, K + 2, C] holds the blocks' vectors, shift and scale; `scales` float32 [N, 2] guidance scale and step size.
     `arguments` are the caller's own tensors, which must stay as `seen` saw them.
     """
 
@@ -76,14 +76,17 @@ class FlowInputs:
         call = adapter.bind(example, timestep=torch.zeros(rows, device=device), **arguments)
         many = {name: value.repeat(steps, *[1] * (value.ndim - 1)) for name, value in _same(call).items()}
         many["timestep"] = torch.tensor(timesteps, dtype=torch.float32, device=device).repeat_interleave(rows)
-        shape, groups = (steps * rows, *call.shape[1:]), steps * call.groups
-        modulation = adapter.modulate(dataclasses.replace(call, tensors=many, shape=shape, groups=groups))
+        layout = dataclasses.replace(call.layout, batch=steps * rows, modulations=steps * call.layout.modulations)
+        modulation = adapter.modulate(dataclasses.replace(call, tensors=many, layout=layout))
+        if modulation.blocks is None:
+            raise ValueError("modulation: has no blocks, must be of a family whose blocks have tables")
         packed = torch.cat([modulation.blocks, modulation.shift[:, None], modulation.scale[:, None]], dim=1)
         pairs = [(guidance_scale, size) for size in step_sizes(timesteps)]
         scales = torch.tensor(pairs, dtype=torch.float32, device=device)
         seen, own = Seen(), tuple(value for value in arguments.values() if isinstance(value, Tensor))
         seen.changed("arguments", *own)
-        return cls(call, tuple(latents.shape), packed.unflatten(0, (steps, call.groups)), scales, seen, own)
+        rows = packed.unflatten(0, (steps, call.layout.modulations))
+        return cls(call, tuple(latents.shape), rows, scales, seen, own)
 
     def at(self, step: int, latents: Tensor) -> dict[str, Tensor]:
         """All inputs of one step, for `Workspace.step`.

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pab_kernels.blocks.block import BlockStack, Modulation
 from pab_kernels.blocks.branches import TextKV
-from pab_kernels.models.adapter import Adapter, Call, Modulation
+from pab_kernels.models.adapter import MODULATION_INDEX, Adapter, Call
 from pab_kernels.models.seen import Seen
 from pab_kernels.runtime.cache import BroadcastCache
-from pab_kernels.runtime.executor import BlockStack, Executor
+from pab_kernels.runtime.executor import Executor
 from pab_kernels.runtime.graphs import StepGraphs
 from pab_kernels.runtime.lane import Lane
+from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
 from pab_kernels.runtime.run import Run
 from pab_kernels.schedule import Schedule, StepVariant
@@ -75,7 +77,7 @@ class Workspace:
     ) -> None:
         self._adapter = adapter
         self._lane = lane
-        self._executor = Executor(stack, schedule, call.shape, call.groups, cache_device)
+        self._executor = Executor(stack, schedule, call.layout, cache_device)
         self._texts: OrderedDict[Hashable, _Text] = OrderedDict()
         self._text: _Text | None = None
         self._seen = Seen()
@@ -93,7 +95,7 @@ class Workspace:
     @staticmethod
     def key(call: Call) -> Hashable:
         """What calls of one workspace have in common."""
-        return call.shape, call.groups, call.tensors["latents"].shape, frozenset(call.tensors)
+        return call.layout, call.tensors["latents"].shape, frozenset(call.tensors)
 
     @property
     def cache(self) -> BroadcastCache:
@@ -125,7 +127,7 @@ class Workspace:
 
     def serves(self, schedule: Schedule) -> bool:
         """Whether a run of this plan needs the slots that there are."""
-        return self._adapter.stack.storage(schedule) == self.cache.storage
+        return storage(self.stack, schedule) == self.cache.storage
 
     def begin_run(self, run: Run) -> None:
         """Forget every slot's content and which text was last seen, and copy anew what was copied from weights."""
@@ -171,19 +173,19 @@ class Workspace:
             modulation = modulation or self._adapter.modulate(now)
             h = self._executor.step(
                 self._adapter.embed(now),
-                modulation.blocks,
+                modulation,
                 text.kv,
-                (modulation.shift, modulation.scale),
                 variant,
                 embed=self._adapter.frame_embed(now),
                 rope=self._adapter.rope(now),
+                index=tensors.get(MODULATION_INDEX),
             )
             return self._adapter.project_out(h, now)
 
         def flow_step(tensors: dict[str, Tensor]) -> Tensor:
             latents, packed = tensors["latents"], tensors["modulation"]
-            both = latents.repeat(call.shape[0] // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
-            modulation = Modulation(packed[:, :6], packed[:, 6], packed[:, 7])
+            both = latents.repeat(call.layout.batch // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
+            modulation = Modulation(packed[:, :-2], packed[:, -2], packed[:, -1])
             return euler_step(latents, predict({**tensors, "latents": both}, modulation), *tensors["scales"])
 
         run, inputs = (predict, call.tensors) if flow is None else (flow_step, flow)
@@ -222,11 +224,13 @@ class Workspace:
             if kv_len is None:
                 kv_len = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32, device=tokens.device)
             tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % TEXT_PADDING))
-        key = (tokens.shape, kv_len is None)
+        key = (tokens.shape, kv_len is None, None if call.image is None else call.image.shape)
         old = self._texts.get(key)
         if old is not None and old.kv_len is not None and kv_len is not None:
             kv_len = old.kv_len.copy_(kv_len)
-        kv = self._executor.text_kv(self._adapter.project_text(tokens), kv_len, out=None if old is None else old.kv)
+        projected = self._adapter.project_text(tokens)
+        image = None if call.image is None else self._adapter.project_image(call.image)
+        kv = self._executor.text_kv(projected, kv_len, out=None if old is None else old.kv, image=image)
         if old is None:
             self._text = self._texts[key] = _Text(kv, kv_len)
         else:

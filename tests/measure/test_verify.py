@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from pab_kernels.cli.main import app
+from pab_kernels.cli import app
 from pab_kernels.config import PABConfig
 from pab_kernels.measure.verify import Recording, replay, worst_error
 

@@ -1,151 +1,23 @@
-"""The `pab` command, on tiny models."""
+"""`pab generate` on tiny models."""
 
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
-from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-import typer
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from pab_kernels.cli.main import app
 from pab_kernels.config import PABConfig
-from pab_kernels.demo.text import TextEmbedding
-from pab_kernels.models import checkpoints
-from pab_kernels.pipelines import latents, sizes
-from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines import latents
+from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.generate import Request, Step
 from pab_kernels.pipelines.generate import generate as run
 from pab_kernels.schedule import Schedule
-from tests.pipeline_tools import TINY, save_text, tiny_text, tiny_transformer
-
-RUNNER = CliRunner()
-
-
-def pab(*arguments: object, code: int = 0) -> str:
-    """Run a command; its output, with line breaks and styles of tables taken out."""
-    result = RUNNER.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def refused(*arguments: object) -> str:
-    """Run a command that must fail with exit code 2 and one line; the line."""
-    output = pab(*arguments, code=2).strip()
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, output
-    return lines[0]
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """Every family at toy width, and one more size of Open-Sora-Plan."""
-    torch.set_num_threads(1)
-    for family, config in TINY.items():
-        monkeypatch.setitem(checkpoints.FULL_SIZE, family, {**checkpoints.FULL_SIZE[family], **config})
-        if family in sizes.PLAN_SIZES:
-            monkeypatch.setitem(sizes.PLAN_SIZES[family], "17x64", (17, 64, 64))
-
-
-# schedule
-
-
-def test_schedule_draws_a_preset():
-    output = pab("schedule", "--preset", "open_sora_plan_v110:357", "--steps", 150)
-    assert "159 calls for 150 steps of open_sora_plan_v110" in output
-    assert all(kind in output for kind in ("spatial", "temporal", "cross"))
-
-
-def test_schedule_reads_a_file_and_plots(tmp_path):
-    PABConfig.preset("latte").to_yaml(tmp_path / "pab.yaml")
-    picture = tmp_path / "plot.png"
-    output = pab(
-        "schedule", "--config", tmp_path / "pab.yaml", "--family", "open_sora", "--steps", 8, "--plot", picture
-    )
-    assert "8 calls for 8 steps of open_sora" in output
-    assert picture.stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give one of --preset"),
-        (["--preset", "sora"], "preset: got 'sora'"),
-        (["--preset", "latte:999"], "variant: got '999'"),
-        (["--preset", "latte", "--steps", "0"], "steps: got 0"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    ],
-)
-def test_schedule_refuses(arguments, message):
-    assert message in refused("schedule", *arguments)
-
-
-# info
-
-
-def test_info_names_versions_and_backends():
-    output = pab("info")
-    for word in ("torch", "gpu", "residual_norm_modulate", "temporal_attention"):
-        assert word in output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "slots"),
-    [
-        (["--model", "open_sora", "--resolution", "480p", "--duration", "8s"], "112 slots .* 45.9"),
-        (["--model", "open_sora", "--resolution", "480p", "--pab", "off"], "0 slots .* 0.0"),
-        (["--model", "latte", "--prompts", "2"], "84 slots .* 11.8"),
-        (["--model", "open_sora_plan", "--size", "29x480p"], "64 slots .* 5.3"),
-        (["--model", "open_sora_plan", "--size", "65x512x512", "--dtype", "float32"], "84 slots .* 12.6"),
-        (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "staging of 112 slots .* 0.4"),
-        (["--model", "open_sora", "--resolution", "480p", "--cache-device", "cpu"], "slots in host memory .* 11.5"),
-        (["--model", "open_sora", "--resolution", "480p", "--cache-dtype", "int8"], "112 slots .* 5.8"),
-    ],
-)
-def test_info_tells_memory(arguments, slots):
-    output = pab("info", *arguments)
-    assert re.search(slots, output)
-    assert all(part in output for part in ("weights", "keys and values", "activations", "all"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "demo"], "model: got 'demo'"),
-        (["--model", "opensora"], "family: got 'opensora'"),
-        (["--model", "open_sora", "--resolution", "481p"], "resolution: got '481p'"),
-        (["--model", "open_sora", "--size", "29x480p"], "size: got '29x480p' for open_sora"),
-        (["--model", "latte", "--pab", "nothing"], "pab: got 'nothing'"),
-        (["--model", "latte", "--dtype", "int8"], "dtype: got 'int8'"),
-        (["--model", "latte", "--cache-device", "disk"], "cache_device: got 'disk', must be cpu or cuda"),
-        (["--model", "latte", "--cache-dtype", "fp4"], "cache_dtype: got 'fp4', must be null or one of fp8, int8"),
-    ],
-)
-def test_info_refuses(arguments, message):
-    assert message in refused("info", *arguments)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_info_tells_what_would_run_in_fp8():
-    output = pab("info", "--model", "latte", "--linear-precision", "fp8")
-    assert re.search(r"No linears in fp8: linear_precision: got fp8, .* fp8 GEMMs need a CUDA GPU, got cpu", output)
-    weights = [re.search(r"weights +│ +(\d\.\d)", text) for text in (output, pab("info", "--model", "latte"))]
-    assert [match and match[1] for match in weights] == ["2.8", "2.0"], "QKV, text queries and MLPs twice"
-
-
-# generate
-
+from tests.cli_tools import invoke, pab, refused
+from tests.pipeline_tools import save_text, tiny_text, tiny_transformer
 
 FAMILY_SIZES = {
     "open_sora": ["--resolution", "144p", "--aspect", "1:1", "--duration", "17"],
@@ -195,16 +67,6 @@ def test_generate_loads_a_checkpoint_and_a_text_encoder(tiny, tmp_path):
     assert latents.load(tmp_path / "v.safetensors")[0].isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A folder with an untrained demo model: 5 frames of 16 x 16 pixels."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("demo")
-    transformer = demo_transformer(pairs=1, heads=1, size=16, frames=5)
-    DemoPipeline(transformer, demo_scheduler(), TextEmbedding()).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 def test_generate_paints_a_video_with_the_demo(demo, suffix, tmp_path):
     if suffix == ".mp4":
@@ -225,11 +87,6 @@ def test_generate_compares_the_demo_with_itself(demo, tmp_path):
     )
     assert all(word in output for word in ("PSNR against no PAB, video 1", "SSIM", "speed-up", "4 transformer calls"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v-0.gif", "v-0.png", "v-1.gif", "v-1.png"]
-
-
-def invoke(*arguments: object) -> Any:
-    """A command's result with stdout and stderr apart."""
-    return RUNNER.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
 def test_generate_prints_json_alone_on_stdout(demo, tmp_path):
@@ -318,64 +175,10 @@ def test_generate_ends_with_1_for_a_result_that_is_not_finite(demo, tmp_path, mo
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(torch.OutOfMemoryError("no room for 3 GiB"), 1), (OSError("disk full"), 1), (ValueError("x: got 1"), 2)],
-    ids=lambda value: type(value).__name__,
-)
-def test_errors_end_with_one_line_and_their_code(error, code, demo, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(DemoPipeline, "__call__", fail)
-    arguments = ("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif", "--quiet")
-    result = invoke(*arguments)
-    assert result.exit_code == code
-    assert result.output == f"error: {error}\n"
-    monkeypatch.setenv("PAB_DEBUG", "1")
-    assert invoke(*arguments).exception is error
-
-
-def test_a_bug_keeps_its_traceback(demo, tmp_path, monkeypatch):
-    bug = RuntimeError("shapes do not fit")
-    monkeypatch.setattr(DemoPipeline, "__call__", lambda *args, **kwargs: (_ for _ in ()).throw(bug))
-    assert invoke("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif").exception is bug
-
-
 def test_generate_refuses_a_folder_that_cannot_be_written(demo, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "file" / "v.gif")
     assert "must be in a folder that can be written" in line
-
-
-# help
-
-
-@pytest.mark.parametrize("command", ["generate", "bench", "report", "info", "schedule", "verify"])
-def test_help_shows_examples_that_the_command_line_understands(command, monkeypatch):
-    output = pab(command, "--help")
-    examples = [line.strip() for line in output.splitlines() if line.strip().startswith(f"pab {command}")]
-    assert examples
-    parser: Any = typer.main.get_command(app)
-    for example in examples:
-        words = shlex.split(example.split(" > ")[0])[2:]
-        parser.commands[command].make_context(command, words)  # raises for an unknown option
-
-
-def test_help_names_the_exit_codes():
-    assert "Exit codes: 0 done" in pab("--help")
-
-
-def test_the_shell_completes_presets():
-    environment = {
-        **os.environ,
-        "_PAB_COMPLETE": "complete_bash",
-        "COMP_WORDS": "pab generate --pab la",
-        "COMP_CWORD": "3",
-    }
-    command = [sys.executable, "-c", "from pab_kernels.cli import app; app(prog_name='pab')"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert result.stdout.split() == ["latte"], result.stderr
 
 
 def test_generate_refuses_a_word_that_the_demo_does_not_know(demo, tmp_path):
@@ -434,12 +237,47 @@ def test_generate_refuses_a_run_that_does_not_fit(monkeypatch, tmp_path):
     )
 
 
-# verify
+def test_generate_writes_every_video_before_any_picture(demo, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no room for a picture")
+
+    monkeypatch.setattr("pab_kernels.figures.contact_sheet", fail)
+    prompts = ("--prompt", "a red circle moves right", "--prompt", "a blue star moves up")
+    arguments = ("--model", demo, *prompts, "--steps", 2, "--compare", "--device", "cpu")
+    assert "no room" in pab("generate", *arguments, "--output", tmp_path / "v.gif", code=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v-0.gif", "v-1.gif"]
 
 
-def test_verify_refuses_what_is_no_recording(tmp_path):
-    assert "no such file" in refused("verify", tmp_path / "absent.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    assert "not a recording" in refused("verify", tmp_path / "x.safetensors")
-    assert "tolerance: got 0.0" in refused("verify", tmp_path / "x.safetensors", "--tolerance", "0")
-    assert "dtype: got 'int8'" in refused("verify", tmp_path / "x.safetensors", "--dtype", "int8")
+@pytest.mark.parametrize(
+    ("output", "in_the_way"),
+    [
+        ("file/v.gif", "file"),
+        ("v.gif", "v.gif/"),
+        ("v.gif", "v.png/"),
+        ("v.gif", "v-with-PAB-step-004.png/"),
+        (f"{'x' * 300}.gif", ""),
+        (f"{'x' * 240}.gif", ""),  # the previews' names are longer
+    ],
+)
+def test_generate_refuses_outputs_before_the_work(output, in_the_way, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(DemoPipeline, "__call__", lambda *args, **kwargs: pytest.fail("it ran"))
+    if in_the_way.endswith("/"):
+        (tmp_path / in_the_way).mkdir()
+    elif in_the_way:
+        (tmp_path / in_the_way).write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    arguments = ("--model", demo, "--device", "cpu", "--steps", 4, "--compare", "--preview", 2)
+    line = refused("generate", *arguments, "--output", tmp_path / output)
+    assert re.match("error: (output|preview): got", line)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_generate_does_not_write_what_it_reads(tiny, tmp_path):
+    weights = tmp_path / "v.safetensors"
+    state = tiny_transformer("open_sora").state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights)
+    before = weights.read_bytes()
+    arguments = ("--model", "open_sora", *FAMILY_SIZES["open_sora"], "--device", "cpu", "--output", tmp_path / "v.mp4")
+    for given in (weights, tmp_path):
+        assert "output: got" in refused("generate", *arguments, "--weights", given)
+    assert weights.read_bytes() == before

@@ -1,0 +1,114 @@
+"""`pab info`: versions, GPU and backends, or the memory of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pab_kernels.cli import options
+from pab_kernels.config import PABConfig
+
+if TYPE_CHECKING:
+    from pab_kernels.pipelines.memory import PlannedRun
+
+
+def info(
+    model: Annotated[str | None, typer.Option(help="A family: print the memory that a run of it needs.")] = None,
+    resolution: options.Resolution = None,
+    duration: options.Duration = None,
+    aspect: options.Aspect = None,
+    size: options.Size = None,
+    pab: options.Pab = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Videos in a batch; guidance doubles them.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    cache_device: options.CacheDevice = None,
+    cache_dtype: options.CacheDtype = None,
+    linear_precision: options.LinearPrecision = None,
+) -> None:
+    """Print versions, GPU and backends; or the memory that a run needs.
+
+    Examples:
+
+    pab info
+
+    pab info --model open_sora --resolution 480p --duration 8s
+    """
+    with options.clean_errors():
+        if model is None:
+            _print_machine()
+        else:
+            small = {"cache_dtype": cache_dtype, "linear_precision": linear_precision}
+            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device, small)
+
+
+def _print_machine() -> None:
+    from pab_kernels.measure import info as about
+
+    console = options.console()
+    for name, version in about.versions().items():
+        console.print(f"{name:14} {version}")
+    console.print(f"{'gpu':14} {about.gpu()}")
+    table = Table("op", "backend", "why")
+    for op, choice in about.backends().items():
+        table.add_row(op, choice.backend, choice.reason)
+    console.print(table)
+
+
+def _print_memory(
+    model: str,
+    resolution: str | None,
+    duration: str | None,
+    aspect: str | None,
+    size: str | None,
+    pab: str | None,
+    prompts: int,
+    dtype: str,
+    cache_device: str | None,
+    small: dict[str, str | None],
+) -> None:
+    from pab_kernels.pipelines import generate as generation
+    from pab_kernels.pipelines import memory
+    from pab_kernels.pipelines.loading import resolve_model
+    from pab_kernels.pipelines.sizes import family_size
+
+    family = resolve_model(model, size)
+    video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+    if video is None:
+        raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
+    config = generation.pab_settings(pab or family, **small) or PABConfig()
+    on_host = options.on_host(cache_device)
+    run = memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype), on_host)
+    need = memory.estimate(run)
+    console = options.console()
+    console.print(f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}")
+    table = Table("", "GiB")
+    table.add_row("weights", f"{memory.gib(need.weights):.1f}")
+    slots = f"staging of {need.slot_count} slots" if on_host else f"{need.slot_count} slots"
+    table.add_row(slots, f"{memory.gib(need.slots):.1f}")
+    table.add_row("keys and values of the text", f"{memory.gib(need.text):.1f}")
+    table.add_row("activations", f"{memory.gib(need.activations):.1f}")
+    table.add_row("all", f"{memory.gib(need.total):.1f}", style="bold")
+    if on_host:
+        table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
+    console.print(table)
+    console.print("Without text encoder and VAE.")
+    if config.linear_precision is not None:
+        _print_fp8(run)
+
+
+def _print_fp8(run: PlannedRun) -> None:
+    from pab_kernels.pipelines import memory
+
+    console = options.console()
+    trials = memory.fp8_trials(run)
+    if isinstance(trials, str):
+        console.print(f"No linears in fp8: {trials}", soft_wrap=True)
+        return
+    table = Table("layer", "rows", "channels", "features", str(run.dtype), "fp8", "runs in fp8")
+    for shape, trial in trials.items():
+        sizes = map(str, (shape.rows, shape.channels, shape.features))
+        times = f"{trial.plain_ms:.3f} ms", f"{trial.fp8_ms:.3f} ms"
+        table.add_row(shape.layer, *sizes, *times, "yes" if trial.pays else "no")
+    console.print(table)

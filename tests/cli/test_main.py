@@ -1,0 +1,66 @@
+"""What all commands share: errors, exit codes, help, completion."""
+
+import os
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from pab_kernels.cli import app
+from pab_kernels.pipelines.demo import DemoPipeline
+from tests.cli_tools import invoke, pab
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("no room for 3 GiB"), 1), (OSError("disk full"), 1), (ValueError("x: got 1"), 2)],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_end_with_one_line_and_their_code(error, code, demo, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(DemoPipeline, "__call__", fail)
+    arguments = ("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif", "--quiet")
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert result.output == f"error: {error}\n"
+    monkeypatch.setenv("PAB_DEBUG", "1")
+    assert invoke(*arguments).exception is error
+
+
+def test_a_bug_keeps_its_traceback(demo, tmp_path, monkeypatch):
+    bug = RuntimeError("shapes do not fit")
+    monkeypatch.setattr(DemoPipeline, "__call__", lambda *args, **kwargs: (_ for _ in ()).throw(bug))
+    assert invoke("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif").exception is bug
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "report", "info", "schedule", "verify"])
+def test_help_shows_examples_that_the_command_line_understands(command, monkeypatch):
+    output = pab(command, "--help")
+    examples = [line.strip() for line in output.splitlines() if line.strip().startswith(f"pab {command}")]
+    assert examples
+    parser: Any = typer.main.get_command(app)
+    for example in examples:
+        words = shlex.split(example.split(" > ")[0])[2:]
+        parser.commands[command].make_context(command, words)  # raises for an unknown option
+
+
+def test_help_names_the_exit_codes():
+    assert "Exit codes: 0 done" in pab("--help")
+
+
+def test_the_shell_completes_presets():
+    environment = {
+        **os.environ,
+        "_PAB_COMPLETE": "complete_bash",
+        "COMP_WORDS": "pab generate --pab la",
+        "COMP_CWORD": "3",
+    }
+    command = [sys.executable, "-c", "from pab_kernels.cli import app; app(prog_name='pab')"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout.split() == ["latte"], result.stderr
