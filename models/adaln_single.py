@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import Tensor
 
-from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
+from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation
 from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
 from pab_kernels.models.adapter import (
     Adapter,
@@ -17,6 +17,7 @@ from pab_kernels.models.adapter import (
     WeightFuser,
     check_one_device,
     check_value,
+    layer_norm_of,
     linear_of,
     plain,
 )
@@ -77,7 +78,9 @@ class AdaLNSingleAdapter(Adapter):
     ) -> Block:
         for name in (path, f"{path}.ff.net.0"):
             plain(self.host, name)
-        norm = Norm(eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps)
+        norm = layer_norm_of(self.host, *(f"{path}.norm{i}" for i in (1, 2, 3)))
+        approximate = plain(self.host, f"{path}.ff.net.0.approximate")
+        check_value(f"{type(self.host).__name__}.{path}.ff.net.0.approximate", approximate, "tanh")
         attention = SelfAttention(
             heads=self._heads(f"{path}.attn1", rotary),
             qkv=self._fuser.fuse(self.host, [f"{path}.attn1.to_{name}" for name in "qkv"]),

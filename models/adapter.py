@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pab_kernels.blocks.block import BlockStack, Modulation
+from pab_kernels.blocks.block import BlockStack, Modulation, Norm
 from pab_kernels.blocks.branches import Rope
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Linear
@@ -154,6 +154,55 @@ def linear_of(root: nn.Module, path: str) -> Linear:
     if module.bias is None:
         raise TypeError(f"{type(root).__name__}.{path}: has no bias, must have one")
     return Linear(module.weight.detach(), module.bias.detach())
+
+
+def layer_norm_of(root: nn.Module, path: str, *others: str) -> Norm:
+    """The LayerNorm at `path`; those at `others`, where there are any, must be alike.
+
+    Raises
+    ------
+    TypeError
+        One is no plain LayerNorm, has weights, or another eps than the first.
+    """
+    eps = plain(root, path, nn.LayerNorm).eps
+    for each in (path, *others):
+        owner, _, name = each.rpartition(".")
+        if getattr(root.get_submodule(owner), name, None) is None:
+            continue
+        norm = plain(root, each, nn.LayerNorm)
+        check_value(f"{type(root).__name__}.{each}.eps", norm.eps, eps)
+        for part in ("weight", "bias"):
+            check_value(f"{type(root).__name__}.{each}.{part}", getattr(norm, part), None)
+    return Norm(eps=eps)
+
+
+def rms_norms_of(paths: Sequence[str], norms: Sequence[nn.Module]) -> tuple[list[Tensor | None], float]:
+    """Weights and the one eps of RMSNorms on queries and keys; no weight for an Identity.
+
+    Without an eps of its own, torch's takes the machine epsilon of the dtype that it computes in.
+
+    Raises
+    ------
+    TypeError
+        They differ in eps.
+    """
+    weights: list[Tensor | None] = []
+    found: dict[str, float] = {}
+    for path, norm in zip(paths, norms, strict=True):
+        if isinstance(norm, nn.Identity):
+            weights.append(None)
+            continue
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            raise TypeError(f"{path}.weight: is None, must be a weight for each channel of a head")
+        weights.append(weight.detach())
+        # Every class here has one of them: torch's and apex' RMSNorm, LlamaRMSNorm.
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found[path] = torch.finfo(wide).eps if eps is None else float(eps)  # type: ignore[arg-type]
+    if len(set(found.values())) > 1:
+        raise TypeError(f"{' and '.join(f'{path}.eps is {eps}' for path, eps in found.items())}: must be alike")
+    return weights, next(iter(found.values()), 1e-6)
 
 
 class WeightFuser:

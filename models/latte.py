@@ -11,7 +11,7 @@ from torch import Tensor
 from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_value, embed_patches, plain
+from pab_kernels.models.adapter import Call, check_value, embed_patches, layer_norm_of, plain
 from pab_kernels.ops.checks import check_shape, check_tensor
 
 
@@ -42,7 +42,7 @@ class LatteAdapter(AdaLNSingleAdapter):
         except BaseException:
             self.restore()
             raise
-        self.stack = BlockStack(tuple(blocks), embed_before=1)
+        self.stack = BlockStack(tuple(blocks), embed_before=1, final=layer_norm_of(self.host, "norm_out"))
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the arguments of LatteTransformer3DModel.forward."""

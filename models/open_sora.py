@@ -9,7 +9,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
+from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation
 from pab_kernels.blocks.branches import CrossAttention, Mlp, Rope, SelfAttention
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Linear
@@ -20,8 +20,10 @@ from pab_kernels.models.adapter import (
     check_one_device,
     check_value,
     embed_patches,
+    layer_norm_of,
     linear_of,
     plain,
+    rms_norms_of,
 )
 from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
 from pab_kernels.models.seen import Seen
@@ -67,7 +69,7 @@ class OpenSoraAdapter(Adapter):
         for index in range(len(plain(host, "spatial_blocks"))):
             blocks.append(self._block("spatial", index))
             blocks.append(self._block("temporal", index))
-        self.stack = BlockStack(tuple(blocks))
+        self.stack = BlockStack(tuple(blocks), final=layer_norm_of(host, "final_layer.norm_final"))
 
     def _block(self, kind: Literal["spatial", "temporal"], index: int) -> Block:
         path = f"{kind}_blocks.{index}"
@@ -92,22 +94,21 @@ class OpenSoraAdapter(Adapter):
             self._named(f"{path}.attn.{name}", "Identity", "RMSNorm", "LlamaRMSNorm", "FusedRMSNorm")
             for name in ("q_norm", "k_norm")
         ]
-        weights = [getattr(norm, "weight", None) for norm in norms]  # an Identity has none
-        eps: Any = getattr(norms[0], "eps", None) or getattr(norms[0], "variance_epsilon", 1e-6)
+        (q_norm, k_norm), eps = rms_norms_of([f"{path}.attn.{name}" for name in ("q_norm", "k_norm")], norms)
         self_attention = SelfAttention(
             qkv=linear("attn.qkv"),
             proj=linear("attn.proj"),
             heads=heads,
             sequence=kind,
-            q_norm=None if weights[0] is None else weights[0].detach(),
-            k_norm=None if weights[1] is None else weights[1].detach(),
+            q_norm=q_norm,
+            k_norm=k_norm,
             norm_eps=eps,
             rotary=kind == "temporal",
         )
         text = CrossAttention(
             linear("cross_attn.q_linear"), linear("cross_attn.kv_linear"), linear("cross_attn.proj"), heads
         )
-        norm = Norm(eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps)
+        norm = layer_norm_of(self.host, f"{path}.norm1", f"{path}.norm2")
         branches = (
             Branch(kind, self_attention, norm, shift=0, scale=1, gate=2),
             Branch("cross", text),

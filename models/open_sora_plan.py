@@ -15,7 +15,7 @@ from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.branches import Rope
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, plain
+from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, layer_norm_of, plain
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
@@ -108,7 +108,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
         except BaseException:
             self.restore()
             raise
-        self.stack = BlockStack(tuple(blocks))
+        self.stack = BlockStack(tuple(blocks), final=layer_norm_of(self.host, "norm_out"))
 
     def _rotation(self, grid: tuple[int, int, int]) -> Rope:
         """Cosines and sines [T * H * W, head_dim / 2], float32."""

@@ -222,7 +222,7 @@ def test_steps_may_begin_late():
     with accelerate(made.host, PABConfig()) as handle:
         handle.begin(made.timesteps, first_call=3)
         late = handle.rectified_flow(made.inputs.latents, 7.0, **made.inputs.given)(made.inputs.latents)
-        handle.begin(made.timesteps)
+        handle.begin(made.timesteps, first_call=3)
         with torch.no_grad():
             prediction = predict(made.host, made, made.inputs.latents, 3)
     assert relative_error(late, advance(made, made.inputs.latents, prediction, 3)) < 1e-6
