@@ -222,9 +222,10 @@ class Workspace:
             return self._text
         tokens, kv_len = _pack(call.text, call.text_mask)
         if self._eager is None:
-            if kv_len is None:
+            missing = -tokens.shape[1] % TEXT_PADDING
+            if kv_len is None and missing:
                 kv_len = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32, device=tokens.device)
-            tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % TEXT_PADDING))
+            tokens = F.pad(tokens, (0, 0, 0, missing))
         key = (tokens.shape, kv_len is None, None if call.image is None else call.image.shape)
         old = self._texts.get(key)
         if old is not None and old.kv_len is not None and kv_len is not None:
