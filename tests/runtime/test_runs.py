@@ -61,7 +61,7 @@ def test_a_request_with_a_scheduler_of_its_own_is_right_or_told_to_begin(pipe: P
         with pytest.raises(ValueError, match=r"handle\.begin\(scheduler\.timesteps\)"):
             pipe(10, scheduler=DDIMScheduler())  # the pipeline's own has not run: it has all 1000
         for _ in range(12):
-            own = DDIMScheduler()
+            own: Any = DDIMScheduler()
             own.set_timesteps(10)
             handle.begin(own.timesteps)
             assert relative_error(pipe(10, scheduler=own), want) < 1e-5
@@ -359,7 +359,7 @@ def test_lattes_own_pipeline_with_a_scheduler_for_each_request() -> None:
         want = video(shared, 0)
     with accelerate(shared, PAB) as handle:
         for request in range(12):
-            scheduler = DDIMScheduler()
+            scheduler: Any = DDIMScheduler()
             single: Any = LattePipeline(None, None, None, made.model, scheduler)
             single.set_progress_bar_config(disable=True)
             scheduler.set_timesteps(10)
