@@ -96,10 +96,6 @@ class AcrossHeadsAdapter(Adapter):
             )
         return given
 
-    def check_weights(self) -> None:
-        """Raise ValueError if the host's parameters were moved or replaced."""
-        self._fuser.check()
-
     def restore(self) -> None:
         """Give the host its separate parameters back."""
         self._fuser.restore()
