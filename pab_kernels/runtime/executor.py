@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import groupby
 
 import torch
@@ -12,7 +13,7 @@ from pab_kernels.blocks.branches import CrossAttention, Inputs, Rope, TextKV, te
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Fp8Linear
 from pab_kernels.ops.quantized import DTYPES
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.plan import Traffic, places, storage
 from pab_kernels.runtime.slots import SlotLayout
 from pab_kernels.runtime.stream import Stream
@@ -33,6 +34,8 @@ class Executor:
         Of the residual stream, and so of every slot.
     cache_device : torch.device
         Where the slots lie; see `BroadcastCache`.
+    pool, forward : optional
+        Whom the slots are shared with; see `BroadcastCache`.
 
     Raises
     ------
@@ -42,7 +45,15 @@ class Executor:
         Tables of the blocks that do not fit together; see `VectorBank`.
     """
 
-    def __init__(self, stack: BlockStack, schedule: Schedule, layout: Layout, cache_device: torch.device) -> None:
+    def __init__(
+        self,
+        stack: BlockStack,
+        schedule: Schedule,
+        layout: Layout,
+        cache_device: torch.device,
+        pool: SlotPool | None = None,
+        forward: Hashable = None,
+    ) -> None:
         self.stack = stack
         self.layout = layout
         self._vectors = VectorBank(stack, layout.modulations)
@@ -62,6 +73,8 @@ class Executor:
             gated=tuple(sorted(kept, key=lambda key: key.kind)),
             gate_shape=(layout.modulations, layout.channels),
             gate_dtype=self._vectors.dtype,
+            pool=pool,
+            forward=forward,
         )
         self._traffic: dict[StepVariant, Traffic] = {}
         self._gate_copies: dict[StepVariant, list[tuple[Tensor, Tensor]]] = {}

@@ -261,11 +261,11 @@ class PABHandle:
                 f"hidden_states: shape is {list(latents.shape)}, but this run began with {list(shape)}: "
                 "call begin(timesteps) for a new one"
             )
-        parameter = next(self.transformer.parameters())
-        if latents.dtype != parameter.dtype or latents.device != parameter.device:
+        stack = self._adapter.stack
+        if latents.dtype != stack.dtype or latents.device != stack.device:
             raise ValueError(
                 f"hidden_states: is {latents.dtype} on {latents.device}, "
-                f"must be {parameter.dtype} on {parameter.device} as the transformer"
+                f"must be {stack.dtype} on {stack.device} as the transformer's blocks"
             )
 
     def _now(self) -> Any:

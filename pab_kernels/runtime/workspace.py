@@ -162,9 +162,10 @@ class Workspace:
             return
         text, kv_len = _pack(call.text, call.text_mask)
         if self.eager is None:
-            if kv_len is None:
+            missing = -text.shape[1] % TEXT_PADDING
+            if kv_len is None and missing:
                 kv_len = torch.full((len(text),), text.shape[1], dtype=torch.int32, device=text.device)
-            text = F.pad(text, (0, 0, 0, -text.shape[1] % TEXT_PADDING))
+            text = F.pad(text, (0, 0, 0, missing))
         shapes = (text.shape, None if call.image is None else call.image.shape)
         same = self._text_shapes == shapes and (self._kv_len is None) == (kv_len is None)
         if same and self._kv_len is not None and kv_len is not None:
