@@ -235,7 +235,9 @@ class PABHandle:
                 if self._checked_run() is not run:
                     raise ValueError("another run has begun: call rectified_flow again for its steps")
                 step, forward = run.place(None, None)
-                return self._step(run, step, forward, inputs.call, inputs.at(step, latents), inputs.seen.doubts())
+                flow = inputs.at(step, latents)
+                result = self._step(run, step, forward, inputs.call, flow, inputs.seen.doubts())
+            return self._lane.hand_out(result)
 
         return step
 
@@ -248,7 +250,9 @@ class PABHandle:
             run, step, forward, unchecked = self._runs.place(name, timestep)
             self._doubts.check()
             doubts = [self._doubts.of_timestep(timestep, run.roundings[step])] if unchecked else []
-            return self._adapter.wrap(self._step(run, step, forward, call, None, (*doubts, *call.doubts)), call)
+            result = self._step(run, step, forward, call, None, (*doubts, *call.doubts))
+            adapter = self._adapter
+        return adapter.wrap(self._lane.hand_out(result), call)
 
     def _step(
         self,
@@ -285,7 +289,7 @@ class PABHandle:
         run.clock.append((variant, start, clock.mark(self._lane.device)))
         run.done(forward, step, latents.shape)
         run.broken = False
-        return self._lane.hand_out(result)
+        return result
 
     def _workspace(self, run: Run, forward: Forward, call: Call) -> Workspace:
         """The workspace of a call, with the slots of this run."""

@@ -144,7 +144,7 @@ class Workspace:
     def step(
         self, call: Call, variant: StepVariant, flow: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One denoising call, in a tensor of the caller's own.
+        """One denoising call.
 
         Parameters
         ----------
@@ -156,7 +156,8 @@ class Workspace:
         Returns
         -------
         result : Tensor
-            The host's prediction [B, C_out, T, H, W], or with `flow` the latents after the step.
+            The host's prediction [B, C_out, T, H, W], or with `flow` the latents after the step; the next call may
+            overwrite it.
         doubts : tuple of Tensor
             Bools on the device: the result is wrong where one is True.
 
