@@ -1,15 +1,24 @@
-"""Pictures and terminal drawings: the schedule, and contact sheets of videos."""
+"""Pictures and terminal drawings: the schedule, contact sheets; videos as files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import signal
+import subprocess
+import textwrap
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import imageio.v3 as iio
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch
+from PIL import GifImagePlugin, Image
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +28,13 @@ from pab_kernels.quality import Frames
 from pab_kernels.schedule import Schedule
 
 COMPUTED, BROADCAST = "#1f6f8b", "#f2b134"
+VIDEO_SUFFIXES = (".mp4", ".gif")
+HD = 720
+"""Lines from which on players take a video without tags to be BT.709, and below BT.601."""
+OWN_FONT = "DejaVu Sans"
+"""Comes with matplotlib."""
+LINES = 6
+"""Of a title; what is longer is cut off."""
 
 
 def kinds_shown(schedule: Schedule) -> tuple[str, ...]:
@@ -55,7 +71,7 @@ def schedule_figure(schedule: Schedule, title: str) -> Figure:
     ticks = np.arange(0, len(schedule), max(1, len(schedule) // 12))
     axes.set_xticks(ticks + 0.5, [f"{i}\n{schedule.timesteps[i]:.0f}" for i in ticks])
     axes.set_xlabel("step (above) and timestep (below)")
-    axes.set_title(f"{title}: {schedule.saved_share(kinds):.0%} of the attention calls are broadcast")
+    put(axes.set_title, f"{title}: {schedule.saved_share(kinds):.0%} of the attention calls are broadcast")
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.legend(
@@ -68,7 +84,7 @@ def schedule_figure(schedule: Schedule, title: str) -> Figure:
 
 
 def contact_sheet(videos: Mapping[str, Frames], path: Path, title: str, columns: int = 8) -> None:
-    """One row a video, evenly spaced frames as columns, as a PNG."""
+    """One row a video, evenly spaced frames as columns, as a PNG with the title in its metadata too."""
     figure = Figure(figsize=(1.5 * columns + 1, 1.6 * len(videos) + 0.6), layout="constrained")
     grid = figure.subplots(len(videos), columns, squeeze=False)
     for row, (label, frames) in zip(grid, videos.items(), strict=True):
@@ -77,33 +93,76 @@ def contact_sheet(videos: Mapping[str, Frames], path: Path, title: str, columns:
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(f"frame {index}", fontsize=8)
-        row[0].set_ylabel(label)
-    figure.suptitle(title)
-    save_figure(figure, path)
+        put(row[0].set_ylabel, label)
+    put(figure.suptitle, title, width=12 * columns)
+    with replaced(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Title": _encodable(title)})
 
 
-def save_video(frames: Frames, path: Path, fps: int = 8, least_size: int = 256) -> None:
-    """Write frames [T, H, W, 3] as .mp4 or .gif; small videos are enlarged by whole factors so that they can be seen.
+def save_video(frames: Frames, path: Path, fps: float = 8, least_size: int = 256) -> None:
+    """Write frames [T, H, W, 3] uint8 as .mp4 or .gif; small videos are enlarged by whole factors to be seen.
+
+    Every frame is written, also one that equals the one before. An .mp4 is H.264 in YUV 4:2:0, converted by the matrix
+    that its tags name: BT.709 from 720 lines on, BT.601 below. An odd size gets one more row or column.
 
     Raises
     ------
     ValueError
-        Another suffix.
+        Another suffix, or frames of another shape or dtype.
+    OSError
+        It could not be written, such as on a full disk; what was at `path` is as it was.
     """
-    frames = _enlarged(frames, least_size)
-    if path.suffix not in (".mp4", ".gif"):
+    if path.suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"output: got {path.name!r}, must end in .mp4 or .gif")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise ValueError(f"frames: got {list(frames.shape)} {frames.dtype}, must be [T, H, W, 3] uint8")
+    frames = _enlarged(frames, least_size)
     with replaced(path) as partial:
-        if path.suffix == ".mp4":
-            iio.imwrite(partial, frames, fps=fps, codec="libx264", macro_block_size=2)
-        else:
-            iio.imwrite(partial, frames, duration=1000 / fps, loop=0)
+        (_write_mp4 if path.suffix == ".mp4" else _write_gif)(frames, partial, fps)
+
+
+def why_no_mp4() -> str | None:
+    """What is missing to write .mp4 here, None where it can be written."""
+    return "`pip install imageio[ffmpeg]`" if importlib.util.find_spec("imageio_ffmpeg") is None else None
+
+
+def _write_mp4(frames: Frames, path: Path, fps: float) -> None:
+    """By ffmpeg itself: imageio does not notice that it failed, and leaves the matrix to a guess."""
+    import imageio_ffmpeg
+
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:  # colours are kept of every other row and column
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        height, width = frames.shape[1:3]
+    matrix = "bt709" if height >= HD else "smpte170m"
+    tags = f"colorspace={matrix}:color_primaries={matrix}:color_trc={matrix}:range=tv"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
+    command += ["-vf", f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p,setparams={tags}"]
+    command += ["-c:v", "libx264", "-crf", "18", f"file:{path}"]
+    pixels = np.ascontiguousarray(frames).data.cast("B")
+    done = subprocess.run(command, input=pixels, capture_output=True, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
+        why = signal.strsignal(-done.returncode) if done.returncode < 0 else lines[-1]
+        raise OSError(f"ffmpeg did not write the video: {why}")
+
+
+def _write_gif(frames: Frames, path: Path, fps: float) -> None:
+    """Frame by frame: Pillow's `save` makes one of neighbours that are equal."""
+    with path.open("wb") as file:
+        for i, frame in enumerate(frames):
+            image = Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE)
+            if i == 0:
+                file.writelines(GifImagePlugin.getheader(image, info={"loop": 0})[0])
+            file.writelines(GifImagePlugin.getdata(image, duration=1000 / fps, include_color_table=True))
+        file.write(b";")
 
 
 def save_frame(frame: Frames, path: Path, least_size: int = 256) -> None:
     """Write a frame [1, H, W, 3] as a PNG, enlarged like a video."""
     with replaced(path) as partial:
-        iio.imwrite(partial, _enlarged(frame, least_size)[0])
+        Image.fromarray(_enlarged(frame, least_size)[0]).save(partial, format="PNG")
 
 
 def _enlarged(frames: Frames, least_size: int) -> Frames:
@@ -115,3 +174,59 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, or as what else the suffix says."""
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130)
+
+
+def put(setter: Callable[..., Any], words: str, width: int = 90) -> None:
+    """Give matplotlib words from outside, as they are: no mathematics, fonts that have them, at most `LINES` lines."""
+    fonts = _fonts(words)
+    lines = textwrap.wrap(_plain(words, list(fonts.values())), width, max_lines=LINES, placeholder=" ...")
+    setter("\n".join(lines), fontfamily=list(fonts))
+
+
+def plain(words: str) -> str:
+    """`words` for matplotlib, in its own font, on one line: nothing starts mathematics."""
+    return _plain(words, [_own_font()])
+
+
+def _plain(words: str, fonts: Sequence[FT2Font]) -> str:
+    return "".join(_shown(letter, fonts) for letter in words)
+
+
+def _shown(letter: str, fonts: Sequence[FT2Font]) -> str:
+    """What stands for a letter: itself, or its number where no font has it."""
+    if letter.isspace():
+        return " "
+    category = unicodedata.category(letter)
+    if category == "Cf" or "\ufe00" <= letter <= "\ufe0f":
+        return ""  # says how its neighbours are drawn
+    if category in ("Cc", "Cs") or not any(font.get_char_index(ord(letter)) for font in fonts):
+        return letter.encode("unicode_escape").decode()
+    return "\\$" if letter == "$" else letter
+
+
+def _fonts(words: str) -> dict[str, FT2Font]:
+    """Matplotlib's own font, and installed ones that have what it has not, by their names."""
+    fonts = {OWN_FONT: _own_font()}
+    missing = {letter for letter in words if letter.isprintable() and not _own_font().get_char_index(ord(letter))}
+    for entry in fontManager.ttflist:
+        if not missing:
+            break
+        if entry.style != "normal" or entry.name in fonts or "Last Resort" in entry.name:  # it has boxes for all
+            continue
+        try:
+            font = FT2Font(entry.fname)
+        except (OSError, RuntimeError):  # listed, but gone or broken
+            continue
+        if has := {letter for letter in missing if font.scalable and font.get_char_index(ord(letter))}:
+            missing -= has
+            fonts[entry.name] = font
+    return fonts
+
+
+@cache
+def _own_font() -> FT2Font:
+    return FT2Font(findfont(OWN_FONT))
+
+
+def _encodable(words: str) -> str:
+    return words.encode("utf-8", "backslashreplace").decode()

@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from pab_kernels.config import PABConfig
@@ -29,15 +31,16 @@ Tapped = TypeVar("Tapped", bound="TappedBlocks")
 class TappedBlocks(ABC):
     """Replaces the forward of a host's blocks by one that asks `branch` for every branch; leaving it puts them back.
 
-    Attention and MLP are gated when they pass here; cross-attention comes after its projection.
+    Attention and MLP are gated when they pass here, but attention of Wan and LTX-Video is gated after; cross-attention
+    comes after its projection.
 
     Parameters
     ----------
     host : nn.Module
-        Made of STDiT3's blocks, or of diffusers' adaLN-single blocks. Blocks in a list named ``temporal...`` attend
-        along time.
+        Made of STDiT3's blocks, of diffusers' adaLN-single blocks, of Wan's or of LTX-Video's. Blocks in a list named
+        ``temporal...`` attend along time.
     regate : bool
-        Blocks of diffusers' kind gate attention after it has passed here, not before.
+        diffusers' adaLN-single blocks gate attention after it has passed here, not before.
 
     Raises
     ------
@@ -50,16 +53,17 @@ class TappedBlocks(ABC):
         """The host's current call, from 0."""
         self._blocks: list[nn.Module] = []
         for path, module in host.named_modules():
-            if not isinstance(module, STDiT3Block | BasicTransformerBlock):
+            forward = next((each for cls, each in _FORWARDS.items() if isinstance(module, cls)), None)
+            if forward is None:
                 continue
             block: nn.Module = module
             parent, _, index = path.rpartition(".")
             kind = "temporal" if parent.startswith("temporal") else "spatial"
-            forward = _stdit3_forward if isinstance(module, STDiT3Block) else _basic_forward
             block.forward = partial(forward, block, partial(self.branch, kind, int(index)), regate)
             self._blocks.append(block)
         if not self._blocks:
-            raise TypeError(f"host: a {type(host).__name__} has neither STDiT3's blocks nor diffusers' adaLN-single")
+            known = ", ".join(cls.__name__ for cls in _FORWARDS)
+            raise TypeError(f"host: a {type(host).__name__} has none of the blocks that are known: {known}")
         self._hook = host.register_forward_pre_hook(self._next)
 
     def __enter__(self: Tapped) -> Tapped:
@@ -91,19 +95,22 @@ class TappedBlocks(ABC):
 class PlainPAB(TappedBlocks):
     """Keeps the outputs of the branches that `config` broadcasts, and hands them out again.
 
-    Attention is kept gated, that of Open-Sora-Plan 1.2 before its gate; cross-attention after its projection; the MLP
-    gated.
+    Attention is kept gated, that of Open-Sora-Plan 1.2, Wan and LTX-Video before its gate; cross-attention after its
+    projection; the MLP gated.
 
     Parameters
     ----------
     host : nn.Module
         As for `TappedBlocks`.
     config : PABConfig
+    forwards_per_step : int
+        How often a step calls the host. Each of these calls keeps outputs of its own.
     """
 
-    def __init__(self, host: nn.Module, config: PABConfig) -> None:
+    def __init__(self, host: nn.Module, config: PABConfig, forwards_per_step: int = 1) -> None:
         self.config = config
-        self._kept: dict[tuple[str, str, int], Tensor] = {}
+        self.forwards_per_step = forwards_per_step
+        self._kept: dict[tuple[str, str, int, int], Tensor] = {}
         self._schedule: Schedule | None = None
         super().__init__(host, regate=isinstance(host, OpenSoraPlanV120))
 
@@ -113,30 +120,27 @@ class PlainPAB(TappedBlocks):
         self._kept.clear()
 
     def begin(self, timesteps: Iterable[float]) -> None:
-        """Plan a run over `timesteps`, one a call of the host, and forget every output."""
+        """Plan a run over `timesteps`, one a step, and forget every output."""
         self._schedule, self.call = Schedule(self.config, timesteps), -1
         self._kept.clear()
 
     @property
     def _variant(self) -> StepVariant:
-        if self._schedule is None or self.call >= len(self._schedule):
+        step = self.call // self.forwards_per_step
+        if self._schedule is None or step >= len(self._schedule):
             raise ValueError("no run has begun, or its calls are over: call begin(timesteps)")
-        return self._schedule[self.call]
+        return self._schedule[step]
 
     def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """The branch's output, computed or kept from before."""
-        if name == "mlp":
-            decision = self._variant.mlp(kind)
-            broadcast, keep = index in decision.broadcast, index in decision.keep
-        else:
-            branch = "cross" if name == "cross" else kind
-            keep = index in self.config.blocks(branch)
-            broadcast = keep and getattr(self._variant, branch)
-        if broadcast:
-            return self._kept[name, kind, index]
+        branch = {"attention": kind, "cross": "cross", "mlp": f"mlp_{kind}"}[name]
+        has_slot = index in self.config.blocks(branch)
+        key = name, kind, index, self.call % self.forwards_per_step
+        if has_slot and self._variant.reads(branch, index):
+            return self._kept[key]
         value = compute()
-        if keep:
-            self._kept[name, kind, index] = value
+        if has_slot and self._variant.writes(branch, index):
+            self._kept[key] = value
         return value
 
 
@@ -194,3 +198,60 @@ def _basic_forward(
             ),
         )
     return x + branch("mlp", x, lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))
+
+
+def _wan_forward(
+    block: Any,
+    branch: Branch,
+    regate: bool,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+) -> Tensor:
+    """WanTransformerBlock.forward, its branches through `branch`; `temb` [B, 6, C], or [B, N, 6, C] a token."""
+    x = hidden_states
+    vectors = (block.scale_shift_table + temb.float()).unbind(-2)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (v if temb.ndim == 4 else v[:, None] for v in vectors)
+
+    def normed(norm: nn.Module, shift: Tensor | float = 0.0, scale: Tensor | float = 0.0) -> Tensor:
+        return (norm(x.float()) * (1 + scale) + shift).type_as(x)
+
+    attention = branch("attention", x, lambda: block.attn1(normed(block.norm1, shift, scale), None, None, rotary_emb))
+    x = (x.float() + attention * gate).type_as(x)
+    x = x + branch("cross", x, lambda: block.attn2(normed(block.norm2), encoder_hidden_states, None, None))
+    mlp = branch("mlp", x, lambda: block.ffn(normed(block.norm3, mlp_shift, mlp_scale)).float() * mlp_gate)
+    return (x.float() + mlp).type_as(x)
+
+
+def _ltx_forward(
+    block: Any,
+    branch: Branch,
+    regate: bool,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """LTXVideoTransformerBlock.forward, its branches through `branch`; `temb` [B, 1 or N, 6 * C]."""
+    x = hidden_states
+    vectors = block.scale_shift_table + temb.unflatten(-1, (6, -1))
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors.unbind(2)
+    x = x + gate * branch(
+        "attention", x, lambda: block.attn1(modulate(block.norm1(x), shift, scale), image_rotary_emb=image_rotary_emb)
+    )
+    x = x + branch(
+        "cross",
+        x,
+        lambda: block.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask),
+    )
+    return x + branch("mlp", x, lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))
+
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    STDiT3Block: _stdit3_forward,
+    BasicTransformerBlock: _basic_forward,
+    WanTransformerBlock: _wan_forward,
+    LTXVideoTransformerBlock: _ltx_forward,
+}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Frames = NDArray[np.uint8]
 
 LEAST_SIZE = 7
 """SSIM looks at windows of 7 x 7 pixels."""
+MOST_FRAMES = 100_000
+"""Of an animated image, its longer frames counted as several."""
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """The weights in torch's cache that LPIPS stands on; torchvision's name for them."""
 
@@ -98,6 +101,8 @@ def _signed(frame: NDArray[np.uint8]) -> torch.Tensor:
 def load_video(path: Path) -> Frames:
     """The frames of a video or animated image, [T, H, W, 3] uint8.
 
+    A frame of an image that lasts longer than the shortest one stands for several: equal ones are often written as one.
+
     Raises
     ------
     FileNotFoundError
@@ -108,9 +113,26 @@ def load_video(path: Path) -> Frames:
     if not path.is_file():
         raise FileNotFoundError(f"video: there is no file {path}")
     try:
-        frames = np.stack(list(iio.imiter(path)))
+        frames = _read(path)
     except Exception as error:  # each of imageio's plugins has errors of its own
         raise ValueError(f"video: {path} cannot be read as a video: {error}") from error
     if frames.ndim != 4 or frames.shape[-1] < 3 or frames.dtype != np.uint8:
         raise ValueError(f"video: {path} holds {list(frames.shape)} {frames.dtype}, must be [T, H, W, 3] uint8")
     return frames[..., :3]
+
+
+def _read(path: Path) -> NDArray[Any]:
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        return np.stack(list(iio.imiter(path)))
+    with image:
+        frames, lasts = [], []
+        for each in ImageSequence.Iterator(image):
+            frames.append(np.asarray(each.convert("RGB")))
+            lasts.append(each.info.get("duration", 0))
+    shortest = min(lasts)
+    counts = [round(time / shortest) if shortest > 0 else 1 for time in lasts]
+    if sum(counts) > MOST_FRAMES:
+        raise ValueError(f"it lasts as long as {sum(counts)} of its shortest frame, must be at most {MOST_FRAMES}")
+    return np.stack(frames).repeat(counts, axis=0)

@@ -1,14 +1,17 @@
 """PABConfig: its keys, files, presets and errors."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pab_kernels.config import KINDS, PRESETS, PABConfig
+from pab_kernels.config import KINDS, PRESETS, MlpWindow, PABConfig
+from pab_kernels.config_values import short
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pab.yaml"
 ON = {"spatial_broadcast": True, "spatial_threshold": [100, 800], "spatial_range": 2}
@@ -43,7 +46,7 @@ def test_documents_example_loads_unchanged():
         ({"mlp_spatial_broadcast_config": [1]}, TypeError, ["mlp_spatial_broadcast_config", "[1]"]),
         ({"mlp_spatial_broadcast_config": {"x": {}}}, TypeError, ["mlp_spatial_broadcast_config", "'x'"]),
         ({"mlp_spatial_broadcast_config": {7: {"block": [0]}}}, TypeError, ["[7]", "skip_count"]),
-        ({"mlp_spatial_broadcast_config": {7: {"block": [-1], "skip_count": 1}}}, ValueError, ["[7].block", "[-1]"]),
+        ({"mlp_spatial_broadcast_config": {7: {"block": [-1], "skip_count": 1}}}, ValueError, ["[7].block", "-1"]),
         ({"mlp_spatial_broadcast_config": {7: {"block": [0], "skip_count": 0}}}, ValueError, ["[7].skip_count", "0"]),
         (
             {"mlp_broadcast": True, "mlp_spatial_broadcast_config": WINDOWS, "mlp_range": 2, "mlp_threshold": [1, 2]},
@@ -54,9 +57,23 @@ def test_documents_example_loads_unchanged():
         ({"linear_exclude": "spatial.0.*"}, TypeError, ["linear_exclude", "'spatial.0.*'", "list"]),
         ({"linear_exclude": [0]}, TypeError, ["linear_exclude", "[0]", "list"]),
         ({"cache_dtype": "fp16"}, ValueError, ["cache_dtype", "'fp16'", "fp8, int8"]),
+        ({"cache_dtype": ["fp8"]}, ValueError, ["cache_dtype", "['fp8']", "fp8, int8"]),
+        ({"spatial_range": 10**400}, ValueError, ["spatial_range", "1000", "at most 2147483647"]),
+        ({"spatial_range": 10**5000}, ValueError, ["spatial_range", "very many digits", "at most 2147483647"]),
+        ({"spatial_threshold": [0, 10**400]}, ValueError, ["spatial_threshold", "at most 2147483647"]),
+        ({"spatial_threshold": [-(10**400), 0]}, ValueError, ["spatial_threshold", "at least -2147483647"]),
+        ({"spatial_threshold": [True, 2]}, TypeError, ["spatial_threshold", "True", "two numbers"]),
+        ({"spatial_threshold": ["1e2", 800]}, TypeError, ["spatial_threshold", "'1e2'", "two numbers"]),
+        ({"mlp_block": [0, 10**400]}, ValueError, ["mlp_block", "at most 2147483647"]),
+        ({"mlp_spatial_broadcast_config": {10**400: WINDOWS[720]}}, ValueError, ["key 1000", "at most 2147483647"]),
+        ({"mlp_spatial_broadcast_config": {"7" * 5000: WINDOWS[720]}}, TypeError, ["key '777", "integer timestep"]),
+        ({"mlp_spatial_broadcast_config": {7: {"block": [0], "skip_count": 2**40}}}, ValueError, ["[7].skip_count"]),
+        ({"mlp_spatial_broadcast_config": {7: {"block": 3, "skip_count": 1}}}, ValueError, ["[7].block", "3", "list"]),
+        ({"mlp_spatial_broadcast_config": {7: WINDOWS[720], "7": WINDOWS[720]}}, ValueError, ["timestep 7", "twice"]),
+        ({"x" * 9999: 1}, ValueError, ["unknown key"]),
         ([1, 2], TypeError, ["settings", "list", "mapping"]),
     ],
-    ids=str,
+    ids=lambda value: short(value)[:60],
 )
 def test_bad_input_names_key_value_and_what_is_allowed(settings, error, words):
     with pytest.raises(error) as caught:
@@ -65,7 +82,7 @@ def test_bad_input_names_key_value_and_what_is_allowed(settings, error, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words\n", "", "a: [1,\n", "spatial_range: 0\n"])
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words\n", "", "a: [1,\n", "spatial_range: 0\n", "1: 2\n"])
 def test_bad_files_name_the_file(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -153,3 +170,42 @@ def test_accepted_settings_survive_a_round_trip_and_keep_their_promises(settings
         assert every is None or every >= 1
         assert not getattr(config, f"{kind}_broadcast") or (threshold is not None and every is not None)
         assert (0 in config.blocks(kind)) <= getattr(config, f"{kind}_broadcast")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ((7.5, (0,), 1), TypeError, ["timestep", "7.5"]),
+        (("7", (0,), 1), TypeError, ["timestep", "'7'"]),
+        ((7, (), 1), ValueError, ["block", "()"]),
+        ((7, 3, 1), ValueError, ["block", "3"]),
+        ((7, (-1,), 1), ValueError, ["block", "-1"]),
+        ((7, ("0",), 1), TypeError, ["block", "'0'"]),
+        ((7, (0,), 0), ValueError, ["skip_count", "0"]),
+        ((7, (0,), True), TypeError, ["skip_count", "True"]),
+    ],
+)
+def test_fields_of_mlp_windows_are_checked(fields, error, words):
+    with pytest.raises(error) as caught:
+        MlpWindow(*fields)
+    assert all(word in str(caught.value) for word in words)
+    window = MlpWindow(7, (0,), 1)
+    with pytest.raises(ValueError, match="timestep 7 is there twice"):
+        PABConfig(mlp_spatial_broadcast_config=(window, window))
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    config = PABConfig(
+        spatial_broadcast=True,
+        spatial_threshold=np.array([100, 800]),  # type: ignore[arg-type]
+        spatial_range=np.int64(2),
+        spatial_block=(np.int32(0), np.int32(5)),
+        temporal_threshold=(np.float32(0.5), np.float64(1.5)),
+        mlp_spatial_broadcast_config=(MlpWindow(np.int64(720), np.arange(2), np.uint8(2)),),  # type: ignore[arg-type]
+    )
+    config.to_yaml(tmp_path / "pab.yaml")
+    assert PABConfig.from_yaml(tmp_path / "pab.yaml") == config
+    assert json.loads(json.dumps(config.to_dict())) is not None
+    assert type(config.spatial_range) is int
+    assert isinstance(config.temporal_threshold, tuple)
+    assert type(config.temporal_threshold[0]) is float

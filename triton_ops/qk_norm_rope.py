@@ -7,6 +7,7 @@ Pure memory traffic: two thirds of the tensor are read and written once.
 - The pairs of a head are two tiles, `a` and `z`: 36 = 32 + 4. One tile of 64 would mask 44% of its lanes away.
 - Interleaved pairs are loaded together and split, which stays within a thread. Others are two loads, the first and
   the second of each pair, so that they meet in one thread as well.
+- Heads that are normed together come as one wide head, in more warps; tables of a single head's width repeat along it.
 - Strides come divided by UNIT elements (16 bytes where they allow it) and are multiplied back. Triton itself asks for
   a multiple of 16 elements before it trusts a stride, and would load rows of 72 elements 2 bytes at a time.
 """
@@ -63,7 +64,19 @@ def _store(rows, inside, first, x, y, PAIRS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def _scale_rotate(x, y, rstd, weight, cos, sin, first, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, S: tl.constexpr):
+def _scale_rotate(
+    x,
+    y,
+    rstd,
+    weight,
+    cos,
+    sin,
+    first,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    S: tl.constexpr,
+    PERIOD: tl.constexpr,
+):
     """Norm and rotation of one tile."""
     pair = first + tl.arange(0, COLUMNS)
     mask = pair < PAIRS
@@ -72,8 +85,8 @@ def _scale_rotate(x, y, rstd, weight, cos, sin, first, PAIRS: tl.constexpr, COLU
         x = x * rstd[:, None] * tl.load(start, mask=mask, other=0.0).to(tl.float32)[None, :]
         y = y * rstd[:, None] * tl.load(start + S, mask=mask, other=0.0).to(tl.float32)[None, :]
     if cos is not None:
-        c = tl.load(cos + pair, mask=mask, other=0.0)[None, :]
-        s = tl.load(sin + pair, mask=mask, other=0.0)[None, :]
+        c = tl.load(cos + pair % PERIOD, mask=mask, other=0.0)[None, :]
+        s = tl.load(sin + pair % PERIOD, mask=mask, other=0.0)[None, :]
         return x * c - y * s, y * c + x * s
     else:
         return x, y
@@ -84,11 +97,12 @@ def _norm_rope(
     part,  # [H, D], the queries or keys of one token
     stride_h,
     weight,  # [D] or None
-    cos,  # [D / 2] float32 or None
+    cos,  # [PERIOD] float32 or None
     sin,
     eps,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
+    PERIOD: tl.constexpr,
     S: tl.constexpr,
     A: tl.constexpr,
     Z: tl.constexpr,
@@ -105,18 +119,18 @@ def _norm_rope(
             if weight is not None:
                 squares = tl.sum(x_a * x_a + y_a * y_a, 1) + tl.sum(x_z * x_z + y_z * y_z, 1)
                 rstd = tl.rsqrt(squares / (2 * PAIRS) + eps)
-            x_a, y_a = _scale_rotate(x_a, y_a, rstd, weight, cos, sin, 0, PAIRS, A, S)
-            x_z, y_z = _scale_rotate(x_z, y_z, rstd, weight, cos, sin, A, PAIRS, Z, S)
+            x_a, y_a = _scale_rotate(x_a, y_a, rstd, weight, cos, sin, 0, PAIRS, A, S, PERIOD)
+            x_z, y_z = _scale_rotate(x_z, y_z, rstd, weight, cos, sin, A, PAIRS, Z, S, PERIOD)
             _store(rows, inside, 0, x_a, y_a, PAIRS, A, ROWS, S)
             _store(rows, inside, A, x_z, y_z, PAIRS, Z, ROWS, S)
 
 
 @triton.jit(do_not_specialize=["positions", "tokens"])
 def _qk_norm_rope_kernel(
-    qkv,  # [B, N, 3, H, D]
+    qkv,  # [B, N, P, H, D]
     q_weight,  # [D] or None
     k_weight,
-    cos,  # [N, D / 2] float32 or None
+    cos,  # [N, PERIOD] float32 or None
     sin,
     stride_b,  # of qkv, in units of UNIT elements
     stride_n,
@@ -127,13 +141,15 @@ def _qk_norm_rope_kernel(
     eps,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,  # D / 2
+    PERIOD: tl.constexpr,  # pairs after which the tables repeat
     S: tl.constexpr,  # distance between the channels of a pair
     UNIT: tl.constexpr,
     A: tl.constexpr,  # pairs of tile a
     Z: tl.constexpr,  # pairs of tile z
     ROWS: tl.constexpr,  # heads taken at a time
     TOKENS: tl.constexpr,  # tokens of one program
-    QUERIES: tl.constexpr,  # whether q is normed and rotated too
+    QUERIES: tl.constexpr,  # whether q is normed and rotated
+    KEYS: tl.constexpr,  # whether there are keys
 ):
     begin = tl.program_id(0) * TOKENS
     for token in range(begin, tl.minimum(begin + TOKENS, tokens)):
@@ -143,11 +159,12 @@ def _qk_norm_rope_kernel(
         cos_row = None
         sin_row = None
         if cos is not None:
-            cos_row = cos + position * PAIRS
-            sin_row = sin + position * PAIRS
+            cos_row = cos + position * PERIOD
+            sin_row = sin + position * PERIOD
         if QUERIES:
-            _norm_rope(q, stride_h * UNIT, q_weight, cos_row, sin_row, eps, HEADS, PAIRS, S, A, Z, ROWS)
-        _norm_rope(k, stride_h * UNIT, k_weight, cos_row, sin_row, eps, HEADS, PAIRS, S, A, Z, ROWS)
+            _norm_rope(q, stride_h * UNIT, q_weight, cos_row, sin_row, eps, HEADS, PAIRS, PERIOD, S, A, Z, ROWS)
+        if KEYS:
+            _norm_rope(k, stride_h * UNIT, k_weight, cos_row, sin_row, eps, HEADS, PAIRS, PERIOD, S, A, Z, ROWS)
 
 
 INTERPRETED = not isinstance(_qk_norm_rope_kernel, triton.JITFunction)
@@ -169,12 +186,21 @@ MAX_ROWS = 16
 """Most heads that one warp takes at a time: 16 of 72 are 36 registers a thread."""
 
 
-def default_config(heads: int) -> Config:
-    """The config for `heads` heads. A program of one token and two warps was best or near it at every size measured."""
+CHANNELS_PER_WARP = 1024
+"""Of a wide head: 32 channels a thread, for each of two tiles."""
+MOST_WARPS = 8
+
+
+def default_config(heads: int, head_dim: int = 128) -> Config:
+    """The config for `heads` heads. A program of one token and two warps was best or near it at every size measured.
+
+    A wide head, which is really several, takes more warps.
+    """
     # Heads in whole tiles where that is possible: 24 are 3 tiles of 8, and not 2 of 16 with a quarter masked away.
     divisor = heads & -heads
     rows = divisor if divisor >= 4 else triton.next_power_of_2(heads)
-    return Config(min(rows, MAX_ROWS), tokens=1, warps=2)
+    warps = min(max(2, triton.next_power_of_2(triton.cdiv(head_dim, CHANNELS_PER_WARP))), MOST_WARPS)
+    return Config(min(rows, MAX_ROWS), tokens=1, warps=warps)
 
 
 def qk_norm_rope_triton(
@@ -200,9 +226,9 @@ def qk_norm_rope_triton(
         raise ValueError("backend: triton got torch.float64, must be float32, float16 or bfloat16")
     if qkv.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"backend: triton got a tensor on {qkv.device}, must be on a CUDA device")
-    batch, positions, _, heads, head_dim = qkv.shape
+    batch, positions, parts, heads, head_dim = qkv.shape
     if config is None:
-        config = default_config(heads)
+        config = default_config(heads, head_dim)
     unit = math.gcd(16 // qkv.element_size(), *qkv.stride()[:4])
     pairs = head_dim // 2
     half = max(triton.next_power_of_2(pairs) // 2, 1)
@@ -219,6 +245,7 @@ def qk_norm_rope_triton(
             eps,
             HEADS=heads,
             PAIRS=pairs,
+            PERIOD=pairs if cos is None else cos.shape[1],
             S=pair_stride,
             UNIT=unit,
             A=half,
@@ -226,5 +253,6 @@ def qk_norm_rope_triton(
             ROWS=config.rows,
             TOKENS=config.tokens,
             QUERIES=queries,
+            KEYS=parts > 1,
             num_warps=config.warps,
         )

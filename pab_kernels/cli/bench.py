@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from pab_kernels.cli import options
-from pab_kernels.files import replaced
+from pab_kernels.files import append, check_outputs, replaced
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def bench(
     from pab_kernels.measure import report as pages
     from pab_kernels.pipelines import generate
 
-    console = Console(width=max(Console().width, 190))  # a log file gives 80, too narrow for the table
+    console = options.console(least_width=190)  # a log file gives 80, too narrow for the table
     with options.clean_errors():
         chosen = named.workload(workload)
         settings = PABConfig.preset(chosen.family) if pab is None else generate.pab_settings(pab)
@@ -97,42 +98,43 @@ def bench(
             if value not in allowed:
                 raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(allowed)}")
         options.on_host(cache_device)
-        if report_folder is not None:
-            pages.check_folder(report_folder)
+        pictures = [] if report_folder is None else [report_folder / name for name in pages.FILES]
+        check_outputs({"json": [json_file], "csv": [csv_file], "report": pictures}, inputs=[pab])
+        columns = csv_columns(csv_file)
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
         names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
-    if scale == "tiny":
-        chosen = chosen.tiny()
+        if scale == "tiny":
+            chosen = chosen.tiny()
 
-    problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
-    fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
-    floor = benchmark.measure_floor(problem, fp8=fp8)
-    console.print(heading(problem, floor), highlight=False)
-    timings: dict[str, Timing] = {}
-    result: dict[str, Any] = summary(problem, floor, command_line(context))
-    if {"runtime", "runtime+pab"} & set(names):
-        prediction, latents = benchmark.check(problem)
-        tolerance = TOLERANCE[str(number).removeprefix("torch.")]
-        within = latents <= tolerance and prediction <= 2 * tolerance
-        result["check"] = {"latents": latents, "prediction": prediction, "tolerance": tolerance, "within": within}
-        console.print(pages.check_line(result["check"]), highlight=False)
-    for name in names:
-        timing = timings[name] = benchmark.measure(name, problem, repeats, budget)
-        times = timing.error or " ".join(f"{seconds:.3f}" for seconds in timing.runs)
-        console.print(f"{name}: warm-up {timing.warm_up:.1f} s; {times}", highlight=False, markup=False)
-        result["contenders"] = rows(timings, problem, floor)
-        if json_file is not None:
-            write_json(result, json_file)  # after each, so that a run cut short leaves what it has
-    console.print(markdown_table(pages.runs_grid(result["contenders"]), chosen.name))
-    if any(row["variants"] for row in result["contenders"]):
-        console.print(markdown_table(pages.variants_grid(result["contenders"]), "this runtime, by step variant"))
-    if csv_file is not None:
-        append_csv(result, csv_file)
-    if report_folder is not None:
-        console.print(f"wrote {pages.write([result], report_folder)[0]}", soft_wrap=True)
-    if not result.get("check", {"within": True})["within"] or any(timing.error for timing in timings.values()):
-        raise typer.Exit(1)
+        problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
+        fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
+        floor = benchmark.measure_floor(problem, fp8=fp8)
+        console.print(heading(problem, floor))
+        timings: dict[str, Timing] = {}
+        result: dict[str, Any] = summary(problem, floor, command_line(context))
+        if {"runtime", "runtime+pab"} & set(names):
+            prediction, latents = benchmark.check(problem)
+            tolerance = TOLERANCE[str(number).removeprefix("torch.")]
+            within = latents <= tolerance and prediction <= 2 * tolerance
+            result["check"] = {"latents": latents, "prediction": prediction, "tolerance": tolerance, "within": within}
+            console.print(pages.check_line(result["check"]))
+        for name in names:
+            timing = timings[name] = benchmark.measure(name, problem, repeats, budget)
+            times = timing.error or " ".join(f"{seconds:.3f}" for seconds in timing.runs)
+            console.print(f"{name}: warm-up {timing.warm_up:.1f} s; {times}")
+            result["contenders"] = rows(timings, problem, floor)
+            if json_file is not None:
+                write_json(result, json_file)  # after each, so that a run cut short leaves what it has
+        console.print(markdown_table(pages.runs_grid(result["contenders"]), chosen.name))
+        if any(row["variants"] for row in result["contenders"]):
+            console.print(markdown_table(pages.variants_grid(result["contenders"]), "this runtime, by step variant"))
+        if csv_file is not None:
+            append_csv(result, csv_file, columns)
+        if report_folder is not None:
+            console.print(f"wrote {pages.write([result], report_folder)[0]}", soft_wrap=True)
+        if not result.get("check", {"within": True})["within"] or any(timing.error for timing in timings.values()):
+            raise typer.Exit(1)
 
 
 def command_line(context: typer.Context) -> str:
@@ -310,33 +312,49 @@ def write_json(result: dict[str, Any], path: Path) -> None:
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def append_csv(result: dict[str, Any], path: Path) -> None:
-    """Append a row for each contender that ran, under the columns that the file has."""
-    columns: tuple[str, ...] = CSV_COLUMNS
-    if path.is_file() and path.stat().st_size:
-        with path.open(newline="") as file:
+def csv_columns(path: Path | None) -> tuple[str, ...]:
+    """The columns of a file of results, or those that a new one gets.
+
+    Raises
+    ------
+    ValueError
+        It is a file of something else.
+    """
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return CSV_COLUMNS
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
             columns = tuple(next(csv.reader(file)))
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(",".join(columns) + "\n")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-        for row in result["contenders"]:
-            if row["seconds"] is not None:
-                writer.writerow(
-                    {
-                        "date": result["date"][:10],
-                        "gpu": result["device"],
-                        "commit": result["commit"],
-                        "op": "denoising run",
-                        "shape": result["workload"],
-                        "dtype": result["dtype"],
-                        "backend": row["name"],
-                        "ms": f"{row['seconds'] * 1e3:.2f}",
-                        "figure": f"{row['frames_per_second']:.2f}",
-                        "unit": "frames/s",
-                    }
-                )
+        except (csv.Error, UnicodeDecodeError):
+            columns = ()
+    if not {"shape", "backend", "ms"} <= set(columns):
+        raise ValueError(f"csv: got {str(path)!r}, which has other columns, must be a new file or one of benchmarks")
+    return columns
+
+
+def append_csv(result: dict[str, Any], path: Path, columns: Sequence[str]) -> None:
+    """Append a row for each contender that ran, all or none."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
+    if not path.is_file() or not path.stat().st_size:
+        writer.writeheader()
+    for row in result["contenders"]:
+        if row["seconds"] is not None:
+            writer.writerow(
+                {
+                    "date": result["date"][:10],
+                    "gpu": result["device"],
+                    "commit": result["commit"],
+                    "op": "denoising run",
+                    "shape": result["workload"],
+                    "dtype": result["dtype"],
+                    "backend": row["name"],
+                    "ms": f"{row['seconds'] * 1e3:.2f}",
+                    "figure": f"{row['frames_per_second']:.2f}",
+                    "unit": "frames/s",
+                }
+            )
+    append(path, text.getvalue())
 
 
 def _commit(folder: Path) -> str:

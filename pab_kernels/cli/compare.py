@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from pab_kernels.cli import options
+from pab_kernels.files import check_outputs, replaced
 
 
 def compare(
@@ -27,11 +27,11 @@ def compare(
     pab compare outputs/with.mp4 outputs/without.mp4 --csv outputs/frames.csv
     """
     from pab_kernels import quality as measures
-    from pab_kernels.files import replaced
     from pab_kernels.tune.results import HEADINGS
 
-    console = Console()
+    console = options.console()
     with options.clean_errors():
+        check_outputs({"csv": [csv_file]}, inputs=(video, baseline))
         found = measures.per_frame(measures.load_video(video), measures.load_video(baseline))
         rows = list(zip(*found.values(), strict=True))
         if csv_file is not None:
@@ -47,4 +47,4 @@ def compare(
     table.add_row("worst", *worst)
     console.print(table)
     if reason := measures.why_no_lpips():
-        console.print(reason, highlight=False, soft_wrap=True)
+        console.print(reason, soft_wrap=True)

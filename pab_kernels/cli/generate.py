@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pab_kernels.cli import options
+from pab_kernels.files import check_outputs
 
 if TYPE_CHECKING:
     from pab_kernels.pipelines.generate import Generated, Step
@@ -93,23 +94,29 @@ def generate(
         number = options.dtype_named(dtype or options.default_dtype(place))
         options.on_host(cache_device)
         generation.check_memory(source, request, config, place, number, cache_device)
-        pipe = load_pipeline(source, video, dtype=number, device=place)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
+        files = generation.output_files(output, len(request.prompts), source.decodes, compare or not source.decodes)
+        longest = [_preview_path(output, name, request.steps) for name in runs if preview is not None]
+        check_outputs(
+            {"output": [path for both in files for path in both], "preview": longest},
+            inputs=(model, weights, text_encoder, vae, pab),
+        )
+        pipe = load_pipeline(source, video, dtype=number, device=place)
         results, previews = {}, []
         with _progress(quiet) as bar:
             for name, settings in runs.items():
                 task = bar.add_task(name, total=request.steps, variant="")
-                watch = _Watch(bar, task, pipe, output.with_stem(f"{output.stem}-{name.replace(' ', '-')}"), preview)
+                watch = _Watch(bar, task, pipe, partial(_preview_path, output, name), preview)
                 on_step = watch if not quiet or preview is not None else None
                 results[name] = generation.generate(pipe, request, settings, on_step, cache_device)
                 previews += watch.written
-        files = [*previews, *generation.save(results, request, pipe, config, output)]
+        written = [*previews, *generation.save(results, request, pipe, config, output)]
         summary = generation.summary(results, request) | {
             "model": family,
             "pab": None if config is None else config.to_dict(),
             "device": str(place),
             "dtype": str(number).removeprefix("torch."),
-            "files": [str(path) for path in files],
+            "files": [str(path) for path in written],
         }
     if as_json:
         typer.echo(json.dumps(_plain(summary), indent=1, allow_nan=False))
@@ -120,11 +127,17 @@ def generate(
         raise typer.Exit(1)
 
 
-class _Watch:
-    """Moves the progress bar, and writes a preview every `every` steps beside `output`."""
+def _preview_path(output: Path, run: str, step: int) -> Path:
+    return output.with_name(f"{output.stem}-{run.replace(' ', '-')}-step-{step:03}.png")
 
-    def __init__(self, bar: Progress, task: TaskID, pipe: Pipeline, output: Path, every: int | None) -> None:
-        self.bar, self.task, self.pipe, self.output, self.every = bar, task, pipe, output, every
+
+class _Watch:
+    """Moves the progress bar, and writes a preview every `every` steps to the `path` of the step."""
+
+    def __init__(
+        self, bar: Progress, task: TaskID, pipe: Pipeline, path: Callable[[int], Path], every: int | None
+    ) -> None:
+        self.bar, self.task, self.pipe, self.path, self.every = bar, task, pipe, path, every
         self.written: list[Path] = []
 
     def __call__(self, step: Step) -> None:
@@ -134,7 +147,7 @@ class _Watch:
         shown = "" if step.variant is None else str(step.variant)
         self.bar.update(self.task, completed=step.done, total=step.total, variant=shown)
         if self.every is not None and step.done % self.every == 0:
-            path = self.output.with_name(f"{self.output.stem}-step-{step.done:03}.png")
+            path = self.path(step.done)
             figures.save_frame(preview(self.pipe, step), path)
             self.written.append(path)
 
@@ -142,12 +155,12 @@ class _Watch:
 def _progress(quiet: bool) -> Progress:
     """On stderr: run, bar, step, what the step did, time left (in the end: taken)."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[variant]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
+        console=options.console(stderr=True),
         disable=quiet,
     )
 
@@ -156,14 +169,14 @@ def _print(results: Mapping[str, Generated], summary: Mapping[str, Any]) -> None
     """For people: the files, the runtime's report, and a table with a column a run."""
     from pab_kernels.pipelines.memory import gib
 
-    console = Console()
+    console = options.console()
     for path in summary["files"]:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True)
     runs = list(results.values())
     table = Table("", *results)
     table.add_row("seconds", *(f"{run.seconds:.2f}" for run in runs))
     if (report := runs[-1].report) is not None:
-        console.print(str(report), highlight=False)
+        console.print(str(report))
         blank = [""] * (len(runs) - 1)
         for kind, computed in report.computed.items():
             table.add_row(f"{kind}: computed + broadcast", *blank, f"{computed} + {report.broadcast[kind]}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from pab_kernels.cli import options
@@ -13,8 +12,6 @@ from pab_kernels.config import PABConfig
 
 if TYPE_CHECKING:
     from pab_kernels.pipelines.memory import PlannedRun
-
-console = Console()
 
 
 def info(
@@ -38,16 +35,21 @@ def info(
 
     pab info --model open_sora --resolution 480p --duration 8s
     """
-    from pab_kernels.measure import info as about
-
-    if model is not None:
-        with options.clean_errors():
+    with options.clean_errors():
+        if model is None:
+            _print_machine()
+        else:
             small = {"cache_dtype": cache_dtype, "linear_precision": linear_precision}
             _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device, small)
-        return
+
+
+def _print_machine() -> None:
+    from pab_kernels.measure import info as about
+
+    console = options.console()
     for name, version in about.versions().items():
-        console.print(f"{name:14} {version}", highlight=False)
-    console.print(f"{'gpu':14} {about.gpu()}", highlight=False)
+        console.print(f"{name:14} {version}")
+    console.print(f"{'gpu':14} {about.gpu()}")
     table = Table("op", "backend", "why")
     for op, choice in about.backends().items():
         table.add_row(op, choice.backend, choice.reason)
@@ -69,19 +71,28 @@ def _print_memory(
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines import memory
     from pab_kernels.pipelines.loading import resolve_model
-    from pab_kernels.pipelines.sizes import family_size
+    from pab_kernels.pipelines.sizes import family_size, model_size
 
     family = resolve_model(model, size)
     video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
     if video is None:
-        raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
+        raise ValueError(f"model: got {model!r}, must be one of {', '.join(memory.TEXT_LENGTHS)}")
     config = generation.pab_settings(pab or family, **small) or PABConfig()
     on_host = options.on_host(cache_device)
-    run = memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype), on_host)
-    need = memory.estimate(run)
-    console.print(
-        f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}", highlight=False
+    run = memory.PlannedRun.of(
+        family,
+        video,
+        config,
+        prompts,
+        model_size(family, size),
+        dtype=options.dtype_named(dtype),
+        cache_on_host=on_host,
     )
+    shape = memory.ModelShape.of(family, **run.model)
+    need = memory.estimate(run, shape)
+    console = options.console()
+    calls = f"batch of {run.rows}" if run.forwards == 1 else f"{run.forwards} calls a step, each a batch of {run.rows}"
+    console.print(f"{family} {video}, latents {video.latent}, {calls} (guidance), {dtype}")
     table = Table("", "GiB")
     table.add_row("weights", f"{memory.gib(need.weights):.1f}")
     slots = f"staging of {need.slot_count} slots" if on_host else f"{need.slot_count} slots"
@@ -93,6 +104,9 @@ def _print_memory(
         table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
     console.print("Without text encoder and VAE.")
+    others = [f"{name} {memory.gib(memory.estimate(each, shape).total):.1f}" for name, each in memory.smaller_runs(run)]
+    if others:
+        console.print(f"In all with less, GiB: {'; '.join(others)}", soft_wrap=True)
     if config.linear_precision is not None:
         _print_fp8(run)
 
@@ -100,6 +114,7 @@ def _print_memory(
 def _print_fp8(run: PlannedRun) -> None:
     from pab_kernels.pipelines import memory
 
+    console = options.console()
     trials = memory.fp8_trials(run)
     if isinstance(trials, str):
         console.print(f"No linears in fp8: {trials}", soft_wrap=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pab_kernels.cli import options
@@ -77,12 +76,17 @@ class Meter:
 def progress() -> Progress:
     """On stderr: what, bar, share, time left (in the end: taken)."""
     return Progress(
-        TextColumn("{task.description:24}"),
+        TextColumn("{task.description:24}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
+        console=options.console(stderr=True),
     )
+
+
+def inputs(given: Mapping[str, Any]) -> list[str | None]:
+    """Files and folders, maybe, that a command's parameters name to be read."""
+    return [given.get(name) for name in ("model", "weights", "text_encoder", "vae")]
 
 
 def load(given: Mapping[str, Any], compared: bool = True) -> tuple[Pipeline, Request]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
+from pab_kernels.strict_yaml import printable
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +30,15 @@ CACHE_DEVICES = ("cpu", "cuda")
 def clean_errors() -> Iterator[None]:
     """A wrong option or file ends with its message and exit code 2; lack of memory or disk with exit code 1.
 
-    Anything else is a bug and keeps its traceback; with PAB_DEBUG=1 in the environment everything does.
+    Ctrl-C, SIGTERM and SIGHUP end the command as an exception, so that no temporary file stays, and with 128 plus their
+    number. Anything else is a bug and keeps its traceback; with PAB_DEBUG=1 in the environment everything does.
     """
     try:
-        yield
+        with _signals_raise():
+            yield
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
     except (ValueError, TypeError, FileNotFoundError) as error:
         _fail(error, 2)
     except (OSError, MemoryError) as error:
@@ -42,6 +51,25 @@ def clean_errors() -> Iterator[None]:
         _fail(error, 1)
 
 
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP, unless they are ignored or handled already, raise SystemExit."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread do this
+        for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("PAB_DEBUG", "0") not in ("", "0"):
         raise error
@@ -51,7 +79,15 @@ def _fail(error: Exception, code: int) -> None:
 
 def print_error(message: str) -> None:
     """To stderr, as every error of the command line."""
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    console(stderr=True).print(
+        Text.assemble(("error:", "red"), " " + "\n".join(map(printable, message.splitlines()))), soft_wrap=True
+    )
+
+
+def console(stderr: bool = False, least_width: int = 0) -> Console:
+    """Where a command prints. Text is text: names with brackets are no styles."""
+    width = max(least_width, Console().width) if least_width else None
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
 def device_named(name: str | None) -> torch.device:

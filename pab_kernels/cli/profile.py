@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pab_kernels.cli import measured, options
+from pab_kernels.files import check_outputs
 
 
 def profile(
@@ -45,8 +45,10 @@ def profile(
     from pab_kernels.tune import figures as tune_figures
     from pab_kernels.tune import profile as profiles
 
-    console = Console()
+    console = options.console()
+    files = [output / name for name in ("profile.csv", "profile.png", "heatmap.png")]
     with options.clean_errors():
+        check_outputs({"output": files}, inputs=measured.inputs(context.params))
         pipe, request = measured.load(context.params, compared=False)
         with measured.progress() as bar:
             task = bar.add_task("profile", total=request.steps)
@@ -55,10 +57,10 @@ def profile(
             )
         count = len(request.prompts)
         title = f"{model}, {len(found.timesteps)} calls, {count} video{'' if count == 1 else 's'}"
-        found.to_csv(output / "profile.csv")
-        figures.save_figure(tune_figures.profile_curves(found, title), output / "profile.png")
-        figures.save_figure(tune_figures.profile_heat_map(found, title), output / "heatmap.png")
+        found.to_csv(files[0])
+        figures.save_figure(tune_figures.profile_curves(found, title), files[1])
+        figures.save_figure(tune_figures.profile_heat_map(found, title), files[2])
     for line in profiles.findings(found):
-        console.print(line, highlight=False)
-    for name in ("profile.csv", "profile.png", "heatmap.png"):
-        console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
+        console.print(line)
+    for path in files:
+        console.print(f"wrote {path}", soft_wrap=True)

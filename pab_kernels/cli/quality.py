@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from pab_kernels.cli import measured, options
+from pab_kernels.files import check_outputs
 
 if TYPE_CHECKING:
     from pab_kernels.tune.trials import Trial
@@ -50,7 +52,8 @@ def quality(
 
     done: list[Trial] = []
     with options.clean_errors():
-        settings = {Path(name).name: generate.pab_settings(name) for name in pab or ()}
+        check_outputs({"csv": [csv_file]}, inputs=(*(pab or ()), *measured.inputs(context.params)))
+        settings = {name: generate.pab_settings(text) for name, text in _names(pab or ()).items()}
         if None in settings.values():
             raise ValueError("pab: got 'off', must be a preset or a file: all are compared with it anyway")
         pipe, request = measured.load(context.params)
@@ -70,5 +73,11 @@ def quality(
             finally:
                 if done:
                     bar.stop()
-                    Console().print(measured.origin(pipe, request, context.params), highlight=False, soft_wrap=True)
-                    Console().print(results.table(done))
+                    options.console().print(measured.origin(pipe, request, context.params), soft_wrap=True)
+                    options.console().print(results.table(done))
+
+
+def _names(texts: Sequence[str]) -> dict[str, str]:
+    """A name for each settings, the file's own or its whole path where another is called so."""
+    counts = Counter(Path(text).name for text in texts)
+    return {text if counts[Path(text).name] > 1 else Path(text).name: text for text in texts}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pab_kernels.cli import options
+from pab_kernels.files import check_outputs
 
 
 def report(
@@ -24,6 +24,6 @@ def report(
     from pab_kernels.measure import report as pages
 
     with options.clean_errors():
+        check_outputs({"output": [output / name for name in pages.FILES]}, inputs=files)
         results = [pages.load(file) for file in files]
-        console = Console()
-        console.print(f"wrote {pages.write(results, output)[0]}", soft_wrap=True)
+        options.console().print(f"wrote {pages.write(results, output)[0]}", soft_wrap=True)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pab_kernels.cli import options
 from pab_kernels.config import PRESETS, PABConfig
-
-console = Console()
+from pab_kernels.files import check_outputs
 
 
 def schedule(
@@ -36,6 +34,7 @@ def schedule(
     from pab_kernels.schedule import Schedule
 
     with options.clean_errors():
+        console = options.console()
         if (preset is None) == (config is None):
             raise ValueError(f"give one of --preset ({', '.join(PRESETS)}) and --config")
         if config is not None:
@@ -43,6 +42,7 @@ def schedule(
         else:
             family, _, variant = str(preset).partition(":")
             settings, name = PABConfig.preset(family, variant or None), str(preset)
+        check_outputs({"plot": [plot]}, inputs=[config])
         plan = Schedule(settings, family_timesteps(family, steps))
         console.print(figures.schedule_table(plan))
         kinds = figures.kinds_shown(plan)

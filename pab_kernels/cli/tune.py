@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pab_kernels.cli import measured, options
+from pab_kernels.files import check_outputs
 
 
 def tune(
@@ -55,6 +55,7 @@ def tune(
 
     with options.clean_errors():
         wanted = tuning.Target.parse(target)
+        check_outputs({"output": Tuned.files(output)}, inputs=(profile, *measured.inputs(context.params)))
         pipe, request = measured.load(context.params)
         if wanted.measure != "speedup" and len(request.prompts) < 2:
             raise ValueError("videos: got 1, must be at least 2: one tells nothing of how others differ")
@@ -75,7 +76,7 @@ def tune(
                     result.add(trial)
             except KeyboardInterrupt:
                 options.print_error(f"interrupted after {len(result.trials)} trials")
-                result.finish(Console())
+                result.finish(options.console())
                 raise typer.Exit(options.INTERRUPTED) from None
-        if not result.finish(Console()):
+        if not result.finish(options.console()):
             raise typer.Exit(1)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from pab_kernels.figures import COMPUTED
+from pab_kernels.figures import COMPUTED, plain
 from pab_kernels.schedule import Schedule, StepVariant
 
 OTHERS = "#9aa5ab"
@@ -29,7 +29,7 @@ def speed_bars(contenders: Sequence[Mapping[str, Any]]) -> Figure:
     """How many times faster than the first contender that ran."""
     rows = ran(contenders)
     values = [rows[0]["seconds"] / row["seconds"] for row in rows]
-    return _bars(rows, values, f"times faster than: {rows[0]['label']}", "{:.2f}x".format)
+    return _bars(rows, values, f"times faster than: {plain(rows[0]['label'])}", "{:.2f}x".format)
 
 
 def floor_bars(contenders: Sequence[Mapping[str, Any]]) -> Figure:
@@ -74,7 +74,7 @@ def timeline(contenders: Sequence[Mapping[str, Any]], plans: Mapping[bool, Sched
     for axes, row in zip(below, ours, strict=True):
         milliseconds = np.array(row["step_seconds"]) * 1e3
         axes.bar(range(len(milliseconds)), milliseconds, color=[colours[variant] for variant in plans[True]])
-        axes.set_title(f"{row['label']}: ms of every step", loc="left", fontsize=10)
+        axes.set_title(f"{plain(row['label'])}: ms of every step", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colours[variant], label=str(variant)) for variant in variants]
     figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
@@ -102,7 +102,7 @@ def _bars(
 
 
 def _name_rows(axes: Any, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_yticks(range(len(rows)), [plain(row["label"]) for row in rows])
     axes.invert_yaxis()
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)

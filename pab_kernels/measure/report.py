@@ -38,6 +38,8 @@ img { max-width: 100%; height: auto } p:has(> img) { overflow-x: auto }
 p > img:only-child { min-width: min(40rem, 200%) } pre { overflow-x: auto; background: #f0f4f5; padding: .7rem }
 code { overflow-wrap: anywhere }"""
 
+FILES = ("report.html", "report.md")
+"""What is written beside the pictures."""
 Grid = tuple[list[str], list[list[str]]]
 """A header and rows, all as wide; the first column names the row."""
 
@@ -78,10 +80,9 @@ def write(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
     Raises
     ------
-    ValueError
-        `folder` is a file.
+    ValueError, OSError
+        As `replaced`.
     """
-    check_folder(folder)
     pictures: dict[str, bytes] = {}
     markdown = "\n\n".join(["# PAB benchmark", *(_section(result, pictures) for result in results), EXPLAINED, ""])
     files = {"report.html": page(markdown, pictures).encode(), "report.md": markdown.encode(), **pictures}
@@ -89,12 +90,6 @@ def write(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         with replaced(folder / name) as partial:
             partial.write_bytes(content)
     return [folder / name for name in files]
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError for what cannot be a folder, before anything is timed."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"report: got {str(folder)!r}, a file, must be a folder")
 
 
 def page(markdown: str, pictures: Mapping[str, bytes]) -> str:

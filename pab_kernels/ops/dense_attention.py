@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pab_kernels.ops import backends, reference
 from pab_kernels.ops.backends import resolve
 from pab_kernels.ops.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
-from pab_kernels.ops.query_key import check_qkv, key_scales, qk_norm_rope
+from pab_kernels.ops.query_key import across_heads, check_qkv, key_scales, qk_norm_rope
 from pab_kernels.ops.registration import register
 
 SDPA_ORDER = [
@@ -114,17 +114,20 @@ def self_attention(
         A wrong type, dtype, shape, stride or device, naming the argument.
     """
     check_qkv(qkv, q_weight, k_weight, rope, pair_stride)
+    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
     q, k, v = qkv.unbind(2)
     if qkv.numel() == 0:
         return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
     name = resolve("attention", backend, q, k, v, None)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if name == "cuda" and rope is None and q_weight is not None and k_weight is not None:
+    each_head = not across_heads(qkv, q_weight, k_weight, rope)
+    if name == "cuda" and each_head and rope is None and q_weight is not None and k_weight is not None:
         scales = key_scales(k, eps=eps)
         return torch.ops.pab.attention(
             q, k, v, None, scale, q_weight, k_weight, scales, float(eps), None, None, 1, name
         )
-    if name == "cuda" and rope is not None and q_weight is None and (q.shape[-1], pair_stride) == backends.HOPPER_ROPE:
+    rotates = each_head and (q.shape[-1], pair_stride) == backends.HOPPER_ROPE
+    if name == "cuda" and rope is not None and q_weight is None and rotates:
         qk_norm_rope(qkv, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps, queries=False)
         return torch.ops.pab.attention(q, k, v, None, scale, None, None, None, 0.0, *rope, int(pair_stride), name)
     qk_norm_rope(qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps)

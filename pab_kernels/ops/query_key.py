@@ -27,11 +27,13 @@ def qk_norm_rope(
     Parameters
     ----------
     qkv : Tensor
-        [B, N, 3, H, D], any strides but 1 for D; q and k are overwritten, v is left alone.
+        [B, N, P, H, D], any strides but 1 for D: queries, then keys, then what is left alone. P is 3 for the QKV GEMM's
+        output, or 1 for queries by themselves.
     q_weight, k_weight : Tensor, optional
-        RMSNorm weights [D], dtype of qkv; None for no norm.
+        RMSNorm weights, dtype of qkv: [D] norms each head by itself, [H * D] a token's heads together (Wan,
+        LTX-Video), which must then lie side by side. None for no norm.
     rope : (cos, sin), optional
-        Rotary tables, each [N, D / 2] float32 (arXiv:2104.09864).
+        Rotary tables, each [N, D / 2] float32 and the same for every head, or [N, H * D / 2] (arXiv:2104.09864).
     pair_stride : int
         Distance s between the channels of a pair: they lie in groups of 2s, channel i < s of a group pairs with
         i + s, and the tables run over groups, then i. 1 is interleaved pairs, D / 2 is half against half.
@@ -56,8 +58,19 @@ def qk_norm_rope(
     if qkv.numel() > 0 and not ((q_weight is None or not queries) and k_weight is None and rope is None):
         cos, sin = (None, None) if rope is None else rope
         name = resolve("qk_norm_rope", backend, qkv)
-        torch.ops.pab.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), queries, name)
+        # Heads that are normed or rotated together are one wide head.
+        rows = qkv.flatten(3).unsqueeze(3) if across_heads(qkv, q_weight, k_weight, rope) else qkv
+        torch.ops.pab.qk_norm_rope(rows, q_weight, k_weight, cos, sin, int(pair_stride), float(eps), queries, name)
     return qkv
+
+
+def across_heads(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, rope: tuple[Tensor, Tensor] | None
+) -> bool:
+    """Whether a norm or a rotation goes across the heads of qkv [..., H, D]."""
+    heads, head_dim = qkv.shape[-2:]
+    wide = [weight is not None and weight.shape == (heads * head_dim,) for weight in (q_weight, k_weight)]
+    return heads > 1 and (any(wide) or (rope is not None and rope[0].shape[-1] == heads * head_dim // 2))
 
 
 def check_qkv(
@@ -69,9 +82,22 @@ def check_qkv(
 ) -> None:
     """Raise TypeError or ValueError for what `qk_norm_rope` does not take."""
     check_float("qkv", check_tensor("qkv", qkv))
-    check_shape("qkv", qkv, ("B", "N", 3, "H", "D"))
+    check_shape("qkv", qkv, ("B", "N", "P", "H", "D"))
     check_last_contiguous("qkv", qkv)
-    check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride)
+    head_dim = qkv.shape[-1]
+    if k_weight is not None and qkv.shape[2] < 2:
+        raise ValueError(
+            f"k_weight: given, but qkv {list(qkv.shape)} has no keys: its third dimension must be 2 or more"
+        )
+    if across_heads(qkv, q_weight, k_weight, rope):
+        if qkv.stride(3) != head_dim:
+            raise ValueError(f"qkv: stride of heads is {qkv.stride(3)}, must be {head_dim} for a norm across heads")
+        if pair_stride >= 1 and head_dim % (2 * pair_stride) == 0:  # else refused below
+            qkv = qkv.flatten(3).unsqueeze(3)
+    tables = qkv.shape[-1] // 2
+    if rope is not None and rope[0].ndim == 2 and rope[0].shape[1] == head_dim // 2:
+        tables = head_dim // 2
+    check_norm_rope(qkv, q_weight, k_weight, rope, qkv.shape[1], pair_stride, tables)
 
 
 def check_norm_rope(
@@ -81,9 +107,14 @@ def check_norm_rope(
     rope: tuple[Tensor, Tensor] | None,
     positions: int,
     pair_stride: int = 1,
+    pairs: int | None = None,
 ) -> None:
-    """Raise TypeError or ValueError for weights or tables that do not fit qkv [..., D] with so many positions."""
+    """Raise TypeError or ValueError for weights or tables that do not fit qkv [..., D] with so many positions.
+
+    `pairs` is the width of the tables, D / 2 by default.
+    """
     head_dim = qkv.shape[-1]
+    pairs = head_dim // 2 if pairs is None else pairs
     if pair_stride < 1 or head_dim % (2 * pair_stride):
         raise ValueError(f"pair_stride: got {pair_stride}, twice of it must divide the head_dim {head_dim}")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -93,7 +124,7 @@ def check_norm_rope(
             check_last_contiguous(name, weight)
     for i, table in enumerate(rope or ()):
         name = f"rope[{i}]"
-        check_shape(name, check_tensor(name, table), (positions, head_dim // 2))
+        check_shape(name, check_tensor(name, table), (positions, pairs))
         if table.dtype != torch.float32 or table.device != qkv.device or not table.is_contiguous():
             raise ValueError(f"{name}: is {table.dtype} on {table.device}, must be contiguous float32 on {qkv.device}")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +18,7 @@ from torch import Tensor
 from pab_kernels import figures, quality
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.pipelines import latents, memory
+from pab_kernels.pipelines.arguments import seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
@@ -51,10 +50,13 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: a video for each prompt. One seed s stands for s, s + 1, ...; size None is the pipeline's."""
+    """What to generate: a video for each prompt. One seed s stands for s, s + 1, ...; size None is the pipeline's.
+
+    Seeds may be NumPy's, of up to 64 bits.
+    """
 
     prompts: Sequence[str]
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     steps: int = 30
     guidance: float = 2.0
     seeds: Sequence[int] = (0,)
@@ -66,13 +68,13 @@ class Request:
             raise ValueError("prompt must be given at least once")
         if len(self.seeds) not in (1, count):
             raise ValueError(f"seed must be given once or for each of {count} prompts, got {len(self.seeds)}")
+        _ = self.all_seeds  # that they are seeds shall be known before anything is loaded
 
     @property
     def all_seeds(self) -> list[int]:
         """One for each prompt."""
-        if len(self.seeds) == len(self.prompts):
-            return list(self.seeds)
-        return [self.seeds[0] + i for i in range(len(self.prompts))]
+        count = len(self.prompts)
+        return seeds_of(self.seeds if len(self.seeds) == count else self.seeds[0], count)
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,20 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
 
 
 def check_output(output: Path, source: Source) -> None:
-    """Raise ValueError for a file that cannot be written, before anything is generated."""
-    if output.suffix not in (".mp4", ".gif"):
+    """Raise ValueError for a kind of file that cannot be written."""
+    if output.suffix not in figures.VIDEO_SUFFIXES:
         raise ValueError(f"output: got {output.name!r}, must end in .mp4 or .gif")
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"output: got {str(output)!r}, must be in a folder that can be written: {folder} is not one")
-    if output.suffix == ".mp4" and source.decodes and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise ValueError(f"output: got {output.name!r}, must end in .gif: .mp4 needs `pip install imageio[ffmpeg]`")
+    if output.suffix == ".mp4" and source.decodes and (lacks := figures.why_no_mp4()) is not None:
+        raise ValueError(f"output: got {output.name!r}, must end in .gif: .mp4 needs {lacks}")
+
+
+def output_files(output: Path, count: int, decodes: bool, pictures: bool) -> list[tuple[Path, Path | None]]:
+    """The video, or else latents, of each of `count` prompts, and its contact sheet; what `save` writes."""
+    videos = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    return [
+        (path if decodes else path.with_suffix(".safetensors"), path.with_suffix(".png") if pictures else None)
+        for path in videos
+    ]
 
 
 def check_memory(
@@ -257,6 +265,7 @@ def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[n
     prompts = list(request.prompts)
     if isinstance(pipe, LattePipeline):
         pipe.set_progress_bar_config(disable=True)
+        arguments["negative_prompt"] = request.negative_prompt or ""  # diffusers' takes no None
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.all_seeds]
         return np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments).frames), None
     arguments["seed"] = request.all_seeds
@@ -296,25 +305,26 @@ def save(
         The files written.
     """
     last = list(results.values())[-1]
-    written = []
-    for i, prompt in enumerate(request.prompts):
-        path = output if len(request.prompts) == 1 else output.with_stem(f"{output.stem}-{i}")
+    files = output_files(output, len(request.prompts), last.frames is not None, last.frames is None or len(results) > 1)
+    for i, (path, _) in enumerate(files):
         if last.frames is not None:
-            rows = {name: result.frames[i] for name, result in results.items() if result.frames is not None}
             figures.save_video(last.frames[i], path, FPS.get(getattr(pipe, "family", "latte"), 8))
         else:
             assert last.latents is not None
-            hidden = {name: result.latents[i] for name, result in results.items() if result.latents is not None}
-            first = next(iter(hidden.values()))
-            rows = {name: latents.first_look(value, like=first) for name, value in hidden.items()}
-            path = path.with_suffix(".safetensors")
             latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
-        written.append(path)
-        if last.frames is None or len(results) > 1:
-            sheet = path.with_suffix(".png")
-            figures.contact_sheet(rows, sheet, prompt)
-            written.append(sheet)
-    return written
+    for i, (_, sheet) in enumerate(files):  # only now: a picture that fails costs no video
+        if sheet is not None:
+            figures.contact_sheet(_rows(results, i), sheet, request.prompts[i])
+    return [path for both in files for path in both if path is not None]
+
+
+def _rows(results: Mapping[str, Generated], index: int) -> dict[str, Frames]:
+    """Of each run the video of one prompt, or a look at its latents."""
+    if rows := {name: run.frames[index] for name, run in results.items() if run.frames is not None}:
+        return rows
+    hidden = {name: run.latents[index] for name, run in results.items() if run.latents is not None}
+    first = next(iter(hidden.values()))
+    return {name: latents.first_look(value, like=first) for name, value in hidden.items()}
 
 
 def _metadata(request: Request, pipe: Any, config: PABConfig | None, index: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from pab_kernels.files import replaced
@@ -31,7 +31,7 @@ def save(latents: Tensor, path: Path, metadata: Mapping[str, Any]) -> None:
     """
     values = {key: json.dumps(value) for key, value in metadata.items()}
     with replaced(path) as partial:
-        save_file({"latents": latents.detach().float().cpu().contiguous()}, partial, values)
+        partial.write_bytes(serialized({"latents": latents.detach().float().cpu().contiguous()}, values))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:

@@ -18,7 +18,7 @@ from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
 from pab_kernels.pipelines.sizes import PLAN_SIZES, VideoSize
-from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder
+from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder, cast_encoder
 from pab_kernels.pipelines.vae import load_vae
 
 LATTE_ID = "maxin-cn/Latte-1"
@@ -26,7 +26,8 @@ PLAN_IDS = {
     "open_sora_plan_v110": "LanguageBind/Open-Sora-Plan-v1.1.0",
     "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0",
 }
-FAMILIES = tuple(checkpoints.CLASSES)
+FAMILIES = ("open_sora", "latte", "open_sora_plan_v110", "open_sora_plan_v120")
+"""Those that this package has pipelines for. Wan and LTX-Video run in diffusers' own."""
 
 Pipeline = DemoPipeline | LattePipeline | OpenSoraPipeline | OpenSoraPlanPipeline | LatteLatents
 
@@ -49,6 +50,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.random_weights and (self.weights or self.text_encoder):
             raise ValueError("random_weights: got it with weights or a text encoder, must be given alone")
+        if self.model in checkpoints.CLASSES and self.model not in FAMILIES:
+            raise ValueError(f"model: got {self.model!r}, which runs in diffusers' own pipeline: accelerate that")
         if self.random_weights and self.model not in FAMILIES:
             raise ValueError(f"random_weights: got it for {self.model!r}, must be one of {', '.join(FAMILIES)}")
         if self.family not in (*FAMILIES, "demo"):
@@ -173,7 +176,9 @@ def text_encoder_bytes(source: Source, dtype: torch.dtype) -> int:
     except (OSError, ValueError):
         return 0  # loading it will say what is missing
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in cls(config).parameters()) * dtype.itemsize
+        encoder = cls(config)
+    cast_encoder(encoder, dtype)
+    return sum(parameter.nbytes for parameter in encoder.parameters())
 
 
 def _t5(family: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from pab_kernels.figures import plain, put
 from pab_kernels.tune.choose import Estimate, Target
 from pab_kernels.tune.profile import Profile, flat_middle
 from pab_kernels.tune.trials import Trial
@@ -39,7 +40,7 @@ def profile_curves(profile: Profile, title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         _label_steps(axes, profile.timesteps)
     figure.axes[0].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.92))
-    figure.suptitle(title)
+    put(figure.suptitle, title)
     return figure
 
 
@@ -62,7 +63,7 @@ def profile_heat_map(profile: Profile, title: str) -> Figure:
         axes.yaxis.get_major_locator().set_params(integer=True)
     _label_steps(rows[-1], profile.timesteps)
     figure.colorbar(image, ax=list(rows), label=TITLES["relative_l2"], shrink=0.9)
-    figure.suptitle(f"{title}\n(flat middle between the dotted lines)")
+    put(figure.suptitle, f"{title} (flat middle between the dotted lines)")
     return figure
 
 
@@ -100,12 +101,12 @@ def frontier_plot(trials: Sequence[Trial], chosen: Trial, target: Target, title:
         near = [at for at in labels if abs(at[0] - x) < 0.05 * width and abs(at[1] - y) < 0.03 * height]
         labels.setdefault(near[0] if near else (x, y), []).append(f"{name}, chosen" if name == chosen.name else name)
     for at, names in labels.items():
-        axes.annotate("\n".join(names), at, xytext=(8, 5), textcoords="offset points")
+        axes.annotate("\n".join(map(plain, names)), at, xytext=(8, 5), textcoords="offset points")
     axes.set_xlabel("denoising time saved, %, predicted")
     axes.set_ylabel(LABELS[target.quality])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    axes.set_title(title)
+    put(axes.set_title, title)
     return figure
 
 

@@ -102,6 +102,13 @@ class Tuned:
         self.output, self.target, self.origin = output, target, origin
         self.trials: list[Trial] = []
 
+    @staticmethod
+    def files(output: Path) -> list[Path]:
+        """The files that come of `output`; ValueError unless it is one of YAML, as the others lie beside it."""
+        if output.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"output: got {output.name!r}, must end in .yaml: a .csv and a .png go beside it")
+        return [output, output.with_suffix(".csv"), output.with_suffix(".png")]
+
     def add(self, trial: Trial) -> None:
         """Take a trial in, and write the settings that are now the best."""
         self.trials.append(trial)
@@ -118,8 +125,8 @@ class Tuned:
         picture = tune_figures.frontier_plot(self.trials, found, self.target, self.origin)
         figures.save_figure(picture, self.output.with_suffix(".png"))
         console.print(table(self.trials))
-        console.print(f"{self._verdict()}: {account(found, self.target)}", highlight=False, soft_wrap=True)
-        console.print(f"wrote {self.output}, and a .csv and a .png beside it", highlight=False, soft_wrap=True)
+        console.print(f"{self._verdict()}: {account(found, self.target)}", soft_wrap=True)
+        console.print(f"wrote {self.output}, and a .csv and a .png beside it", soft_wrap=True)
         return reaches(found, self.target)
 
     def _verdict(self) -> str:

@@ -235,3 +235,49 @@ def test_generate_refuses_a_run_that_does_not_fit(monkeypatch, tmp_path):
     assert re.search(
         r"needs 51\.\d GiB .* 45.9 in 112 slots.* but 40.0 GiB are free.* --cache-device cpu .* --duration 4s", line
     )
+
+
+def test_generate_writes_every_video_before_any_picture(demo, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no room for a picture")
+
+    monkeypatch.setattr("pab_kernels.figures.contact_sheet", fail)
+    prompts = ("--prompt", "a red circle moves right", "--prompt", "a blue star moves up")
+    arguments = ("--model", demo, *prompts, "--steps", 2, "--compare", "--device", "cpu")
+    assert "no room" in pab("generate", *arguments, "--output", tmp_path / "v.gif", code=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v-0.gif", "v-1.gif"]
+
+
+@pytest.mark.parametrize(
+    ("output", "in_the_way"),
+    [
+        ("file/v.gif", "file"),
+        ("v.gif", "v.gif/"),
+        ("v.gif", "v.png/"),
+        ("v.gif", "v-with-PAB-step-004.png/"),
+        (f"{'x' * 300}.gif", ""),
+        (f"{'x' * 240}.gif", ""),  # the previews' names are longer
+    ],
+)
+def test_generate_refuses_outputs_before_the_work(output, in_the_way, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(DemoPipeline, "__call__", lambda *args, **kwargs: pytest.fail("it ran"))
+    if in_the_way.endswith("/"):
+        (tmp_path / in_the_way).mkdir()
+    elif in_the_way:
+        (tmp_path / in_the_way).write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    arguments = ("--model", demo, "--device", "cpu", "--steps", 4, "--compare", "--preview", 2)
+    line = refused("generate", *arguments, "--output", tmp_path / output)
+    assert re.match("error: (output|preview): got", line)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_generate_does_not_write_what_it_reads(tiny, tmp_path):
+    weights = tmp_path / "v.safetensors"
+    state = tiny_transformer("open_sora").state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights)
+    before = weights.read_bytes()
+    arguments = ("--model", "open_sora", *FAMILY_SIZES["open_sora"], "--device", "cpu", "--output", tmp_path / "v.mp4")
+    for given in (weights, tmp_path):
+        assert "output: got" in refused("generate", *arguments, "--weights", given)
+    assert weights.read_bytes() == before

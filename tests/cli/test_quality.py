@@ -18,3 +18,23 @@ def test_quality_of_settings(demo, tmp_path):
         ("latte:347", "0"), ("latte:347", "1"), ("mine.yaml", "0"), ("mine.yaml", "1"),
     ]  # fmt: skip
     assert "pab: got 'off'" in refused("quality", "--model", demo, "--pab", "off")
+
+
+def test_two_settings_files_of_one_name_are_two(demo, tmp_path):
+    files = [tmp_path / folder / "pab.yaml" for folder in ("a", "b")]
+    for file, variant in zip(files, ("347", "469"), strict=True):
+        PABConfig.preset("latte", variant).to_yaml(file)
+    arguments = ("--model", demo, *SHORT, "--videos", 1, "--csv", tmp_path / "q.csv")
+    pab("quality", *arguments, "--pab", files[0], "--pab", files[1], "--pab", "latte")
+    rows = [(row["settings"], row["ranges"]) for row in csv.DictReader((tmp_path / "q.csv").open())]
+    windows = ["3/4/7 in 100 to 800", "4/6/9 in 100 to 800", "2/3/6 in 100 to 800"]
+    assert rows == list(zip([str(files[0]), str(files[1]), "latte"], windows, strict=True))
+
+
+def test_quality_refuses_outputs_before_the_work(demo, tmp_path):
+    settings = tmp_path / "pab.yaml"
+    PABConfig.preset("latte").to_yaml(settings)
+    before = settings.read_text()
+    for csv_file in (settings, tmp_path, settings / "q.csv"):
+        assert "csv: got" in refused("quality", "--model", demo, "--pab", settings, "--csv", csv_file)
+    assert settings.read_text() == before

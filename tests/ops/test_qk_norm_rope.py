@@ -105,6 +105,72 @@ def test_parts(backend, device, pair_stride, norm, rope):
     Case((2, 2, 2, 96, pair_stride), norm=norm, rope=rope, device=device).check(backend, 2e-5, 1e-5)
 
 
+# B, N, H, D, pair_stride: Wan 1.3B and LTX-Video, then sizes with a short second tile.
+WIDE = [(1, 3, 12, 128, 1), (2, 2, 32, 64, 1), (2, 3, 3, 10, 1), (1, 2, 5, 12, 3)]
+
+
+def wide_case(size, rope: str, dtype=torch.float32, device="cpu") -> tuple[Case, Tensor]:
+    """Heads normed together, and what comes out: that of one head as wide as all, with tables as wide."""
+    _, positions, heads, head_dim, _ = size
+    case = Case(size, dtype=dtype, device=device, rope=False)
+    case.weights = [torch.randn(heads * head_dim).to(dtype).to(device) for _ in range(2)]
+    tables = None
+    if rope != "none":
+        angles = 100 * torch.rand(positions, head_dim // 2 * (heads if rope == "wide" else 1))
+        case.rope = (angles.cos().to(device), angles.sin().to(device))
+        tables = [table if rope == "wide" else table.repeat(1, heads) for table in case.rope]
+    one = case.qkv.flatten(3)[:, :, :, None]
+    return case, expected(one, case.weights, tables, case.pair_stride).view(case.qkv.shape)
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), TOLERANCES)
+@pytest.mark.parametrize("rope", ["none", "each head", "wide"])
+@pytest.mark.parametrize("size", WIDE, ids=str)
+@pytest.mark.parametrize(("backend", "device"), WHERE)
+def test_across_heads(backend, device, size, rope, dtype, atol, rtol):
+    case, wanted = wide_case(size, rope, dtype, device)
+    case.run(backend)
+    torch.testing.assert_close(case.qkv.double(), wanted, atol=2 * atol, rtol=rtol)
+
+
+@pytest.mark.parametrize(("backend", "device"), WHERE)
+def test_across_heads_it_reads_what_the_gemm_wrote(backend, device):
+    """Rows of a wider tensor: what lies between them stays as it is."""
+    case, wanted = wide_case((2, 3, 4, 16, 1), "each head", device=device)
+    wide = torch.full((2, 3, 3 * 64 + 8), 7.0, device=device)
+    case.qkv = wide[..., :192].unflatten(-1, (3, 4, 16)).copy_(case.qkv)
+    case.run(backend)
+    torch.testing.assert_close(case.qkv.double(), wanted, atol=2e-5, rtol=1e-5)
+    assert (wide[..., 192:] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [("reference", "cpu"), pytest.param(None, "cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("rope", ["none", "each head", "wide"])
+def test_self_attention_of_heads_normed_together(rope, backend, device):
+    """At a head_dim whose kernel norms each head by itself on load: it must not do so here."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    case, wanted = wide_case((1, 300, 3, 72, 1), rope, dtype, device)
+    (q_weight, k_weight), tables = case.weights, case.rope
+    y = ops.self_attention(case.qkv, q_weight=q_weight, k_weight=k_weight, rope=tables, eps=EPS, backend=backend)
+    q, k, v = (part.transpose(1, 2) for part in wanted.unbind(2))
+    weights = torch.softmax(q @ k.mT * 72**-0.5, dim=-1)
+    atol = 1e-5 if device == "cpu" else 3e-2
+    torch.testing.assert_close(y.double(), (weights @ v).transpose(1, 2).flatten(2), atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("backend", "device"), WHERE)
+def test_queries_by_themselves(backend, device, parts):
+    """As cross-attention has them; or keys and values, of which the keys are normed."""
+    case, wanted = wide_case((2, 3, 3, 10, 1), "none", device=device)
+    rows, values = case.qkv[:, :, :parts].clone(), case.qkv[:, :, 1:parts].clone()
+    ops.qk_norm_rope(rows, q_weight=case.weights[0], eps=EPS, backend=backend)
+    torch.testing.assert_close(rows[:, :, 0].double(), wanted[:, :, 0], atol=2e-5, rtol=1e-5)
+    assert torch.equal(rows[:, :, 1:], values)
+
+
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-rope"])
 @pytest.mark.parametrize(("backend", "device"), WHERE)
 def test_keys_alone(backend, device, rope):
@@ -160,6 +226,7 @@ def test_configs(config):
 
 def test_default_configs():
     assert [kernels.default_config(heads).rows for heads in (1, 3, 12, 16, 24, 64)] == [1, 4, 4, 16, 8, 16]
+    assert [kernels.default_config(1, width).warps for width in (128, 1536, 2048, 3072, 5120)] == [2, 2, 2, 4, 8]
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_interpreter)])
@@ -176,7 +243,14 @@ QKV, WEIGHT, TABLE = torch.zeros(1, 4, 3, 2, 8), torch.ones(8), torch.ones(4, 4)
 ERRORS = {
     "qkv is no tensor": ((0,), {}, TypeError, r"qkv: got int, must be a torch\.Tensor"),
     "integer qkv": ((QKV.int(),), {}, TypeError, r"qkv: dtype is torch\.int32, must be one of .*torch\.float32"),
-    "two parts": ((QKV[:, :, :2],), {}, ValueError, r"qkv: shape is \[1, 4, 2, 2, 8\], must be \[B, N, 3, H, D\]"),
+    "no keys": ((QKV[:, :, :1],), {"k_weight": WEIGHT}, ValueError, r"k_weight: given, but qkv .* has no keys"),
+    "heads apart": ((QKV[..., :4],), {"q_weight": WEIGHT}, ValueError, r"qkv: stride of heads is 8, must be 4 for a"),
+    "one norm across heads": (
+        (QKV,),
+        {"q_weight": torch.ones(16), "k_weight": WEIGHT},
+        ValueError,
+        r"k_weight: shape is \[8\], must be \[16\]",
+    ),
     "strided channels": ((QKV.mT.contiguous().mT,), {}, ValueError, r"qkv: stride of the last dimension is 2, must be"),
     "weight shape": ((QKV,), {"q_weight": WEIGHT[:4]}, ValueError, r"q_weight: shape is \[4\], must be \[8\]"),
     "weight dtype": ((QKV,), {"k_weight": WEIGHT.half()}, TypeError, r"k_weight: dtype is torch\.float16, must be"),
@@ -229,6 +303,16 @@ def test_opcheck(rope):
 @pytest.mark.parametrize("size", [(2, 1590, 16, 72, 1), (1, 1590, 24, 96, 16)], ids=str)
 def test_large(size):
     Case(size, dtype=torch.bfloat16, device="cuda").check("triton", 3e-2, 1.6e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rope", ["none", "each head", "wide"])
+@pytest.mark.parametrize("size", [(1, 4680, 12, 128, 1), (1, 1170, 40, 128, 1), (2, 1170, 32, 64, 1)], ids=str)
+def test_large_across_heads(size, rope):
+    case, wanted = wide_case(size, rope, torch.bfloat16, "cuda")
+    case.run("triton")
+    torch.testing.assert_close(case.qkv.double(), wanted, atol=4e-2, rtol=1.6e-2)
 
 
 @pytest.mark.gpu
