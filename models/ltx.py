@@ -120,7 +120,8 @@ class LTXAdapter(AcrossHeadsAdapter):
         """The rotary tables of this size; over the full width, so that each head has its own."""
         tables = self.host.rope(call.tensors["latents"][:1], *call.table_key)
         # Both channels of a pair have the same angle.
-        return {name: table[0, :, ::2].float().contiguous() for name, table in zip(("cos", "sin"), tables, strict=True)}
+        cos, sin = (table.squeeze(0)[:, ::2].float().contiguous() for table in tables)
+        return {"cos": cos, "sin": sin}
 
     def embed(self, call: Call) -> Tensor:
         """Each token's projection."""

@@ -68,6 +68,8 @@ class WanAdapter(AcrossHeadsAdapter):
             ("scale_shift_table",),
         ):
             plain(host, path, *classes)
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        """Copies in float32 of the blocks' tables, and these."""
         try:
             blocks = tuple(self._block(i) for i in range(config.num_layers))
         except BaseException:
@@ -90,7 +92,15 @@ class WanAdapter(AcrossHeadsAdapter):
         )
         table = plain(self.host, f"{path}.scale_shift_table").detach().squeeze(0)
         # diffusers adds the timestep's share in float32 even where the table was cast.
-        return Block("spatial", index, branches, table.float())
+        wide = table.float()
+        if wide is not table:
+            self._tables.append((wide, table))
+        return Block("spatial", index, branches, wide)
+
+    def refresh(self) -> None:
+        """The tables, where they are copies."""
+        for wide, table in self._tables:
+            wide.copy_(table)
 
     def _with_image(self, path: str, weights: CrossAttention) -> CrossAttention:
         if self.host.config.added_kv_proj_dim is None:
@@ -119,7 +129,7 @@ class WanAdapter(AcrossHeadsAdapter):
             latent_size=(size[1], size[2]),
             image=image,
             options=(given["return_dict"],),
-            table_key=tuple(size),
+            table_key=(frames, height, width),
         )
 
     def _image(self, image: Tensor | None, text: Tensor) -> Tensor | None:
@@ -152,11 +162,10 @@ class WanAdapter(AcrossHeadsAdapter):
 
     def tables(self, call: Call) -> dict[str, Tensor]:
         """The rotary tables of this grid of patches."""
+        tables = self.host.rope(call.tensors["latents"])
         # Both channels of a pair have the same angle.
-        tables = (
-            table.squeeze((0, 2))[:, ::2].float().contiguous() for table in self.host.rope(call.tensors["latents"])
-        )
-        return dict(zip(("cos", "sin"), tables, strict=True))
+        cos, sin = (table.squeeze((0, 2))[:, ::2].float().contiguous() for table in tables)
+        return {"cos": cos, "sin": sin}
 
     def embed(self, call: Call) -> Tensor:
         """Patches; positions come in by rotation."""

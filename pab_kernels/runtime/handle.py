@@ -79,17 +79,16 @@ class PABHandle:
         self._pool = pool
         self._lock = threading.RLock()
         self._identity = Identity(transformer)
-        first = next(transformer.parameters())
-        self._lane = Lane(first.device)
-        self._cache_device = _cache_device(cache_device, first.device)
-        self._doubts = Doubts(first.device)
+        device = next(transformer.parameters()).device
+        self._lane = Lane(device)
+        self._cache_device = _cache_device(cache_device, device)
+        self._doubts = Doubts(device)
         self._shapes = Shapes(keep_shapes)
         self._runs = Runs(config, forwards_per_step, pipeline, self._prepare)
         self._fp8: Fp8Linears | None = None
         self._report: Report | None = None
         with self._mode():
             self._adapter: Adapter = adapter_for(transformer)
-            self._dtype = self._adapter.stack.dtype  # Wan's first parameter stays in float32
             stand_in = StandIn(transformer, self)
             self._finalizer = weakref.finalize(self, _collected, stand_in, self._adapter, self._lane)
             self._finalizer.atexit = False
@@ -247,6 +246,8 @@ class PABHandle:
             call = self._adapter.bind(*args, **kwargs)
             self._check_like_weights(call.tensors["latents"])
             timestep = call.tensors["timestep"]
+            if call.layout.indexed:  # those that occur; given frames have 0
+                timestep = timestep.amax()
             run, step, forward, unchecked = self._runs.place(name, timestep)
             self._doubts.check()
             doubts = [self._doubts.of_timestep(timestep, run.roundings[step])] if unchecked else []
@@ -311,6 +312,7 @@ class PABHandle:
         """A run begins: the weights must be where they were, and copies of them are made anew."""
         self._identity.check()
         self._identity.note_versions()
+        self._adapter.refresh()
         if self._fp8 is not None and self._fp8.refresh():
             self._shapes.clear()  # graphs know the scales
         self._doubts.begin()
@@ -327,10 +329,10 @@ class PABHandle:
         """`_mode`, of an open handle."""
         if not self.is_open:
             raise ValueError("the handle is closed: accelerate the transformer again")
-        kind = self._lane.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self._dtype:
+        kind, dtype = self._lane.device.type, self._adapter.stack.dtype
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
             raise ValueError(
-                f"autocast: to {torch.get_autocast_dtype(kind)} over weights of {self._dtype}, must be off, or the "
+                f"autocast: to {torch.get_autocast_dtype(kind)} over weights of {dtype}, must be off, or the "
                 "transformer in that dtype: the runtime computes in the dtype of the weights"
             )
         with self._mode():
@@ -343,11 +345,12 @@ class PABHandle:
         return run
 
     def _check_like_weights(self, latents: Tensor) -> None:
-        """Raise ValueError for another dtype or device than the weights have."""
-        if latents.dtype != self._dtype or latents.device != self._lane.device:
+        """Raise ValueError for another dtype or device than the blocks have."""
+        stack = self._adapter.stack
+        if latents.dtype != stack.dtype or latents.device != stack.device:
             raise ValueError(
                 f"hidden_states: is {latents.dtype} on {latents.device}, "
-                f"must be {self._dtype} on {self._lane.device} as the transformer"
+                f"must be {stack.dtype} on {stack.device} as the transformer's blocks"
             )
 
 
