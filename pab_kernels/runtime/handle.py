@@ -370,7 +370,8 @@ def handle_of(transformer: nn.Module) -> PABHandle | None:
     """
     forward = vars(transformer).get("forward")
     hooked = transformer._forward_hooks or transformer._forward_pre_hooks
-    return forward.handle if isinstance(forward, StandIn) and not hooked else None
+    handle = forward.handle if isinstance(forward, StandIn) and not hooked else None
+    return handle if isinstance(handle, PABHandle) else None
 
 
 def _give_back(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:
