@@ -35,11 +35,11 @@ TRITON_HEAD_DIMS = (72,)
 """Head dimensions at which Triton attention was measured faster than the best of SDPA (H100, 144 to 1590 keys)."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
 """Head dimensions compiled into the CUDA temporal kernel."""
-HOPPER_KEYS = {72: 144, 96: 2048}
-"""Head dimensions compiled into the Hopper attention kernel, and from how many keys on it serves. On an H100 it was
-faster than every other backend from 144 keys on (72), and at 9,600 and 28,800 (96); fewer keys were not timed."""
+HOPPER_KEYS = {72: 144, 96: 257, 128: 257}
+"""Head dimensions compiled into the Hopper attention kernel, and from how many keys on it serves. It was faster than
+the best of SDPA from 144 keys on at 72 (H100), and on an H200 at 257, 512, 9,600 and more keys at 96 and 128."""
 HOPPER_QUERIES = 144
-"""Fewest queries for it: it takes 192 at a time, and fewer were not timed."""
+"""Fewest queries for it: it takes 128 or 192 at a time, and fewer were not timed."""
 
 
 HOPPER_ROPE = (96, 16)
