@@ -1,7 +1,7 @@
 """Compile every Triton kernel as its launcher would launch it, for other GPUs than this machine has, or none.
 
-``python -m tests.triton_targets 80 120`` prints a line for each kernel and compute capability: "ok", or what the compiler
-said. In a process of its own, without Triton's interpreter: `tests/ops/test_triton_targets.py` starts it.
+``python -m tests.triton_targets 80 120`` prints a line for each kernel and compute capability: "ok", or what the
+compiler said. In a process of its own, without Triton's interpreter: `tests/ops/test_triton_targets.py` starts it.
 """
 
 from __future__ import annotations
@@ -95,12 +95,22 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             ),
         )
     yield "gelu_quantize", lambda: gelu_quantize_triton(make(8, 4608), make(8, 4608, dtype=e4m3), make(8, dtype=f32))
+    planes, kernel = make(2, 9, 9, 64), make(1, 64, 3, 3, 3, 64)
+    yield (
+        "conv_planes",
+        lambda: conv_planes_triton(planes, kernel, make(64), None, 1.0, True, 1, 1, make(2, 9, 9, 64), None),
+    )
+    yield "channel_sums", lambda: channel_sums_triton(planes)
+    sums = make(1, 1, 64, 2, dtype=f32)
+    yield (
+        "group_norm_silu",
+        lambda: group_norm_silu_triton(planes, sums, make(64), make(64), 32, 1e-6, True, make(2, 9, 9, 64)),
+    )
+    yield "grow_planes", lambda: grow_planes_triton(planes, 2, 2, make(3, 17, 17, 64))
+    rows8, scales, out8 = make(256, 128, dtype=e4m3), make(256, dtype=f32), make(256, 256, dtype=e4m3)
     yield (
         "scaled_linear_gelu",
-        lambda: scaled_linear_gelu_triton(
-            *(make(256, 128, dtype=e4m3), make(256, dtype=f32), make(256, 128, dtype=e4m3), make(256, dtype=f32)),
-            *(make(256), 1.0, 1.0, make(256, 256, dtype=e4m3), make(256, dtype=f32)),
-        ),
+        lambda: scaled_linear_gelu_triton(rows8, scales, rows8, scales, make(256), 1.0, 1.0, out8, scales),
     )
 
 
@@ -108,9 +118,12 @@ def main(capabilities: list[int]) -> int:
     """Compile all; the number of failures."""
     driver: Any = Driver()
     triton.runtime.driver.set_active(driver)
-    run = triton.JITFunction.run
-    triton.JITFunction.run = lambda self, *args, **kwargs: run(self, *args, **{**kwargs, "warmup": True})  # type: ignore[method-assign]
-    torch.cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=2)  # type: ignore[assignment]
+    patched: Any = torch
+    empty, run = torch.empty, triton.JITFunction.run
+    patched.empty = lambda *args, device, **kwargs: empty(*args, **kwargs).as_subclass(OnGpu)
+    patched.cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=2)
+    jit: Any = triton.JITFunction
+    jit.run = lambda self, *args, **kwargs: run(self, *args, **{**kwargs, "warmup": True})
     failures = 0
     for driver.capability in capabilities:
         for name, call in calls():

@@ -87,9 +87,9 @@ def _no_triton_rows(most: int) -> Refusal:
     def refusal(x: Tensor, *others: Tensor | None) -> str | None:
         if x.shape[-1] > most:
             return f"triton takes at most {most} channels, got {x.shape[-1]}"
-        if any(other is not None and other.dtype == torch.float8_e4m3fn for other in others):
-            if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
-                return "triton has no e4m3 below compute capability 8.9"
+        e4m3 = any(other is not None and other.dtype == torch.float8_e4m3fn for other in others)
+        if e4m3 and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
+            return "triton has no e4m3 below compute capability 8.9"
         return _no_triton(x)
 
     return refusal

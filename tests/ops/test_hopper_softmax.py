@@ -42,7 +42,7 @@ def test_values_near_the_largest_number(head_dim, hopper, poison):
     q[0, 7] *= 20
     v *= 2.0**100
     out = run(q, k, v, poison((1, 300, 2 * head_dim), torch.bfloat16, hopper))
-    torch.testing.assert_close(out.double() / 2**100, expected(q, k, v) / 2**100, atol=1.6e-2, rtol=1.6e-2)
+    torch.testing.assert_close(out.double() / 2.0**100, expected(q, k, v) / 2.0**100, atol=1.6e-2, rtol=1.6e-2)
 
 
 @pytest.mark.gpu
