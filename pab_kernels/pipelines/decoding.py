@@ -25,6 +25,7 @@ from pab_kernels.pipelines.vae import decode
 from pab_kernels.quality import Frames
 from pab_kernels.runtime.decoders import PlaneDecoder, plan_decoder, spatial_decoder, temporal_decoder
 from pab_kernels.runtime.graphs import StepGraphs
+from pab_kernels.runtime.lane import Lane
 
 MEMORY = 4 * 2**30
 """Bytes for pieces where no bound is given and their size changes nothing in the numbers."""
@@ -115,6 +116,7 @@ class VideoDecoder:
         self.is_plan = isinstance(vae, CausalVAE)
         self._packed: dict[str, PlaneDecoder] = {}
         self._graphs: dict[tuple[str | int, ...], StepGraphs] = {}
+        self._lanes: dict[torch.device, Lane] = {}
 
     @property
     def latent_channels(self) -> int:
@@ -318,8 +320,11 @@ class VideoDecoder:
         memory = MEMORY if self.memory is None else self.memory
         if 2 * decoder.nbytes(*z.shape[1:]) > memory:  # a graph keeps memory of its own
             return decoder(z)
-        key = (name, *z.shape)
+        lane = self._lanes.get(z.device) or self._lanes.setdefault(z.device, Lane(z.device))
+        key = (name, str(z.device), *z.shape)
         if key not in self._graphs:
             self._graphs = {} if len(self._graphs) >= MOST_GRAPHS else self._graphs
-            self._graphs[key] = StepGraphs({"z": z})
-        return self._graphs[key].run("piece", lambda inputs: decoder(inputs["z"]), {"z": z})
+            self._graphs[key] = StepGraphs({"z": z}, lane)
+        with lane:
+            planes = self._graphs[key].run("piece", lambda inputs: decoder(inputs["z"]), {"z": z})
+        return lane.hand_out(planes)

@@ -15,10 +15,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import save as serialized
 from torch import nn
 
-from pab_kernels.demo.text import TextEmbedding
 from pab_kernels.files import replaced
 from pab_kernels.models import host_config, weight_files
 from pab_kernels.pipelines.arguments import Generators, NegativePrompt, Prompt, Prompts, Seed, check_guidance
+from pab_kernels.pipelines.demo_text import TextEmbedding
 from pab_kernels.pipelines.denoising import DenoisingPipeline, Progress, Run, StepCallback
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"

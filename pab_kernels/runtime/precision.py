@@ -59,8 +59,8 @@ class Trial:
 class Fp8Linears:
     """The blocks of a model with linears in fp8, for each number of rows.
 
-    Weights are quantised when they are first needed, and once; the host's own stay as they are. Change them in place,
-    and fp8 will not see it.
+    Weights are quantised when they are first needed; the host's own stay as they are. `refresh` does it anew where
+    those were changed in place.
 
     Parameters
     ----------
@@ -83,7 +83,8 @@ class Fp8Linears:
             raise ValueError(f"linear_precision: got fp8, must be None here: {why_not}")
         if stack.dtype != torch.bfloat16:
             raise ValueError(f"linear_precision: got fp8 for weights of {stack.dtype}, must be None, or torch.bfloat16")
-        names = [layer_name(block, branch) for block in stack.blocks for branch in block.branches]
+        branches = [(block, branch) for block in stack.blocks for branch in block.branches]
+        names = [layer_name(*each) for each in branches if each[1].weights.fp8]
         for pattern in exclude:
             if not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
@@ -94,18 +95,20 @@ class Fp8Linears:
         self._exclude = tuple(exclude)
         self._measure = measure
         self._quantized: dict[tuple[int, int], Weights] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        """Of the weights that were quantised."""
 
     def at(self, rows: int) -> BlockStack:
         """The blocks as they run with `rows` rows B * T * S."""
 
         def chosen(block: Block, branch: Branch, place: tuple[int, int]) -> Branch:
             name, weights = layer_name(block, branch), branch.weights
-            if any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
+            if not weights.fp8 or any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
                 return branch
             if self._measure and not (fits_fp8(weights) and self._trial(branch, rows).pays):
                 return branch
             if place not in self._quantized:
-                self._quantized[place] = quantize_layer(weights)
+                self._quantized[place], self._sums[place] = quantize_layer(weights), bit_sums(weights)
             return dataclasses.replace(branch, weights=self._quantized[place])
 
         blocks = []
@@ -113,6 +116,15 @@ class Fp8Linears:
             branches = (chosen(block, branch, (position, i)) for i, branch in enumerate(block.branches))
             blocks.append(dataclasses.replace(block, branches=tuple(branches)))
         return dataclasses.replace(self.stack, blocks=tuple(blocks))
+
+    def refresh(self) -> bool:
+        """Forget what was quantised if weights were changed since, and say whether. Waits for the GPU, once."""
+        now = [bit_sums(self.stack.blocks[position].branches[i].weights) for position, i in self._sums]
+        if not now or torch.equal(torch.cat(now), torch.cat(list(self._sums.values()))):
+            return False
+        self._quantized.clear()
+        self._sums.clear()
+        return True
 
     def _trial(self, branch: Branch, rows: int) -> Trial:
         weights = branch.weights
@@ -155,7 +167,23 @@ def quantize_layer(weights: Weights) -> Weights:
         name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
         for name, part in layer_linears(weights).items()
     }
-    return dataclasses.replace(weights, **parts)
+    return replaced(weights, parts)
+
+
+def bit_sums(weights: Weights) -> Tensor:
+    """For each row of a layer's bfloat16 weights, and for its biases, the sum of their bits as integers: int64 [rows].
+
+    They tell whether weights were changed, also by writes that torch does not count (to ``parameter.data``).
+    """
+    parts = layer_linears(weights).values()
+    tensors = [tensor for part in parts for tensor in (part.weight, part.bias) if isinstance(tensor, Tensor)]
+    return torch.cat([tensor.view(torch.int16).sum(-1, dtype=torch.int64).flatten() for tensor in tensors])
+
+
+def replaced(weights: Weights, parts: dict[str, Any]) -> Weights:
+    """The weights with other parts."""
+    dataclass: Any = weights  # as `Weights` asks
+    return dataclasses.replace(dataclass, **parts)
 
 
 def layer_bytes(weights: Weights) -> int:
@@ -200,8 +228,7 @@ def _random_block(block: Block, options: dict[str, Any]) -> Block:
         return Linear(torch.randn(features, channels, **options) * channels**-0.5, torch.zeros(features, **options))
 
     def random(weights: Weights) -> Weights:
-        parts: dict[str, Any] = {field.name: of(getattr(weights, field.name)) for field in dataclasses.fields(weights)}
-        return dataclasses.replace(weights, **parts)
+        return replaced(weights, {name: of(part) for name, part in vars(weights).items()})
 
     branches = tuple(dataclasses.replace(branch, weights=random(branch.weights)) for branch in block.branches)
     return dataclasses.replace(block, branches=branches)

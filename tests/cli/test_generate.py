@@ -32,7 +32,7 @@ def test_generate_runs_every_family_on_random_weights(tiny, family, tmp_path):
     output = pab(
         *("generate", "--model", family, *FAMILY_SIZES[family], "--random-weights", "--steps", 6, "--compare"),
         *("--prompt", "a cat", "--prompt", "a dog that runs", "--negative-prompt", "red", "--seed", 4, "--seed", 9),
-        *("--output", tmp_path / "v.mp4", "--device", "cpu", "--cfg", 3),
+        *("--output", tmp_path / "v.mp4", "--device", "cpu", "--cfg", 3, "--latents-only"),
     )
     assert re.search("finite .* yes .* yes", output)
     assert "speed-up" in output
@@ -61,7 +61,7 @@ def test_generate_loads_a_checkpoint_and_a_text_encoder(tiny, tmp_path):
     output = pab(
         *("generate", "--model", "open_sora", *FAMILY_SIZES["open_sora"], "--prompt", "a red cat"),
         *("--weights", tmp_path / "model.safetensors", "--text-encoder", tmp_path / "t5"),
-        *("--steps", 4, "--output", tmp_path / "v.mp4", "--device", "cpu"),
+        *("--steps", 4, "--output", tmp_path / "v.mp4", "--device", "cpu", "--latents-only"),
     )
     assert "4 transformer calls" in output
     assert latents.load(tmp_path / "v.safetensors")[0].isfinite().all()
@@ -140,7 +140,18 @@ def test_generate_writes_previews_of_every_second_step(demo, tmp_path):
 
 
 def test_generate_previews_latents(tiny, tmp_path):
-    arguments = ("--model", "latte", "--random-weights", "--steps", 2, "--preview", 1, "--device", "cpu")
+    arguments = (
+        "--model",
+        "latte",
+        "--random-weights",
+        "--latents-only",
+        "--steps",
+        2,
+        "--preview",
+        1,
+        "--device",
+        "cpu",
+    )
     pab("generate", *arguments, "--output", tmp_path / "v.mp4", "--quiet")
     frame = iio.imread(tmp_path / "v-denoising-step-001.png")
     assert frame.shape[2] == 3
@@ -278,6 +289,7 @@ def test_generate_does_not_write_what_it_reads(tiny, tmp_path):
     save_file({key: value.contiguous() for key, value in state.items()}, weights)
     before = weights.read_bytes()
     arguments = ("--model", "open_sora", *FAMILY_SIZES["open_sora"], "--device", "cpu", "--output", tmp_path / "v.mp4")
+    arguments = (*arguments, "--latents-only")
     for given in (weights, tmp_path):
         assert "output: got" in refused("generate", *arguments, "--weights", given)
     assert weights.read_bytes() == before

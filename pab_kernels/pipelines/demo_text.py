@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pab_kernels.demo.captions import PAD, TEXT_LENGTH, VOCABULARY
+from pab_kernels.pipelines.demo_captions import PAD, TEXT_LENGTH, VOCABULARY
 
 MOST = 2**14
 """Words of a prompt, and channels."""
