@@ -254,7 +254,7 @@ def _decode(
     pipe: TextToVideoPipeline, hidden: Tensor, request: Request, sinks: Sequence[Callable[[Frames], None]] | None
 ) -> tuple[tuple[Frames, ...], bool]:
     """Videos of latents, whose frames go to their sinks as they are done; and whether all numbers were finite."""
-    size = pipe.size() if request.size is None and isinstance(pipe, LatteLatents) else request.size
+    size = pipe.size() if isinstance(pipe, LatteLatents) else request.size
     assert size is not None
     done = [pipe.decode_one(row, size, None if sinks is None else sinks[i]) for i, row in enumerate(hidden)]
     return tuple(video.frames for video in done), all(video.finite for video in done)

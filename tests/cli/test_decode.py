@@ -53,7 +53,6 @@ def test_every_family_ends_in_a_video(tiny, family, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
     for part in ("text", "denoising", "decoding", "writing", "frames a second"):
         assert part in output
-    assert "not" not in output.split("wrote")[1].split("\n")[0]
 
 
 @pytest.mark.parametrize("family", VIDEOS)
