@@ -94,6 +94,8 @@ def _value(key: str, value: Any, hint: Any, default: Any) -> Any:
     kind = next(option for option in options if option is not type(None))
     items = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
+        if items[1:] == (...,) and isinstance(default, tuple):  # of any length, says the class: that of the default
+            items = (items[0],) * len(default)
         if not isinstance(value, list | tuple) or len(value) != len(items):
             raise ValueError(f"{key}: got {value!r:.200}, must be {len(items)} whole numbers")
         return tuple(_value(key, item, each, default) for item, each in zip(value, items, strict=True))

@@ -107,9 +107,9 @@ def open_files(files: Iterable[Path], index: Path | None = None) -> dict[str, En
 
 
 def read_all(
-    entries: Mapping[str, Entry], expected: Iterable[str], dtype: torch.dtype, device: torch.device | str
+    entries: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype], device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Copies of the `expected` tensors on `device`, one at a time; values that are not finite are warned of.
+    """Copies of the tensors that `dtypes` names, on `device`, one at a time; values not finite are warned of.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def read_all(
         A tensor cannot be read.
     """
     state, strange = {}, []
-    for name in expected:
+    for name, dtype in dtypes.items():
         entry = entries[name]
         try:
             value = entry.read()
@@ -128,7 +128,8 @@ def read_all(
             strange.append(name)
     if strange:
         file = entries[strange[0]].file
-        warnings.warn(f"{file}: not all numbers are finite in {dtype}: {listed(strange)}", stacklevel=3)
+        kind = state[strange[0]].dtype
+        warnings.warn(f"{file}: not all numbers are finite in {kind}: {listed(strange)}", stacklevel=3)
     return state
 
 

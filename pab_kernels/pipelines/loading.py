@@ -26,7 +26,8 @@ PLAN_IDS = {
     "open_sora_plan_v110": "LanguageBind/Open-Sora-Plan-v1.1.0",
     "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0",
 }
-FAMILIES = tuple(checkpoints.CLASSES)
+FAMILIES = ("open_sora", "latte", "open_sora_plan_v110", "open_sora_plan_v120")
+"""Those that this package has pipelines for. Wan and LTX-Video run in diffusers' own."""
 
 Pipeline = DemoPipeline | LattePipeline | OpenSoraPipeline | OpenSoraPlanPipeline | LatteLatents
 
@@ -49,6 +50,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.random_weights and (self.weights or self.text_encoder):
             raise ValueError("random_weights: got it with weights or a text encoder, must be given alone")
+        if self.model in checkpoints.CLASSES and self.model not in FAMILIES:
+            raise ValueError(f"model: got {self.model!r}, which runs in diffusers' own pipeline: accelerate that")
         if self.random_weights and self.model not in FAMILIES:
             raise ValueError(f"random_weights: got it for {self.model!r}, must be one of {', '.join(FAMILIES)}")
         if self.family not in (*FAMILIES, "demo"):

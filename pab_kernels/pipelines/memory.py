@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from pab_kernels.blocks.block import BlockStack
+from pab_kernels.blocks.branches import CrossAttention, Weights
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.models import adapter_for, checkpoints
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
-from pab_kernels.runtime.executor import BlockStack
-from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, layer_names, layer_weights, measure_shapes
+from pab_kernels.runtime.plan import slot_places
+from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_shapes
 from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.runtime.workspace import TEXT_PADDING
 
-TEXT_LENGTHS = {"open_sora": 300, "latte": 120, "open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
+TEXT_LENGTHS = {
+    "open_sora": 300,
+    "latte": 120,
+    "open_sora_plan_v110": 300,
+    "open_sora_plan_v120": 512,
+    "wan_2_1": 512,
+    "wan_2_2": 512,
+    "ltx": 128,
+}
+IMAGE_LENGTH = 257
+"""Tokens of a picture, for Wan 2.1 from an image."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,9 @@ class Memory:
 class PlannedRun:
     """A run, as far as its memory goes.
 
-    `rows` is the batch that the transformer sees, 2 a prompt with guidance. With `cache_on_host` slots lie in pinned
-    host memory.
+    `rows` is the batch that the transformer sees, 2 a prompt with guidance, and `forwards` how often a step calls it.
+    `model` are config values that differ from the released model, and `transformers` how many there are, of which one
+    runs at a time. With `cache_on_host` slots lie in pinned host memory.
     """
 
     family: str
@@ -57,6 +70,19 @@ class PlannedRun:
     rows: int = 2
     dtype: torch.dtype = torch.bfloat16
     cache_on_host: bool = False
+    forwards: int = 1
+    transformers: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, family: str, size: VideoSize, config: PABConfig, prompts: int = 1, model: str | None = None, **more: Any
+    ) -> PlannedRun:
+        """A run with guidance of `prompts` videos; `model` is the name of the model's size, `more` are other fields."""
+        if family.startswith("wan"):  # each half of guidance is a call of its own; 2.2 has a transformer for much noise
+            changes, pair = checkpoints.SIZES[family][model or "1.3b"], family == "wan_2_2" and model != "5b"
+            return cls(family, size, config, prompts, forwards=2, transformers=2 if pair else 1, model=changes, **more)
+        return cls(family, size, config, 2 * prompts, **more)
 
 
 @dataclass(frozen=True)
@@ -89,7 +115,7 @@ class ModelShape:
     @property
     def channels(self) -> int:
         """Channels of the residual stream."""
-        return self.stack.blocks[0].table.shape[-1]
+        return self.stack.channels
 
     def shape(self, run: PlannedRun) -> tuple[int, int, int, int]:
         """(B, T, S, C) of the residual stream."""
@@ -109,11 +135,7 @@ class ModelShape:
     @property
     def fp8_bytes(self) -> int:
         """Of the weights that all of the linears have beside the host's own when they run in fp8."""
-        return sum(
-            layer_bytes(layer_weights(block, layer))
-            for block in self.stack.blocks
-            for layer in layer_names(block).values()
-        )
+        return sum(layer_bytes(branch.weights) for block in self.stack.blocks for branch in block.branches)
 
 
 def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
@@ -133,24 +155,26 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     ValueError
         Unknown family.
     """
-    model = ModelShape.of(run.family) if model is None else model
+    model = ModelShape.of(run.family, **run.model) if model is None else model
     item = run.dtype.itemsize
-    keys = model.stack.slot_keys(run.config)
-    gates = sum(key.branch != "cross" for key in keys) * run.rows * model.channels * item
-    on_device = min(STAGES, len(keys)) if run.cache_on_host else len(keys)
+    slots = slot_places(model.stack, run.config)
+    gated = sum(isinstance(slot.branch.gate, int) and not slot.branch.regate for slot in slots)
+    gates = gated * run.rows * model.channels * item
+    on_device = min(STAGES, len(slots)) if run.cache_on_host else len(slots)
+    weights = model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes)
     return Memory(
-        weights=model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes),
-        slots=on_device * model.slot(run) + gates,
-        text=_text(run, model),
-        activations=_activations(run, model),
-        slot_count=len(keys),
-        host=len(keys) * model.slot(run) if run.cache_on_host else 0,
+        weights=run.transformers * weights,
+        slots=run.forwards * (on_device * model.slot(run) + gates),
+        text=run.forwards * _text(run, model),
+        activations=run.forwards * _activations(run, model),
+        slot_count=run.forwards * len(slots),
+        host=run.forwards * len(slots) * model.slot(run) if run.cache_on_host else 0,
     )
 
 
 def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
     """What each shape of linear takes in the run's dtype and in fp8, measured here; or why none can run in fp8."""
-    model = ModelShape.of(run.family)
+    model = ModelShape.of(run.family, **run.model)
     batch, frames, tokens, _ = model.shape(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -162,19 +186,25 @@ def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
 def _text(run: PlannedRun, model: ModelShape) -> int:
     """K and V are each as wide as the stream; the length is padded as for graphs."""
     length = -(-TEXT_LENGTHS[run.family] // TEXT_PADDING) * TEXT_PADDING
-    crossing = sum(block.cross is not None for block in model.stack.blocks)
-    return crossing * run.rows * length * 2 * model.channels * run.dtype.itemsize
+    weights = [branch.weights for block in model.stack.blocks for branch in block.branches]
+    crossing = [each for each in weights if isinstance(each, CrossAttention)]
+    tokens = sum(length + (0 if each.image is None else IMAGE_LENGTH) for each in crossing)
+    return tokens * run.rows * 2 * model.channels * run.dtype.itemsize
 
 
 def _activations(run: PlannedRun, model: ModelShape) -> int:
-    """Stream, scratch and modulated stream, and on top the wider of two moments: attention, or the MLP."""
-    blocks = model.stack.blocks
-    attention = 3 + 1  # the QKV GEMM's output, and attention's own
-    mlp = max(block.mlp.up.weight.shape[0] for block in blocks) / model.channels
-    tables = 2 * len(blocks) * 6 * model.channels * (run.rows + 1) * run.dtype.itemsize
+    """Stream, scratch and modulated stream, and on top the widest moment of a branch."""
+    shape, blocks = model.shape(run), model.stack.blocks
+    widest = max(_widest(branch.weights, shape) for block in blocks for branch in block.branches)
+    tables = 2 * sum(block.vectors for block in blocks) * model.channels * (run.rows + 1) * run.dtype.itemsize
     frames, height, width = run.size.latent
     latents = run.rows * 4 * frames * height * width * 4 * 4  # latents, input, prediction of 8 channels; float32
-    return int(model.stream(run) * (3 + max(attention, mlp))) + tables + latents
+    return int(model.stream(run) * (3 + widest)) + tables + latents
+
+
+def _widest(weights: Weights, shape: tuple[int, int, int, int]) -> float:
+    """The first GEMM's output, and attention's own, in tensors of the stream's size."""
+    return weights.linears[0].weight.shape[0] / shape[3] + (weights.keys(shape, 1) > 0)
 
 
 def check_fits(run: PlannedRun, free: int, extra: int = 0, host_free: int | None = None) -> Memory:
@@ -199,7 +229,7 @@ def check_fits(run: PlannedRun, free: int, extra: int = 0, host_free: int | None
     ValueError
         The run needs more than there is; the message names its parts, and other runs that would fit.
     """
-    model = ModelShape.of(run.family)
+    model = ModelShape.of(run.family, **run.model)
     host_free = available_host_memory() if host_free is None else host_free
 
     def fits(memory: Memory) -> bool:
@@ -240,8 +270,8 @@ def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
         yield "--cache-dtype fp8", _with(run, cache_dtype="fp8")
     if on:
         yield "--pab off", dataclasses.replace(run, config=PABConfig())
-    if run.rows > 2:
-        yield "one prompt at a time", dataclasses.replace(run, rows=2)
+    if run.rows * run.forwards > 2:
+        yield "one prompt at a time", dataclasses.replace(run, rows=2 // run.forwards)
     if run.family == "open_sora":
         yield from _smaller_sizes(run)
 

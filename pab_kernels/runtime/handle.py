@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -144,9 +143,9 @@ class PABHandle:
         for variant, start, end in done:
             count, total = seconds.get(str(variant), (0, 0.0))
             seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
-        kinds = self._adapter.stack.kinds
-        broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
         workspaces = [workspace for workspace in self._workspaces if workspace is not None]
+        kinds = (workspaces[0].stack if workspaces else self._adapter.stack).kinds
+        broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
         return Report(
             calls=len(done),
             computed={kind: len(done) - broadcast[kind] for kind in kinds},
@@ -218,7 +217,7 @@ class PABHandle:
         if workspace is None or not workspace.fits(call):
             # Slots of another shape are freed before new ones are made.
             workspace = self._workspaces[forward] = None
-            stack = self._adapter.stack if self._fp8 is None else self._fp8.at(math.prod(call.shape[:3]))
+            stack = self._adapter.stack if self._fp8 is None else self._fp8.at(call.layout.rows)
             workspace = Workspace(self._adapter, stack, run.schedule, call, self._cuda_graphs, self._cache_device)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]
@@ -262,11 +261,11 @@ class PABHandle:
                 f"hidden_states: shape is {list(latents.shape)}, but this run began with {list(shape)}: "
                 "call begin(timesteps) for a new one"
             )
-        parameter = next(self.transformer.parameters())
-        if latents.dtype != parameter.dtype or latents.device != parameter.device:
+        stack = self._adapter.stack
+        if latents.dtype != stack.dtype or latents.device != stack.device:
             raise ValueError(
                 f"hidden_states: is {latents.dtype} on {latents.device}, "
-                f"must be {parameter.dtype} on {parameter.device} as the transformer"
+                f"must be {stack.dtype} on {stack.device} as the transformer's blocks"
             )
 
     def _now(self) -> Any:

@@ -96,7 +96,7 @@ def test_block_ranges_limit_slots_and_broadcasts():
     with accelerate(model, limited) as handle:
         handle.begin(TIMESTEPS)
         some = run(model)
-        assert [(key.branch, key.position) for key in handle.caches[0]] == [("spatial", 2)]
+        assert [(key.kind, key.position) for key in handle.caches[0]] == [("spatial", 2)]
     none = run(model)
     with accelerate(model, PABConfig(spatial_broadcast=True, spatial_threshold=(100, 800), spatial_range=2)) as handle:
         handle.begin(TIMESTEPS)
@@ -334,7 +334,6 @@ def test_what_the_executor_would_skip_over_is_refused(spoil, words):
         ({"encoder_hidden_states": torch.randn(2, 5, 7)}, "encoder_hidden_states: shape"),
         ({"timestep": torch.ones(3)}, r"timestep: shape is \[3\], must be \[2\]"),
         ({"encoder_attention_mask": torch.ones(2, 5)}, "encoder_attention_mask"),
-        ({"enable_temporal_attentions": False}, "enable_temporal_attentions"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
