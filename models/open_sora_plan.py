@@ -83,10 +83,7 @@ class LatteT2VAdapter(OpenSoraPlanV110Adapter):
         """Read the arguments of LatteT2V.forward."""
         call = super().bind(*args, **kwargs)
         if not call.temporal:
-            raise ValueError(
-                "enable_temporal_attentions: got False, must be True: what the official class then does was "
-                "not recorded"
-            )
+            raise ValueError("enable_temporal_attentions: got False, must be True for the official class")
         return call
 
     def _with_prompts(self, text: Tensor) -> Tensor:

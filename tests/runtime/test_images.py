@@ -86,5 +86,5 @@ def test_a_run_cannot_drop_temporal_attention_in_its_middle(family):
             )
 
         call(TIMESTEPS[0], True)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="read before this run has written it"):
             call(TIMESTEPS[1], False)
