@@ -1,4 +1,7 @@
-"""Adapters and hosts: one module a DiT family."""
+"""Adapters: one file a DiT family, which describes the host's modules in the terms of `blocks`.
+
+No maths of their own, no slots, no schedule. `hosts/` has the transformers that no package carries. A file here may
+import `blocks`, `ops` and the settings, never the runtime that runs what it describes."""
 
 from __future__ import annotations
 

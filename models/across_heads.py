@@ -11,7 +11,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
-from pab_kernels.models.adapter import Adapter, WeightFuser, check_value, linear_of, plain
+from pab_kernels.models.adapter import Adapter, WeightFuser, check_value, linear_of, plain, rms_norms_of
 
 INDEX_PADDING = 8
 """Where tokens have timesteps of their own, their number is padded to a multiple of this: so graphs fit all steps."""
@@ -36,27 +36,27 @@ class AcrossHeadsAdapter(Adapter):
         self._fuser = WeightFuser()
 
     def _self_attention(self, path: str) -> SelfAttention:
-        heads, eps = self._check_attention(path)
+        heads, (q_norm, k_norm), eps = self._check_attention(path)
         return SelfAttention(
             qkv=self._fuser.fuse(self.host, [f"{path}.to_{name}" for name in "qkv"]),
             proj=linear_of(self.host, f"{path}.to_out.0"),
             heads=heads,
             sequence="full",
-            q_norm=self._norm(f"{path}.norm_q"),
-            k_norm=self._norm(f"{path}.norm_k"),
+            q_norm=q_norm,
+            k_norm=k_norm,
             norm_eps=eps,
             rotary=True,
         )
 
     def _cross_attention(self, path: str) -> CrossAttention:
-        heads, eps = self._check_attention(path)
+        heads, (q_norm, k_norm), eps = self._check_attention(path)
         return CrossAttention(
             q=linear_of(self.host, f"{path}.to_q"),
             kv=self._fuser.fuse(self.host, [f"{path}.to_k", f"{path}.to_v"]),
             proj=linear_of(self.host, f"{path}.to_out.0"),
             heads=heads,
-            q_norm=self._norm(f"{path}.norm_q"),
-            k_norm=self._norm(f"{path}.norm_k"),
+            q_norm=q_norm,
+            k_norm=k_norm,
             norm_eps=eps,
         )
 
@@ -65,17 +65,16 @@ class AcrossHeadsAdapter(Adapter):
         check_value(f"{path}.net.0.approximate", plain(self.host, f"{path}.net.0", GELU).approximate, "tanh")
         return Mlp(linear_of(self.host, f"{path}.net.0.proj"), linear_of(self.host, f"{path}.net.2"))
 
-    def _check_attention(self, path: str) -> tuple[int, float]:
-        """Heads, and eps of the norms."""
+    def _check_attention(self, path: str) -> tuple[int, list[Tensor | None], float]:
+        """Heads, and weights and eps of the norms of queries and keys."""
         module = plain(self.host, path, self._attention)
         processor = plain(self.host, f"{path}.processor", self._processor)
         for name in ("_attention_backend", "_parallel_config"):
             check_value(f"{path}.processor.{name}", getattr(processor, name, None), None)
         check_value(f"{path}.fused_projections", getattr(module, "fused_projections", False), False)
         plain(self.host, f"{path}.to_out.1", nn.Dropout)
-        eps = plain(self.host, f"{path}.norm_q", nn.RMSNorm).eps
-        check_value(f"{path}.norm_k.eps", plain(self.host, f"{path}.norm_k", nn.RMSNorm).eps, eps)
-        return module.heads, eps
+        paths = [f"{path}.{name}" for name in ("norm_q", "norm_k")]
+        return module.heads, *rms_norms_of(paths, [plain(self.host, each, nn.RMSNorm) for each in paths])
 
     def _norm(self, path: str) -> Tensor:
         """The weight [C] of a plain RMSNorm."""
@@ -95,10 +94,6 @@ class AcrossHeadsAdapter(Adapter):
                 "scale, and attention takes no arguments of its own"
             )
         return given
-
-    def check_weights(self) -> None:
-        """Raise ValueError if the host's parameters were moved or replaced."""
-        self._fuser.check()
 
     def restore(self) -> None:
         """Give the host its separate parameters back."""

@@ -209,7 +209,7 @@ def load(
     """
     cls = _class_of(family)
     _check_dtype(dtype)
-    files, index = weight_files.weight_files(_resolve(family, source))
+    files, index = weight_files.weight_files(resolve(source, "transformer", family, HUB_IDS[family]))
     entries = weight_files.open_files(files, index)
     found = families_of(entries)
     if found and family not in found:
@@ -276,11 +276,24 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"dtype is {dtype!r}, must be a floating torch.dtype")
 
 
-def _resolve(family: str, source: str | Path) -> Path:
-    """The local file or folder that ``source`` means, downloaded where it is a hub id."""
+def resolve(source: str | Path, part: str, name: str, official: str) -> Path:
+    """The local file or folder that `source` means, downloaded where it is a hub id.
+
+    Parameters
+    ----------
+    part : str
+        A folder within `source` that is taken where it is there.
+    name, official : str
+        What is looked for, and its official hub id, for the error.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such thing here, and the hub did not deliver it.
+    """
     path = Path(source)
     if path.exists():
-        inner = path / "transformer"
+        inner = path / part
         return inner if inner.is_dir() else path
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", str(source))
     if match is None or path.suffix in weight_files.SUFFIXES:
@@ -298,7 +311,7 @@ def _resolve(family: str, source: str | Path) -> Path:
         raise FileNotFoundError(
             f"{source} is not a file or folder here, and the Hugging Face hub did not deliver it ({error}). "
             f"With network access, run `hf download {repo}{include} --local-dir DIR` and pass "
-            f"{'DIR/' + folder if folder else 'DIR'} as source. The official id of {family} is {HUB_IDS[family]}."
+            f"{'DIR/' + folder if folder else 'DIR'} as source. The official id of {name} is {official}."
         ) from error
     return Path(root, folder or "")
 

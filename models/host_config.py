@@ -80,7 +80,7 @@ def check(cls: type[nn.Module], config: Mapping[str, Any]) -> dict[str, Any]:
     tokens = (height // patch) * (width // patch) if isinstance(patch, int) else 1
     if max(tokens, full.get("video_length") or 1) * channels > MOST_POSITIONS:
         raise ValueError(f"sample_size: got {size}, whose {tokens} positions of {channels} channels are too many")
-    if full.get("hidden_size") and full["hidden_size"] % full["num_heads"]:
+    if "num_heads" in full and full["hidden_size"] % full["num_heads"]:
         raise ValueError(f"num_heads: got {full['num_heads']}, must divide hidden_size {full['hidden_size']}")
     return config
 

@@ -46,8 +46,6 @@ class LTXAdapter(AcrossHeadsAdapter):
             ("scale_shift_table",),
         ):
             plain(host, path, *classes)
-        self._place: tuple[Any, ...] | None = None
-        self._rope: Rope
         try:
             blocks = tuple(self._block(i) for i in range(plain(host, "config").num_layers))
         except BaseException:
@@ -104,7 +102,8 @@ class LTXAdapter(AcrossHeadsAdapter):
             layout=layout,
             latent_size=(size[1], size[2]),
             text_mask=counts,
-            options=(given["return_dict"], place),
+            options=(given["return_dict"],),
+            table_key=place,
         )
 
     def _timesteps(self, timestep: Tensor, shape: tuple[int, int, int, int]) -> tuple[dict[str, Tensor], Layout]:
@@ -117,14 +116,12 @@ class LTXAdapter(AcrossHeadsAdapter):
         values, index = distinct_timesteps(timestep)
         return {"timestep": values, MODULATION_INDEX: index}, Layout.video(shape, len(values), indexed=True)
 
-    def prepare(self, call: Call) -> None:
+    def tables(self, call: Call) -> dict[str, Tensor]:
         """The rotary tables of this size; over the full width, so that each head has its own."""
-        place = call.options[1]
-        if place != self._place:
-            tables = self.host.rope(call.tensors["latents"][:1], *place)
-            # Both channels of a pair have the same angle.
-            cos, sin = (table.squeeze(0)[:, ::2].float().contiguous() for table in tables)
-            self._rope, self._place = (cos, sin), place
+        tables = self.host.rope(call.tensors["latents"][:1], *call.table_key)
+        # Both channels of a pair have the same angle.
+        cos, sin = (table.squeeze(0)[:, ::2].float().contiguous() for table in tables)
+        return {"cos": cos, "sin": sin}
 
     def embed(self, call: Call) -> Tensor:
         """Each token's projection."""
@@ -132,7 +129,7 @@ class LTXAdapter(AcrossHeadsAdapter):
 
     def rope(self, call: Call) -> Rope:
         """Rotary tables [N, H * D / 2] over time, rows and columns."""
-        return self._rope
+        return call.tensors["cos"], call.tensors["sin"]
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""

@@ -22,13 +22,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # in order of preference
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # in order of preference
 LISTED = 10  # keys of each kind that an error names before it only counts
 MOST_JSON = 2**26
 """Bytes of a JSON file; the index of the largest checkpoint has a few hundred thousand."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be, by safetensors' names."""
-WRAPPED = ("ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
+WRAPPED = ("ema", "ema_state_dict", "gen_model", "state_dict", "model_state_dict", "model", "module")
 """Where training scripts put the weights beside other things; the average over training is what they sample with."""
 PREFIXES = ("module.", "model.", "ema_model.", "transformer.")
 """What wrappers put before every name."""
@@ -258,6 +258,9 @@ def _tensors(document: Any, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} must hold a dictionary of tensors, but holds a {type(document).__name__}")
     if _is_state(document):
         return dict(document)
+    trained = document.get("state_dict")
+    if isinstance(trained, Mapping) and "gen_model" in trained:  # beside the discriminator that it was trained against
+        document = {**document, "gen_model": trained["gen_model"]}
     inside = [key for key in WRAPPED if _is_state(document.get(key))]
     if not inside:
         names = listed(key if isinstance(key, str) else repr(key)[:80] for key in document)

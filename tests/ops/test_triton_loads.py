@@ -12,7 +12,7 @@ import pytest
 from pab_kernels import triton_ops
 
 FILES = sorted(Path(next(iter(triton_ops.__path__))).glob("*.py"))
-WIDE = {"kv_len", "cos", "sin", "row_scale", "weight_scale", "at_sum", "k_scale"}
+WIDE = {"kv_len", "cos", "sin", "row_scale", "weight_scale", "at_sum", "vectors"}
 """Pointers to float32 or int32, whatever the tensors are; the ops check it."""
 MOVES = {"trans", "reshape", "split", "join", "permute", "broadcast_to", "expand_dims", "ravel"}
 
