@@ -35,7 +35,7 @@ TRITON_HEAD_DIMS = (72,)
 """Head dimensions at which Triton attention was measured faster than the best of SDPA (H100, 144 to 1590 keys)."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
 """Head dimensions compiled into the CUDA temporal kernel."""
-HOPPER_KEYS = {72: 144, 96: 2048}
+HOPPER_KEYS = {72: 144, 96: 257, 128: 257}
 """Head dimensions compiled into the Hopper attention kernel, and from how many keys on it serves. On an H100 it was
 faster than every other backend from 144 keys on (72), and at 9,600 and 28,800 (96); fewer keys were not timed."""
 HOPPER_QUERIES = 144

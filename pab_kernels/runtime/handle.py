@@ -18,7 +18,7 @@ from pab_kernels import clock
 from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Adapter, Call
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.doubt import Doubts
 from pab_kernels.runtime.identity import Identity
 from pab_kernels.runtime.lane import CAPTURES, Lane
@@ -58,6 +58,7 @@ class PABHandle:
         forwards_per_step: int = 1,
         cache_device: torch.device | str | None = None,
         keep_shapes: int = 4,
+        pool: SlotPool | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
             raise TypeError(f"config: got {type(config).__name__}, must be a PABConfig")
@@ -75,6 +76,7 @@ class PABHandle:
         self.transformer = transformer
         self._cuda_graphs = cuda_graphs
         self._forwards = forwards_per_step
+        self._pool = pool
         self._lock = threading.RLock()
         self._identity = Identity(transformer)
         device = next(transformer.parameters()).device
@@ -302,7 +304,7 @@ class PABHandle:
             if self._fp8 is not None:
                 with CAPTURES:  # it may measure with graphs
                     stack = self._fp8.at(call.layout.rows)
-            options = (self._lane, self._cuda_graphs, self._cache_device)
+            options = (self._lane, self._cuda_graphs, self._cache_device, self._pool, forward)
             found = Workspace(self._adapter, stack, run.schedule, call, *options)
             self._shapes.add(key, forward, found)
         if found.run is not run:
@@ -371,7 +373,8 @@ def handle_of(transformer: nn.Module) -> PABHandle | None:
     """
     forward = vars(transformer).get("forward")
     hooked = transformer._forward_hooks or transformer._forward_pre_hooks
-    return forward.handle if isinstance(forward, StandIn) and not hooked else None
+    handle = forward.handle if isinstance(forward, StandIn) and not hooked else None
+    return handle if isinstance(handle, PABHandle) else None
 
 
 def _give_back(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:

@@ -15,13 +15,13 @@ from pab_kernels.blocks.block import BlockStack, Modulation
 from pab_kernels.blocks.branches import TextKV
 from pab_kernels.models.adapter import MODULATION_INDEX, Adapter, Call
 from pab_kernels.models.seen import Seen
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.executor import Executor
 from pab_kernels.runtime.graphs import StepGraphs
 from pab_kernels.runtime.lane import Lane
 from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
-from pab_kernels.runtime.run import Run
+from pab_kernels.runtime.run import Forward, Run
 from pab_kernels.schedule import Schedule, StepVariant
 
 TEXT_PADDING = 64
@@ -58,6 +58,8 @@ class Workspace:
         Replay steps from graphs where the device allows it.
     cache_device : torch.device
         Where the slots lie; see `BroadcastCache`.
+    pool, forward : optional
+        Whom the slots are shared with; see `BroadcastCache`.
 
     Attributes
     ----------
@@ -74,11 +76,13 @@ class Workspace:
         lane: Lane,
         cuda_graphs: bool,
         cache_device: torch.device,
+        pool: SlotPool | None = None,
+        forward: Forward = 0,
     ) -> None:
         self._adapter = adapter
         self._lane = lane
         stack = stack if call.temporal else stack.without_temporal()
-        self._executor = Executor(stack, schedule, call.layout, cache_device)
+        self._executor = Executor(stack, schedule, call.layout, cache_device, pool, forward)
         self._texts: OrderedDict[Hashable, _Text] = OrderedDict()
         self._text: _Text | None = None
         self._seen = Seen()
