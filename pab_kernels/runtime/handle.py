@@ -96,8 +96,8 @@ class PABHandle:
                 if config.linear_precision is not None:
                     measure = config.linear_precision == "fp8"
                     self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure)
-                self._identity.record()  # fused weights lie elsewhere now
                 stand_in.put(compiled)
+                self._identity.record()  # fused weights lie elsewhere now
             except BaseException:
                 self.close()
                 raise
