@@ -110,7 +110,7 @@ class PlainPAB(TappedBlocks):
     def __init__(self, host: nn.Module, config: PABConfig, forwards_per_step: int = 1) -> None:
         self.config = config
         self.forwards_per_step = forwards_per_step
-        self._kept: dict[tuple[str, str, int, int], Tensor] = {}
+        self._kept: dict[tuple[str, str, int, int, int], Tensor] = {}
         self._schedule: Schedule | None = None
         super().__init__(host, regate=isinstance(host, OpenSoraPlanV120))
 
@@ -135,7 +135,7 @@ class PlainPAB(TappedBlocks):
         """The branch's output, computed or kept from before."""
         branch = {"attention": kind, "cross": "cross", "mlp": f"mlp_{kind}"}[name]
         has_slot = index in self.config.blocks(branch)
-        key = name, kind, index, self.call % self.forwards_per_step
+        key = name, kind, index, self._variant.lane(branch, index), self.call % self.forwards_per_step
         if has_slot and self._variant.reads(branch, index):
             return self._kept[key]
         value = compute()

@@ -29,6 +29,7 @@ DEMO_PROMPT = "a red circle moves right over a striped background"
 
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="What to show; repeat it for several videos.")] = None,
+    videos: Annotated[int, typer.Option(min=1, help="Videos of each prompt, which differ in their noise.")] = 1,
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     model: options.Model = "demo",
     weights: options.Weights = None,
@@ -53,11 +54,12 @@ def generate(
     duration: options.Duration = None,
     aspect: options.Aspect = None,
     size: options.Size = None,
+    still: Annotated[bool, typer.Option("--still", help="One frame; Latte leaves temporal attention out.")] = False,
     pab: options.Pab = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
     guidance: options.Guidance = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each prompt.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the video goes, .mp4 or .gif.")] = Path("outputs/video.mp4"),
+    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each video.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the video goes, .mp4 or .gif; an image is a .png.")] = None,
     compare: Annotated[bool, typer.Option(help="Generate with and without PAB, and compare.")] = False,
     preview: Annotated[
         int | None, typer.Option(min=1, help="Every so many steps, write a frame as a PNG beside the video.")
@@ -85,6 +87,8 @@ def generate(
     pab generate --model open_sora --resolution 480p --duration 2s --random-weights --json > run.json
 
     pab generate --model open_sora --resolution 360p --image first.png --fit crop --prompt "the waves roll in"
+
+    pab generate --model open_sora --resolution 720p --still --random-weights --steps 2
     """
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines.decoding import parse_bytes
@@ -96,13 +100,17 @@ def generate(
     with options.clean_errors():
         source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights, latents_only)
         memory = None if decode_memory is None else parse_bytes(decode_memory)
-        generation.check_output(output, source)
         family = source.family
         defaults = generation.DEFAULTS[family]
-        shape = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+        sizes = partial(family_size, family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+        shape = sizes(image=still)
+        of_one_frame = shape is not None and shape.frames == 1
+        if output is None:
+            output = Path("outputs/image.png" if of_one_frame else "outputs/video.mp4")
+        generation.check_output(output, source, of_one_frame)
         frames = _given_frames(family, source, shape, image, video, from_frame, fit)
         request = generation.Request(
-            prompt or [DEMO_PROMPT],
+            [text for text in prompt or [DEMO_PROMPT] for _ in range(videos)],
             negative_prompt,
             defaults.steps if steps is None else steps,
             defaults.guidance if guidance is None else guidance,
@@ -124,7 +132,9 @@ def generate(
             {"output": [path for both in files for path in both], "preview": longest},
             inputs=(model, weights, text_encoder, vae, pab, image, video),
         )
-        pipe = load_pipeline(source, shape, dtype=number, device=place, decode_memory=memory, seamless=seamless)
+        pipe = load_pipeline(  # the weights are those of a video
+            source, sizes(), dtype=number, device=place, decode_memory=memory, seamless=seamless
+        )
         given = None
         if frames is not None and shape is not None and isinstance(pipe, TextToVideoPipeline):
             given = encode(pipe.vae, frames, shape, request.all_seeds[0])
@@ -135,7 +145,7 @@ def generate(
                 watch = _Watch(bar, task, pipe, partial(_preview_path, output, name), preview)
                 on_step = watch if not quiet or preview is not None else None
                 sinks = None
-                if source.decodes and name == list(runs)[-1]:
+                if source.decodes and not of_one_frame and name == list(runs)[-1]:
                     sinks = stack.enter_context(generation.video_writers(pipe, output, len(request.prompts)))
                 results[name] = generation.generate(
                     pipe, request, settings, on_step, cache_device, sinks, given, offload_text

@@ -45,14 +45,16 @@ def storage(stack: BlockStack, schedule: Schedule) -> dict[SlotKey, int]:
     numbers: dict[SlotKey, int] = {}
     in_use: list[set[int]] = []  # for each tensor, the calls at which one of its slots is alive
     for place in slot_places(stack, schedule.config):
-        alive = schedule.alive(place.branch.kind, place.block.index)
-        if not alive:
-            continue  # an MLP that this run never broadcasts
-        number = next((i for i, calls in enumerate(in_use) if calls.isdisjoint(alive)), len(in_use))
-        if number == len(in_use):
-            in_use.append(set())
-        in_use[number].update(alive)
-        numbers[place.key] = number
+        kind, index = place.branch.kind, place.block.index
+        for lane in range(schedule.lanes(kind, index)):
+            alive = schedule.alive(kind, index, lane)
+            if not alive:
+                continue  # an MLP that this run never broadcasts
+            number = next((i for i, calls in enumerate(in_use) if calls.isdisjoint(alive)), len(in_use))
+            if number == len(in_use):
+                in_use.append(set())
+            in_use[number].update(alive)
+            numbers[place.key.at(lane)] = number
     return numbers
 
 
@@ -67,7 +69,8 @@ class Traffic:
     def of(cls, stack: BlockStack, keys: Iterable[SlotKey], variant: StepVariant) -> Traffic:
         """For the slots `keys` that there are."""
         index = {key: stack.blocks[key.position].index for key in keys}
+        used = [key for key in index if variant.lane(key.kind, index[key]) == key.lane]
         return cls(
-            reads=frozenset(key for key in index if variant.reads(key.kind, index[key])),
-            writes=frozenset(key for key in index if variant.writes(key.kind, index[key])),
+            reads=frozenset(key for key in used if variant.reads(key.kind, index[key])),
+            writes=frozenset(key for key in used if variant.writes(key.kind, index[key])),
         )

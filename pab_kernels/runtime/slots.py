@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import psutil
@@ -28,16 +28,23 @@ Shape = tuple[int, int, int, int]
 class SlotKey:
     """The slot of a branch: its kind, its block's position in the model, and its number among those of its kind there.
 
-    `kind` is one of `config.BRANCHES`; all but unusual blocks have one branch of each kind, number 0.
+    `kind` is one of `config.BRANCHES`; all but unusual blocks have one branch of each kind, number 0. `lane` tells the
+    slots of one branch apart, where it has more than one: see `schedule.MlpVariant`.
     """
 
     kind: str
     position: int
     number: int = 0
+    lane: int = 0
+
+    def at(self, lane: int) -> SlotKey:
+        """The slot of the same branch in another lane."""
+        return self if lane == self.lane else replace(self, lane=lane)
 
     def __str__(self) -> str:
         number = f" ({self.number})" if self.number else ""
-        return f"slot {self.kind} of block {self.position}{number}"
+        lane = f", slot {self.lane}" if self.lane else ""
+        return f"slot {self.kind} of block {self.position}{number}{lane}"
 
 
 @dataclass(frozen=True)

@@ -150,10 +150,18 @@ def split(request: Request) -> list[Request]:
 
 
 def first_call(schedule: Schedule) -> int:
-    """The call before the first broadcast, which writes every slot that may be read; the end where there is none."""
+    """The last call from which on every slot that is read is written before; the end where there is no broadcast.
+
+    That is the call before the first broadcast, or an earlier one that keeps an MLP by its timestep.
+    """
     broadcasting = (call for call, step in enumerate(schedule) if step.broadcasting)
     first = next(broadcasting, None)
-    return len(schedule) if first is None else max(first - 1, 0)
+    if first is None:
+        return len(schedule)
+    if not schedule.config.mlp_broadcast or schedule.config.mlp_range is not None:
+        return max(first - 1, 0)
+    keeping = (call for call, step in enumerate(schedule) if step.mlp_spatial.keep or step.mlp_temporal.keep)
+    return min(max(first - 1, 0), next(keeping, first))
 
 
 def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[Any, Any]]]) -> float:
