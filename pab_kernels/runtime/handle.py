@@ -177,9 +177,9 @@ class PABHandle:
         for variant, start, end in done:
             count, total = seconds.get(str(variant), (0, 0.0))
             seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
-        kinds = self._adapter.stack.kinds
-        broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
         workspaces = self._shapes.latest
+        kinds = (workspaces[0].stack if workspaces else self._adapter.stack).kinds
+        broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
         return Report(
             calls=len(done),
             computed={kind: len(done) - broadcast[kind] for kind in kinds},
@@ -266,10 +266,13 @@ class PABHandle:
     ) -> Tensor:
         """A call of the run; see `Workspace.step`."""
         latents = call.tensors["latents"]
-        if latents.shape != run.shapes.get(forward, latents.shape):
+        before = run.shapes.get(forward, latents.shape)
+        if latents.shape[1:] == before[1:] and len(latents) < before[0]:
+            run.resume(step)  # guidance has ended
+        elif latents.shape != before:
             raise ValueError(
                 f"hidden_states: shape is {list(latents.shape)}, but this run began with "
-                f"{list(run.shapes[forward])}: call begin(timesteps) for a new one"
+                f"{list(before)}: call begin(timesteps) for a new one"
             )
         self._identity.check_addresses()
         self._identity.check_versions()

@@ -81,6 +81,7 @@ class Workspace:
     ) -> None:
         self._adapter = adapter
         self._lane = lane
+        stack = stack if call.temporal else stack.without_temporal()
         self._executor = Executor(stack, schedule, call.layout, cache_device, pool, forward)
         self._texts: OrderedDict[Hashable, _Text] = OrderedDict()
         self._text: _Text | None = None
@@ -99,7 +100,7 @@ class Workspace:
     @staticmethod
     def key(call: Call) -> Hashable:
         """What calls of one workspace have in common."""
-        return call.layout, call.tensors["latents"].shape, frozenset(call.tensors)
+        return call.layout, call.tensors["latents"].shape, call.temporal, frozenset(call.tensors)
 
     @property
     def cache(self) -> BroadcastCache:
