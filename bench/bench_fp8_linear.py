@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels.blocks.branches import Fp8Linear, Linear, Rows, linear
+from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.ops import fp8_linear as fp8_linear
 from pab_kernels.ops.backends import no_fp8
 from pab_kernels.ops.quantized import Quantized

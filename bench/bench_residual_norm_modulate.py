@@ -109,7 +109,9 @@ def check(run: Callable[[Inputs], None], i: Inputs) -> None:
     """Compare one call with the reference, and leave x as it was."""
     before, wanted_x = i.x.clone(), i.x.clone()
     wanted = torch.full_like(i.out, float("nan"))
-    reference.residual_norm_modulate_ref(wanted_x, i.branches, i.gates, i.shift, i.scale, eps=EPS, out=wanted)
+    reference.residual_norm_modulate_ref(
+        wanted_x, i.branches, i.gates, i.shift, i.scale, norm="layer", eps=EPS, out=wanted
+    )
     i.out.fill_(float("nan"))
     run(i)
     # Eager rounds between its kernels: this is to catch wrong results, tests/ judge the digits.
@@ -147,7 +149,7 @@ def sweep(shapes: list[str]) -> None:
         for config in sorted({*SWEEP, default}):
 
             def run(i: Inputs, config: Config = config) -> None:
-                args = (i.x, i.branches, i.gates, i.shift, i.scale, None, EPS, i.out)
+                args = (i.x, i.branches, i.gates, i.shift, i.scale, None, "layer", None, EPS, i.out)
                 residual_norm_modulate_triton(*args, config=config)
 
             check(run, inputs[0])

@@ -9,10 +9,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
 from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
 from pab_kernels.models.adapter import (
+    Adapter,
     Call,
-    Modulation,
     WeightFuser,
     check_one_device,
     check_value,
@@ -20,16 +21,17 @@ from pab_kernels.models.adapter import (
     plain,
 )
 from pab_kernels.models.hosts.layers import unpatchify
-from pab_kernels.runtime.executor import Block, BlockStack
 
 
-class AdaLNSingleAdapter:
+class AdaLNSingleAdapter(Adapter):
     """Base of the adapters for hosts made of diffusers' BasicTransformerBlock (or blocks of its structure).
 
     Q, K and V (K and V of cross-attention) become views of one fused weight each; `restore` undoes it.
     """
 
     stack: BlockStack
+    regate = False
+    """Whether a broadcast attention takes the gate of the current call."""
 
     def __init__(self, host: Any, processors: tuple[type | str, ...]) -> None:
         self.host = host
@@ -74,31 +76,28 @@ class AdaLNSingleAdapter:
     ) -> Block:
         for name in (path, f"{path}.ff.net.0"):
             plain(self.host, name)
-        heads = self._heads(f"{path}.attn1", rotary)
-        cross_attention = None
+        norm = Norm(eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps)
+        attention = SelfAttention(
+            heads=self._heads(f"{path}.attn1", rotary),
+            qkv=self._fuser.fuse(self.host, [f"{path}.attn1.to_{name}" for name in "qkv"]),
+            proj=linear_of(self.host, f"{path}.attn1.to_out.0"),
+            sequence=sequence,
+            rotary=rotary,
+            pair_stride=pair_stride,
+        )
+        branches = [Branch(kind, attention, norm, shift=0, scale=1, gate=2, regate=self.regate)]
         if cross:
-            cross_attention = CrossAttention(
+            text = CrossAttention(
+                heads=self._heads(f"{path}.attn2"),
                 q=linear_of(self.host, f"{path}.attn2.to_q"),
                 kv=self._fuser.fuse(self.host, [f"{path}.attn2.to_k", f"{path}.attn2.to_v"]),
                 proj=linear_of(self.host, f"{path}.attn2.to_out.0"),
-                heads=self._heads(f"{path}.attn2"),
             )
-        return Block(
-            kind=kind,
-            index=index,
-            table=plain(self.host, f"{path}.scale_shift_table").detach(),
-            attention=SelfAttention(
-                qkv=self._fuser.fuse(self.host, [f"{path}.attn1.to_{name}" for name in "qkv"]),
-                proj=linear_of(self.host, f"{path}.attn1.to_out.0"),
-                heads=heads,
-                sequence=sequence,
-                rotary=rotary,
-                pair_stride=pair_stride,
-            ),
-            cross=cross_attention,
-            mlp=Mlp(linear_of(self.host, f"{path}.ff.net.0.proj"), linear_of(self.host, f"{path}.ff.net.2")),
-            norm_eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps,
-        )
+            branches.append(Branch("cross", text))
+        mlp = Mlp(linear_of(self.host, f"{path}.ff.net.0.proj"), linear_of(self.host, f"{path}.ff.net.2"))
+        branches.append(Branch(f"mlp_{kind}", mlp, norm, shift=3, scale=4, gate=5))
+        table = plain(self.host, f"{path}.scale_shift_table").detach()
+        return Block(kind, index, tuple(branches), table)
 
     def _heads(self, path: str, rotary: bool = False) -> int:
         attention = plain(self.host, path, Attention, "Attention")
@@ -139,7 +138,7 @@ class AdaLNSingleAdapter:
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""
-        batch = call.shape[0]
+        batch = call.layout.batch
         timestep, embedded = self.host.adaln_single(
             call.tensors["timestep"], {"resolution": None, "aspect_ratio": None}, batch, self.host.dtype
         )
@@ -153,7 +152,7 @@ class AdaLNSingleAdapter:
     def project_out(self, h: Tensor, call: Call) -> Tensor:
         """The final projection, and the patches put back together."""
         patch = self.host.config.patch_size
-        grid = (call.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
+        grid = (call.layout.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
         return unpatchify(self.host.proj_out(h).flatten(1, 2), grid, (1, patch, patch))
 
     def wrap(self, sample: Tensor, call: Call) -> Any:

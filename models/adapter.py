@@ -12,8 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pab_kernels.blocks.branches import Linear, Rope
-from pab_kernels.runtime.executor import BlockStack
+from pab_kernels.blocks.block import BlockStack, Modulation
+from pab_kernels.blocks.branches import Rope
+from pab_kernels.blocks.layout import Layout
+from pab_kernels.blocks.linears import Linear
+
+MODULATION_INDEX = "modulation_index"
+"""Among a call's tensors, where its layout is indexed: int32 [B, T * S], the modulation row of each of its rows."""
 
 
 @dataclass(frozen=True)
@@ -21,29 +26,20 @@ class Call:
     """One call of a host's forward, in the executor's terms.
 
     `tensors` are what changes from step to step, among them the host's "latents" and "timestep"; `text` [B, L, C_text]
-    is what the text projection reads, `text_mask` [B, L] (None: all) which of it counts, `text_sources` the caller's
-    own tensors that both come from: as long as they are the same, so is the text. `shape` (B, T, S, C) is that of the
-    residual stream, `latent_size` (H, W) that of the latents, `groups` the rows of the modulation (B or B * T).
-    `options` are the adapter's own.
+    is what the text projection reads, `text_mask` [B, L] (None: all) which of it counts, `image` [B, L_image, C_image]
+    a picture that cross-attention attends to as well, `text_sources` the caller's own tensors that these come from: as
+    long as they are the same, so is the text. `layout` is that of the residual stream, `latent_size` (H, W) that of
+    the latents. `options` are the adapter's own.
     """
 
     tensors: dict[str, Tensor]
     text: Tensor
     text_sources: tuple[Tensor, ...]
-    shape: tuple[int, int, int, int]
+    layout: Layout
     latent_size: tuple[int, int]
-    groups: int
     text_mask: Tensor | None = None
+    image: Tensor | None = None
     options: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """`blocks` [G, 6, C] is added to every block's table; `shift` and `scale` [G, C] are those of the final norm."""
-
-    blocks: Tensor
-    shift: Tensor
-    scale: Tensor
 
 
 class Adapter(Protocol):
@@ -62,19 +58,25 @@ class Adapter(Protocol):
         """Make tables that depend on the shape alone, so that the methods below need no host work."""
 
     def embed(self, call: Call) -> Tensor:
-        """The residual stream [B, T, S, C], contiguous and the caller's to overwrite."""
+        """The residual stream [B, T, S, C] in the blocks' dtype, contiguous and the caller's to overwrite."""
 
     def frame_embed(self, call: Call) -> Tensor | None:
         """Temporal position embedding [T, C], or None."""
+        return None
 
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables, or None."""
+        return None
 
     def modulate(self, call: Call) -> Modulation:
         """Modulation from the timestep, which no other method reads; each row of the batch for itself."""
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text [B, L, C] for the cross-attention's keys and values."""
+
+    def project_image(self, image: Tensor) -> Tensor:
+        """A picture [B, L_image, C] for the second keys and values of cross-attention."""
+        raise ValueError("image: got one, must be None: these blocks attend to none")
 
     def project_out(self, h: Tensor, call: Call) -> Tensor:
         """The prediction [B, C_out, T, H, W], from the normalised and modulated stream [B, T, S, C]."""

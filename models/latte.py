@@ -8,10 +8,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor
 
+from pab_kernels.blocks.block import BlockStack
+from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
 from pab_kernels.models.adapter import Call, check_value, embed_patches, plain
 from pab_kernels.ops.checks import check_shape, check_tensor
-from pab_kernels.runtime.executor import BlockStack
 
 
 class LatteAdapter(AdaLNSingleAdapter):
@@ -82,9 +83,8 @@ class LatteAdapter(AdaLNSingleAdapter):
             tensors={"latents": latents, "timestep": timestep.expand(batch)},
             text=text,
             text_sources=sources,
-            shape=(batch, frames, height // patch * (width // patch), channels),
+            layout=Layout.video((batch, frames, height // patch * (width // patch), channels)),
             latent_size=(height, width),
-            groups=batch,
             text_mask=text_mask,
             options=(return_dict,),
         )
@@ -115,7 +115,4 @@ class LatteAdapter(AdaLNSingleAdapter):
 
     def frame_embed(self, call: Call) -> Tensor | None:
         """The sincos table over frames; a single frame has none."""
-        return self.host.temp_pos_embed[0].to(self.host.dtype) if call.shape[1] > 1 else None
-
-    def rope(self, call: Call) -> None:
-        """Latte has no rotary embedding."""
+        return self.host.temp_pos_embed[0].to(self.host.dtype) if call.layout.shape[1] > 1 else None

@@ -9,10 +9,13 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from pab_kernels.blocks.branches import CrossAttention, Linear, Mlp, Rope, SelfAttention
+from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
+from pab_kernels.blocks.branches import CrossAttention, Mlp, Rope, SelfAttention
+from pab_kernels.blocks.layout import Layout
+from pab_kernels.blocks.linears import Linear
 from pab_kernels.models.adapter import (
+    Adapter,
     Call,
-    Modulation,
     check_forward,
     check_one_device,
     check_value,
@@ -22,10 +25,9 @@ from pab_kernels.models.adapter import (
 )
 from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
 from pab_kernels.ops.checks import check_shape, check_tensor
-from pab_kernels.runtime.executor import Block, BlockStack
 
 
-class OpenSoraAdapter:
+class OpenSoraAdapter(Adapter):
     """Adapter of STDiT3, known by its structure.
 
     Raises
@@ -93,26 +95,26 @@ class OpenSoraAdapter:
         ]
         weights = [getattr(norm, "weight", None) for norm in norms]  # an Identity has none
         eps: Any = getattr(norms[0], "eps", None) or getattr(norms[0], "variance_epsilon", 1e-6)
-        return Block(
-            kind=kind,
-            index=index,
-            table=plain(self.host, f"{path}.scale_shift_table").detach(),
-            attention=SelfAttention(
-                qkv=linear("attn.qkv"),
-                proj=linear("attn.proj"),
-                heads=heads,
-                sequence=kind,
-                q_norm=None if weights[0] is None else weights[0].detach(),
-                k_norm=None if weights[1] is None else weights[1].detach(),
-                norm_eps=eps,
-                rotary=kind == "temporal",
-            ),
-            cross=CrossAttention(
-                linear("cross_attn.q_linear"), linear("cross_attn.kv_linear"), linear("cross_attn.proj"), heads
-            ),
-            mlp=Mlp(linear("mlp.fc1"), linear("mlp.fc2")),
-            norm_eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps,
+        self_attention = SelfAttention(
+            qkv=linear("attn.qkv"),
+            proj=linear("attn.proj"),
+            heads=heads,
+            sequence=kind,
+            q_norm=None if weights[0] is None else weights[0].detach(),
+            k_norm=None if weights[1] is None else weights[1].detach(),
+            norm_eps=eps,
+            rotary=kind == "temporal",
         )
+        text = CrossAttention(
+            linear("cross_attn.q_linear"), linear("cross_attn.kv_linear"), linear("cross_attn.proj"), heads
+        )
+        norm = Norm(eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps)
+        branches = (
+            Branch(kind, self_attention, norm, shift=0, scale=1, gate=2),
+            Branch("cross", text),
+            Branch(f"mlp_{kind}", Mlp(linear("mlp.fc1"), linear("mlp.fc2")), norm, shift=3, scale=4, gate=5),
+        )
+        return Block(kind, index, branches, plain(self.host, f"{path}.scale_shift_table").detach())
 
     def _named(self, path: str, *names: str) -> Any:
         """The plain module at `path`, whose class must have one of `names`."""
@@ -157,9 +159,8 @@ class OpenSoraAdapter:
             tensors=tensors,
             text=y.squeeze(1).to(self._dtype),
             text_sources=(y,) if mask is None else (y, mask),
-            shape=(batch, t, h * w, self._final.weight.shape[1]),
+            layout=Layout.video((batch, t, h * w, self._final.weight.shape[1]), batch if x_mask is None else batch * t),
             latent_size=(x.shape[3], x.shape[4]),
-            groups=batch if x_mask is None else batch * t,
             text_mask=text_mask,
             options=(given["height"], given["width"], x.shape[2]),
         )
@@ -167,8 +168,8 @@ class OpenSoraAdapter:
     def prepare(self, call: Call) -> None:
         """The position table of this size in pixels, and the rotary tables of this many frames."""
         height, width, _ = call.options
-        if not self._has_rope(call.shape[1]):
-            angles = frame_angles(self._freqs, call.shape[1]).float()
+        if not self._has_rope(call.layout.shape[1]):
+            angles = frame_angles(self._freqs, call.layout.shape[1]).float()
             self._rope = (angles.cos().contiguous(), angles.sin().contiguous())
         # The size comes as tensors. Reading them waits for the GPU, so it is done only for new ones.
         seen = self._seen
@@ -191,9 +192,6 @@ class OpenSoraAdapter:
         assert self._positions is not None  # made by prepare
         return embed_patches(call.tensors["latents"], self.host.x_embedder.proj).add_(self._positions)
 
-    def frame_embed(self, call: Call) -> None:
-        """STDiT3 has rotary embedding along time instead."""
-
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables along time."""
         return self._rope
@@ -214,11 +212,11 @@ class OpenSoraAdapter:
         blocks = self.host.t_block(embedded)
         final = self._final_table + embedded[:, None]  # [B, 2, C]: shift, scale
         if "x_mask" in call.tensors:
-            frames = call.shape[1]
+            frames = call.layout.shape[1]
             given = self.host.t_block(self._time(call, torch.zeros_like(timestep)))
             blocks = torch.where(call.tensors["x_mask"][..., None], blocks[:, None], given[:, None])
             final = final.repeat_interleave(frames, 0)
-        return Modulation(blocks.reshape(call.groups, 6, -1), final[:, 0], final[:, 1])
+        return Modulation(blocks.reshape(call.layout.modulations, 6, -1), final[:, 0], final[:, 1])
 
     def project_text(self, text: Tensor) -> Tensor:
         """The caption projection."""
@@ -226,7 +224,7 @@ class OpenSoraAdapter:
 
     def project_out(self, h: Tensor, call: Call) -> Tensor:
         """The final projection, and the patches put back together and cropped: [B, C_out, T, H, W] float32."""
-        t = call.shape[1]
+        t = call.layout.shape[1]
         if "x_mask" in call.tensors:
             # The official final layer normalises given frames a second time, with timestep 0.
             embedded = self._time(call, torch.zeros_like(call.tensors["fps"], dtype=self._dtype))
@@ -245,7 +243,7 @@ class OpenSoraAdapter:
 
     def check_weights(self) -> None:
         """Nothing is fused here, but the weights must still be those the blocks were made from."""
-        first = self.stack.blocks[0].attention.qkv.weight
+        first = self.stack.blocks[0].branches[0].weights.linears[0].weight
         assert isinstance(first, Tensor)
         if self.host.spatial_blocks[0].attn.qkv.weight.data_ptr() != first.data_ptr():
             raise ValueError(

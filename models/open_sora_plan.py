@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.branches import Rope
+from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
 from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, plain
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
-from pab_kernels.runtime.executor import BlockStack
 
 
 def _text_mask(mask: Tensor | None, text: Tensor) -> Tensor | None:
@@ -86,6 +87,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
     """Adapter of `OpenSoraPlanV120`: its self-attention counts as spatial, and is gated anew when broadcast."""
 
     processors: tuple[type | str, ...] = (PlanAttnProcessor,)
+    regate = True
 
     def __init__(self, host: Any) -> None:
         super().__init__(host, self.processors)
@@ -108,7 +110,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
         except (TypeError, ValueError):
             self.restore()
             raise
-        self.stack = BlockStack(tuple(blocks), regate=True)
+        self.stack = BlockStack(tuple(blocks))
 
     def _rotation(self, grid: tuple[int, int, int]) -> Rope:
         """Cosines and sines [T * H * W, head_dim / 2], float32."""
@@ -129,14 +131,15 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
             tensors={"latents": latents.to(self.host.dtype), "timestep": given["timestep"]},
             text=text.squeeze(1).to(self.host.dtype),
             text_sources=_sources(text, mask),
-            shape=(
-                batch,
-                frames,
-                height // patch * (width // patch),
-                config.num_attention_heads * config.attention_head_dim,
+            layout=Layout.video(
+                (
+                    batch,
+                    frames,
+                    height // patch * (width // patch),
+                    config.num_attention_heads * config.attention_head_dim,
+                )
             ),
             latent_size=(height, width),
-            groups=batch,
             text_mask=_text_mask(mask, text),
             options=(given["return_dict"],),
         )
@@ -144,7 +147,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
     def prepare(self, call: Call) -> None:
         """The rotary tables of this grid of patches."""
         patch = self.host.config.patch_size
-        grid = (call.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
+        grid = (call.layout.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
         if grid != self._grid:
             self._rope = self._rotation(grid)
             self._grid = grid
@@ -152,9 +155,6 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
     def embed(self, call: Call) -> Tensor:
         """Patches; positions come in by rotation."""
         return embed_patches(call.tensors["latents"], self.host.pos_embed.proj)
-
-    def frame_embed(self, call: Call) -> None:
-        """There is none."""
 
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables over time, rows and columns."""

@@ -6,34 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pab_kernels.blocks.branches import (
-        CrossAttention,
-        Fp8Linear,
-        Linear,
-        Mlp,
-        SelfAttention,
-        Slot,
-        TextKV,
-        fused_pab_attention,
-        text_kv,
-    )
+    from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention, TextKV, text_kv
+    from pab_kernels.blocks.fused import Slot, fused_pab_attention
+    from pab_kernels.blocks.linears import Fp8Linear, Linear
     from pab_kernels.config import PABConfig
     from pab_kernels.runtime.handle import PABHandle, accelerate
     from pab_kernels.runtime.report import Report
     from pab_kernels.schedule import Schedule, StepVariant
 
 _HOMES = {
-    "blocks.branches": (
-        "CrossAttention",
-        "Fp8Linear",
-        "Linear",
-        "Mlp",
-        "SelfAttention",
-        "Slot",
-        "TextKV",
-        "fused_pab_attention",
-        "text_kv",
-    ),
+    "blocks.branches": ("CrossAttention", "Mlp", "SelfAttention", "TextKV", "text_kv"),
+    "blocks.fused": ("Slot", "fused_pab_attention"),
+    "blocks.linears": ("Fp8Linear", "Linear"),
     "config": ("PABConfig",),
     "runtime.report": ("Report",),
     "runtime.handle": ("PABHandle", "accelerate"),

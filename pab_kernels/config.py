@@ -19,6 +19,12 @@ from pab_kernels.files import replaced
 KINDS = ("spatial", "temporal", "cross")
 """The kinds of attention that can be broadcast."""
 
+MLP_KINDS = ("mlp_spatial", "mlp_temporal")
+"""The kinds of MLP: those of blocks whose attention is spatial, and temporal."""
+
+BRANCHES = (*KINDS, *MLP_KINDS)
+"""All kinds of branches."""
+
 LINEAR_PRECISIONS = ("fp8", "fp8-all")
 CACHE_DTYPES = ("fp8", "int8")
 """What `linear_precision` and `cache_dtype` may be, besides None: see `PABConfig`."""
@@ -121,23 +127,20 @@ class PABConfig:
                 raise ValueError(f"{key}: missing, must be given because {switch} is on")
 
     def blocks(self, kind: str) -> Blocks:
-        """Indices of the blocks whose attention of `kind` ("spatial", "temporal", "cross") may be broadcast."""
+        """Indices of the blocks whose branch of `kind`, one of `BRANCHES`, may be broadcast."""
+        if kind in MLP_KINDS and self.mlp_range is None:
+            windows = self.mlp_windows(kind) if self.mlp_broadcast else ()
+            return frozenset(index for window in windows for index in window.block)
+        kind = "mlp" if kind in MLP_KINDS else kind
         if not getattr(self, f"{kind}_broadcast"):
             return NO_BLOCKS
         interval = getattr(self, f"{kind}_block")
         return ALL_BLOCKS if interval is None else range(*interval)
 
-    def mlp_blocks(self, kind: str) -> Blocks:
-        """Indices of the blocks of `kind` ("spatial", "temporal") whose MLP may be broadcast."""
-        if not self.mlp_broadcast:
-            return NO_BLOCKS
-        if self.mlp_range is not None:
-            return ALL_BLOCKS if self.mlp_block is None else range(*self.mlp_block)
-        return frozenset(index for window in self.mlp_windows(kind) for index in window.block)
-
     def mlp_windows(self, kind: str) -> tuple[MlpWindow, ...]:
-        """The timestep-keyed windows for the MLPs of `kind` blocks."""
-        return self.mlp_spatial_broadcast_config if kind == "spatial" else self.mlp_temporal_broadcast_config
+        """The timestep-keyed windows for the MLPs of `kind`, one of `MLP_KINDS`."""
+        windows: tuple[MlpWindow, ...] = getattr(self, f"{kind}_broadcast_config")
+        return windows
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PABConfig:

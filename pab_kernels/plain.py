@@ -133,18 +133,13 @@ class PlainPAB(TappedBlocks):
 
     def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """The branch's output, computed or kept from before."""
-        if name == "mlp":
-            decision = self._variant.mlp(kind)
-            broadcast, keep = index in decision.broadcast, index in decision.keep
-        else:
-            branch = "cross" if name == "cross" else kind
-            keep = index in self.config.blocks(branch)
-            broadcast = keep and getattr(self._variant, branch)
+        branch = {"attention": kind, "cross": "cross", "mlp": f"mlp_{kind}"}[name]
+        has_slot = index in self.config.blocks(branch)
         key = name, kind, index, self.call % self.forwards_per_step
-        if broadcast:
+        if has_slot and self._variant.reads(branch, index):
             return self._kept[key]
         value = compute()
-        if keep:
+        if has_slot and self._variant.writes(branch, index):
             self._kept[key] = value
         return value
 

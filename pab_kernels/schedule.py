@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
-from pab_kernels.config import KINDS, NO_BLOCKS, Blocks, MlpWindow, PABConfig
+from pab_kernels.config import BRANCHES, KINDS, MLP_KINDS, NO_BLOCKS, Blocks, MlpWindow, PABConfig
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,24 @@ class StepVariant:
     mlp_spatial: MlpVariant = MlpVariant()
     mlp_temporal: MlpVariant = MlpVariant()
 
-    def mlp(self, kind: str) -> MlpVariant:
-        """The MLP decisions for blocks of `kind` ("spatial" or "temporal")."""
-        return self.mlp_spatial if kind == "spatial" else self.mlp_temporal
+    def reads(self, kind: str, index: int) -> bool:
+        """Whether the branch of `kind` (one of `BRANCHES`) of block `index` reads its slot, where it has one."""
+        decision: bool | MlpVariant = getattr(self, kind)
+        return decision if isinstance(decision, bool) else index in decision.broadcast
+
+    def writes(self, kind: str, index: int) -> bool:
+        """Whether it writes its slot, where it has one."""
+        decision: bool | MlpVariant = getattr(self, kind)
+        return not decision if isinstance(decision, bool) else index in decision.keep
+
+    @property
+    def broadcasting(self) -> tuple[str, ...]:
+        """The kinds of branches that are broadcast, in some block at least."""
+        decisions = {kind: getattr(self, kind) for kind in BRANCHES}
+        return tuple(kind for kind, d in decisions.items() if (d if isinstance(d, bool) else len(d.broadcast)))
 
     def __str__(self) -> str:
-        names = [kind for kind in KINDS if getattr(self, kind)]
-        names += [f"mlp_{kind}" for kind in ("spatial", "temporal") if len(self.mlp(kind).broadcast)]
-        return "broadcast " + "+".join(names) if names else "compute"
+        return f"broadcast {'+'.join(self.broadcasting)}" if self.broadcasting else "compute"
 
 
 class Schedule(Sequence[StepVariant]):
@@ -69,16 +79,9 @@ class Schedule(Sequence[StepVariant]):
             if not math.isfinite(t):
                 raise ValueError(f"timesteps: got {t}, must be finite")
         ints = [int(t) for t in self.timesteps]
-        flags = {kind: _flags(config, kind, ints) for kind in KINDS}
-        mlp = {kind: _mlp_variants(config, kind, ints) for kind in ("spatial", "temporal")}
-        self._steps = tuple(
-            StepVariant(
-                **{kind: flags[kind][i] for kind in KINDS},
-                mlp_spatial=mlp["spatial"][i],
-                mlp_temporal=mlp["temporal"][i],
-            )
-            for i in range(len(ints))
-        )
+        plans: dict[str, Sequence[Any]] = {kind: _flags(config, kind, ints) for kind in KINDS}
+        plans |= {kind: _mlp_variants(config, kind, ints) for kind in MLP_KINDS}
+        self._steps = tuple(StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(ints)))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -90,18 +93,21 @@ class Schedule(Sequence[StepVariant]):
     def __getitem__(self, index: int | slice) -> StepVariant | tuple[StepVariant, ...]:
         return self._steps[index]
 
-    def mlp_alive(self, kind: str, index: int) -> frozenset[int]:
-        """The calls at which the slot of an MLP is in use: from the one that writes it to the last that reads it.
+    def alive(self, kind: str, index: int) -> Collection[int]:
+        """The calls at which the slot of a branch is in use; `kind` (one of `BRANCHES`) and `index` name it.
 
-        `kind` ("spatial" or "temporal") and `index` name the block.
+        Attention's is written by every call that computes it, so always. An MLP's from the call that writes it to the
+        last that reads it.
         """
+        if kind not in MLP_KINDS:
+            return range(len(self))
         alive: set[int] = set()
         written = 0
         for call, step in enumerate(self._steps):
-            if index in step.mlp(kind).keep:
+            if step.writes(kind, index):
                 written = call
                 alive.add(call)
-            elif index in step.mlp(kind).broadcast:
+            elif step.reads(kind, index):
                 alive.update(range(written, call + 1))
         return frozenset(alive)
 
@@ -129,7 +135,7 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
     if not config.mlp_broadcast:
         return [MlpVariant()] * len(timesteps)
     if config.mlp_threshold is not None and config.mlp_range is not None:
-        blocks = config.mlp_blocks(kind)
+        blocks = config.blocks(kind)
         return [
             MlpVariant(broadcast=blocks)
             if _broadcasts(config.mlp_threshold, config.mlp_range, i, t)
@@ -180,7 +186,7 @@ def _warn_missing(kind: str, windows: Sequence[MlpWindow], timesteps: Sequence[i
     if missing:
         nearest = ", ".join(f"{key} (nearest {min(timesteps, key=lambda t: abs(t - key))})" for key in missing)
         warnings.warn(
-            f"mlp_{kind}_broadcast_config: these keys are not among the run's timesteps and do nothing: {nearest}. "
+            f"{kind}_broadcast_config: these keys are not among the run's timesteps and do nothing: {nearest}. "
             "mlp_threshold and mlp_range do not depend on exact timesteps.",
             stacklevel=4,
         )

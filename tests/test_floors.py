@@ -15,7 +15,6 @@ FLOORS = [
     ["triton_ops/*.py"],
     ["pab_kernels/ops/*.py"],
     ["pab_kernels/blocks/*.py"],
-    ["pab_kernels/runtime/cache.py", "pab_kernels/runtime/slots.py", "pab_kernels/runtime/executor.py"],
     ["models/*.py", "models/hosts/*.py"],
     ["pab_kernels/runtime/*.py"],
     ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/plain.py"],

@@ -52,13 +52,13 @@ def _gated(value, gate, columns, mask):
 
 
 @triton.jit
-def _add(total, branch, row_scale, stride_g, stride_n, gate, gate_g, group, row, index, columns, mask):
+def _add(total, branch, row_scale, offset, gate, gate_offset, index, columns, mask):
     """Total plus one row of a branch, gated where it has a gate; the total itself where there is no branch."""
     if branch is None:
         return total
     else:
-        value = _branch(branch, row_scale, group * stride_g + row * stride_n, index, columns, mask)
-        return total + _gated(value, None if gate is None else gate + group * gate_g, columns, mask)
+        value = _branch(branch, row_scale, offset, index, columns, mask)
+        return total + _gated(value, None if gate is None else gate + gate_offset, columns, mask)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "rows_per_embed"])
@@ -72,13 +72,14 @@ def _residual_norm_modulate_kernel(
     row_scale1,
     row_scale2,
     row_scale3,
-    gate0,  # [G, C] or None, like the next three
+    gate0,  # [G, C] (with vectors [R, C]) or None, like the next three
     gate1,
     gate2,
     gate3,
-    shift,  # [G, C] or None
+    shift,  # like the gates
     scale,
     embed,  # [P, C] or None
+    vectors,  # int32 [G, N] contiguous or None: each row's row of gates, shift and scale
     out,  # [G, N, C] or None
     out_scale,  # [G, N] contiguous or None
     saved,  # [G, N, C] or None: branch0 in one byte an element
@@ -108,6 +109,7 @@ def _residual_norm_modulate_kernel(
     blocks,  # programs a group
     rows_per_embed,  # N / P
     eps,
+    NORM: tl.constexpr,  # "layer", "rms" or None
     CHANNELS: tl.constexpr,
     A: tl.constexpr,  # columns of tile a
     Z: tl.constexpr,  # columns of tile z, CHANNELS - A of them in use
@@ -125,44 +127,56 @@ def _residual_norm_modulate_kernel(
     for step in range(0, tl.minimum(rows - first, ROWS).to(tl.int32)):
         row = first + step
         index = group * rows + row  # among all rows
+        if vectors is None:
+            vector = group
+        else:
+            vector = tl.load(vectors + index).to(tl.int64)
         x_row = x + group * x_g + row * x_n
         sum_a = _load(x_row + a, None)
         sum_z = _load(x_row + z, mask)
+        offset0 = group * branch0_g + row * branch0_n
+        offset1 = group * branch1_g + row * branch1_n
+        offset2 = group * branch2_g + row * branch2_n
+        offset3 = group * branch3_g + row * branch3_n
         if saved is not None:
-            offset = group * branch0_g + row * branch0_n
-            value_a = _branch(branch0, row_scale0, offset, index, a, None)
-            value_z = _branch(branch0, row_scale0, offset, index, z, mask)
+            value_a = _branch(branch0, row_scale0, offset0, index, a, None)
+            value_z = _branch(branch0, row_scale0, offset0, index, z, mask)
             store_row(saved + group * saved_g + row * saved_n, saved_scale, index, value_a, value_z, a, z, mask)
-            sum_a += _gated(value_a, None if gate0 is None else gate0 + group * gate0_g, a, None)
-            sum_z += _gated(value_z, None if gate0 is None else gate0 + group * gate0_g, z, mask)
+            sum_a += _gated(value_a, None if gate0 is None else gate0 + vector * gate0_g, a, None)
+            sum_z += _gated(value_z, None if gate0 is None else gate0 + vector * gate0_g, z, mask)
         else:
-            sum_a = _add(sum_a, branch0, row_scale0, branch0_g, branch0_n, gate0, gate0_g, group, row, index, a, None)
-            sum_z = _add(sum_z, branch0, row_scale0, branch0_g, branch0_n, gate0, gate0_g, group, row, index, z, mask)
-        sum_a = _add(sum_a, branch1, row_scale1, branch1_g, branch1_n, gate1, gate1_g, group, row, index, a, None)
-        sum_z = _add(sum_z, branch1, row_scale1, branch1_g, branch1_n, gate1, gate1_g, group, row, index, z, mask)
-        sum_a = _add(sum_a, branch2, row_scale2, branch2_g, branch2_n, gate2, gate2_g, group, row, index, a, None)
-        sum_z = _add(sum_z, branch2, row_scale2, branch2_g, branch2_n, gate2, gate2_g, group, row, index, z, mask)
-        sum_a = _add(sum_a, branch3, row_scale3, branch3_g, branch3_n, gate3, gate3_g, group, row, index, a, None)
-        sum_z = _add(sum_z, branch3, row_scale3, branch3_g, branch3_n, gate3, gate3_g, group, row, index, z, mask)
+            sum_a = _add(sum_a, branch0, row_scale0, offset0, gate0, vector * gate0_g, index, a, None)
+            sum_z = _add(sum_z, branch0, row_scale0, offset0, gate0, vector * gate0_g, index, z, mask)
+        sum_a = _add(sum_a, branch1, row_scale1, offset1, gate1, vector * gate1_g, index, a, None)
+        sum_z = _add(sum_z, branch1, row_scale1, offset1, gate1, vector * gate1_g, index, z, mask)
+        sum_a = _add(sum_a, branch2, row_scale2, offset2, gate2, vector * gate2_g, index, a, None)
+        sum_z = _add(sum_z, branch2, row_scale2, offset2, gate2, vector * gate2_g, index, z, mask)
+        sum_a = _add(sum_a, branch3, row_scale3, offset3, gate3, vector * gate3_g, index, a, None)
+        sum_z = _add(sum_z, branch3, row_scale3, offset3, gate3, vector * gate3_g, index, z, mask)
         if embed is not None:
-            sum_a = _add(sum_a, embed, None, 0, embed_p, None, 0, group, row // rows_per_embed, 0, a, None)
-            sum_z = _add(sum_z, embed, None, 0, embed_p, None, 0, group, row // rows_per_embed, 0, z, mask)
+            sum_a = _add(sum_a, embed, None, row // rows_per_embed * embed_p, None, 0, 0, a, None)
+            sum_z = _add(sum_z, embed, None, row // rows_per_embed * embed_p, None, 0, 0, z, mask)
         if branch0 is not None or embed is not None:
             tl.store(x_row + a, sum_a.to(x.dtype.element_ty))
             tl.store(x_row + z, sum_z.to(x.dtype.element_ty), mask=mask)
         if out is not None:
-            if shift is not None:
+            if NORM is not None:
                 # Both passes of the norm run on registers, so the exact one costs no traffic.
-                mean = (tl.sum(sum_a, 0) + tl.sum(sum_z, 0)) / CHANNELS
-                sum_a -= mean
-                sum_z -= mean
-                if mask is not None:
-                    sum_z = tl.where(mask, sum_z, 0.0)
+                if NORM == "layer":
+                    mean = (tl.sum(sum_a, 0) + tl.sum(sum_z, 0)) / CHANNELS
+                    sum_a -= mean
+                    sum_z -= mean
+                    if mask is not None:
+                        sum_z = tl.where(mask, sum_z, 0.0)
                 rstd = tl.rsqrt((tl.sum(sum_a * sum_a, 0) + tl.sum(sum_z * sum_z, 0)) / CHANNELS + eps)
-                sum_a = sum_a * rstd * (1 + _load(scale + group * scale_g + a, None))
-                sum_z = sum_z * rstd * (1 + _load(scale + group * scale_g + z, mask))
-                sum_a += _load(shift + group * shift_g + a, None)
-                sum_z += _load(shift + group * shift_g + z, mask)
+                sum_a = sum_a * rstd
+                sum_z = sum_z * rstd
+                if scale is not None:
+                    sum_a *= 1 + _load(scale + vector * scale_g + a, None)
+                    sum_z *= 1 + _load(scale + vector * scale_g + z, mask)
+                if shift is not None:
+                    sum_a += _load(shift + vector * shift_g + a, None)
+                    sum_z += _load(shift + vector * shift_g + z, mask)
             out_row = out + group * out_g + row * out_n
             if out_scale is not None:
                 store_row(out_row, out_scale, index, sum_a, sum_z, a, z, mask)
@@ -203,6 +217,8 @@ def residual_norm_modulate_triton(
     shift: Tensor | None,
     scale: Tensor | None,
     embed: Tensor | None,
+    norm: str | None,
+    index: Tensor | None,
     eps: float,
     out: Tensor | Quantized | None,
     saved: Quantized | None = None,
@@ -245,6 +261,7 @@ def residual_norm_modulate_triton(
             shift,
             scale,
             embed,
+            index,
             out_values,
             out_scale,
             saved_values,
@@ -264,6 +281,7 @@ def residual_norm_modulate_triton(
             blocks,
             1 if embed is None else rows // embed.shape[0],
             eps,
+            NORM=norm,
             CHANNELS=channels,
             A=half,
             Z=triton.next_power_of_2(max(channels - half, 1)),

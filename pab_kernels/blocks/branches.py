@@ -1,52 +1,43 @@
-"""The branches of a DiT block, each written straight into the tensor that keeps it, and `fused_pab_attention`."""
+"""What a branch of a DiT block runs: weights, and the functions that write straight into the tensor that keeps it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pab_kernels import ops
+from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.ops import fp8_linear as fp8_linear
-from pab_kernels.ops.checks import check_like, check_quantized, check_shape, check_tensor
 from pab_kernels.ops.quantized import Quantized
 
-
-@dataclass(frozen=True)
-class Linear:
-    """Weight [out, in] and bias [out] of ``y = x @ weight.T + bias``."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class Fp8Linear:
-    """The same in fp8, for Quantized input: weight [out, in] e4m3 with a scale for each output channel, bias [out]."""
-
-    weight: Quantized
-    bias: Tensor
-    weight_sum: float
-    """The largest sum of magnitudes of a row of the weight; with `bias_max` it bounds what comes out."""
-    bias_max: float
-
-    @classmethod
-    def of(cls, linear: Linear) -> Fp8Linear:
-        """Quantise the weight. Waits for the GPU."""
-        weight = fp8_linear.quantize_weight(linear.weight)
-        sums = weight.values.float().abs().sum(1) * weight.row_scale
-        return cls(weight, linear.bias, float(sums.max()), float(linear.bias.abs().max()))
-
-
-Rows = Tensor | Quantized
-"""What a linear reads: an `Fp8Linear` takes Quantized e4m3, a `Linear` a tensor."""
-
-
 Rope = tuple[Tensor, Tensor]
-"""Rotary tables (cos, sin), each [positions, D / 2] float32; positions are frames, or all tokens of a video."""
+"""Rotary tables (cos, sin), each [positions, D / 2] float32, or [positions, H * D / 2] where each head has its own.
+Positions are frames, or all tokens of a video."""
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """Keys and values of the text for one branch, side by side in `kv` [B, L, 2, H, D].
+
+    `kv_len` (int32 [B], None: all) is how many of each row count. `image` [B, L_image, 2, H, D] are those of a picture
+    where the branch attends to one as well, all of which count.
+    """
+
+    kv: Tensor
+    kv_len: Tensor | None = None
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call hands to a branch beside the rows it reads."""
+
+    text: TextKV | None = None
+    rope: Rope | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +45,8 @@ class SelfAttention:
     """Weights of self-attention along one kind of sequence.
 
     `sequence` says which tokens see each other: those of a frame, those of a position, or all of them.
-    `q_norm` and `k_norm` are RMSNorm weights [D]. With `rotary` queries and keys are rotated by the step's tables;
-    `pair_stride` is that of `ops.qk_norm_rope`.
+    `q_norm` and `k_norm` are RMSNorm weights: [D] norms each head, [H * D] all heads together. With `rotary` queries
+    and keys are rotated by the step's tables; `pair_stride` is that of `ops.qk_norm_rope`.
     """
 
     qkv: Linear | Fp8Linear  # [3C, C], rows ordered q, k, v, then heads
@@ -68,26 +59,76 @@ class SelfAttention:
     rotary: bool = False
     pair_stride: int = 1
 
+    layer: ClassVar[str] = "qkv"
+    fp8: ClassVar[tuple[str, ...]] = ("qkv",)
+
+    @property
+    def linears(self) -> tuple[Linear | Fp8Linear, ...]:
+        """The GEMMs on every row of the stream, in order."""
+        return self.qkv, self.proj
+
+    @property
+    def last(self) -> Linear | Fp8Linear:
+        """The linear that writes the branch."""
+        return self.proj
+
+    def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
+        """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
+        _, frames, tokens, _ = shape
+        return {"spatial": tokens, "temporal": frames, "full": frames * tokens}[self.sequence]
+
+    def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
+        """The branch of the rows h [B, T, S, C], into `out`."""
+        return self_attention(h, self, out, inputs.rope)
+
+
+@dataclass(frozen=True)
+class ImageKV:
+    """Weights of a second pair of keys and values, those of a picture: [2C, C] and the keys' RMSNorm, as the text's."""
+
+    kv: Linear
+    k_norm: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """Weights of attention on the text."""
+    """Weights of attention on the text.
+
+    `q_norm` and `k_norm` are RMSNorm weights, [D] or [H * D] as of `SelfAttention`. With `image` the same queries
+    attend to a picture too, and both outputs are added before the projection.
+    """
 
     q: Linear | Fp8Linear  # [C, C]
     kv: Linear  # [2C, C], rows ordered k, v, then heads
     proj: Linear  # [C, C]
     heads: int
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm_eps: float = 1e-6
+    image: ImageKV | None = None
 
+    layer: ClassVar[str] = "cross.q"
+    fp8: ClassVar[tuple[str, ...]] = ("q",)
 
-@dataclass(frozen=True)
-class TextKV:
-    """Keys and values of the text for one block, side by side in `kv` [B, L, 2, H, D].
+    @property
+    def linears(self) -> tuple[Linear | Fp8Linear, ...]:
+        """The GEMMs on every row of the stream, in order."""
+        return self.q, self.proj
 
-    `kv_len` (int32 [B], None: all) is how many of each row count.
-    """
+    @property
+    def last(self) -> Linear | Fp8Linear:
+        """The linear that writes the branch."""
+        return self.proj
 
-    kv: Tensor
-    kv_len: Tensor | None = None
+    def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
+        """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
+        return text
+
+    def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
+        """The branch of the rows h [B, T, S, C], into `out`."""
+        if inputs.text is None:
+            raise ValueError("text: got None, must be a TextKV to compute cross-attention")
+        return cross_attention(h, self, inputs.text, out)
 
 
 @dataclass(frozen=True)
@@ -97,45 +138,38 @@ class Mlp:
     up: Linear | Fp8Linear  # [4C, C]
     down: Linear | Fp8Linear  # [C, 4C]
 
+    layer: ClassVar[str] = "mlp"
+    fp8: ClassVar[tuple[str, ...]] = ("up", "down")
+
     def __post_init__(self) -> None:
         if isinstance(self.up, Fp8Linear) != isinstance(self.down, Fp8Linear):
             raise TypeError(f"up, down: are {type(self.up).__name__} and {type(self.down).__name__}, must be alike")
 
+    @property
+    def linears(self) -> tuple[Linear | Fp8Linear, ...]:
+        """The GEMMs on every row of the stream, in order."""
+        return self.up, self.down
 
-@dataclass
-class Slot:
-    """Where one branch of one block keeps its output between steps.
+    @property
+    def last(self) -> Linear | Fp8Linear:
+        """The linear that writes the branch."""
+        return self.down
 
-    `value` [B, T, S, C] is the ungated output, written by the out-projection itself, or, where it is Quantized, by the
-    pass that adds it; `gate` [G, C] is the gate of the step that wrote it (None where the branch has no gate). `valid`
-    tells whether the current run has written it.
-    """
+    def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
+        """It attends to nothing."""
+        return 0
 
-    value: Rows
-    gate: Tensor | None = None
-    valid: bool = False
-
-    def read(self) -> Rows:
-        """`value`, or ValueError if the current run has not written it: never stale data."""
-        if not self.valid:
-            raise ValueError("slot: not written in this run, a broadcast must follow a compute step")
-        return self.value
+    def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
+        """The branch of the rows h [B, T, S, C], into `out`."""
+        return mlp(h, self, out)
 
 
-def linear(x: Rows, weights: Linear | Fp8Linear, out: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for x [..., in]; into `out` [..., features] (contiguous) where given."""
-    flat = None if out is None else out.view(-1, out.shape[-1])
-    if isinstance(weights, Fp8Linear):
-        if not isinstance(x, Quantized):
-            raise TypeError(f"x: got {type(x).__name__}, must be Quantized because the weight is")
-        y = fp8_linear.scaled_linear(x.flatten(), weights.weight, weights.bias, flat)
-        return y.view(*x.shape[:-1], -1) if out is None else out
-    if isinstance(x, Quantized):
-        raise TypeError("x: got Quantized, must be a tensor because the weight is")
-    if out is None:
-        return F.linear(x, weights.weight, weights.bias)
-    torch.addmm(weights.bias, x.reshape(-1, x.shape[-1]), weights.weight.t(), out=flat)
-    return out
+Weights = SelfAttention | CrossAttention | Mlp
+"""What a branch runs.
+
+`layer` is what settings call the part that may run in fp8, and `fp8` names the linears of that part: those whose input
+is written by a pass that sees whole rows, so that it knows their scales.
+"""
 
 
 def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
@@ -155,17 +189,45 @@ def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | No
     return linear(y, weights.proj, out)
 
 
-def text_kv(text: Tensor, weights: CrossAttention, kv_len: Tensor | None = None, out: Tensor | None = None) -> TextKV:
-    """Keys and values of the projected text [B, L, C] for one block; `out` [B, L, 2C] holds them where given."""
-    return TextKV(linear(text, weights.kv, out).unflatten(-1, (2, weights.heads, -1)), kv_len)
+def text_kv(
+    text: Tensor,
+    weights: CrossAttention,
+    kv_len: Tensor | None = None,
+    out: TextKV | None = None,
+    *,
+    image: Tensor | None = None,
+) -> TextKV:
+    """Keys and values of the projected text [B, L, C], and of the projected picture [B, L_image, C], for one branch.
+
+    They overwrite those of `out` where it is given: an earlier result for the same sizes.
+    """
+    if (image is None) != (weights.image is None):
+        raise ValueError("image: must be given where the weights attend to a picture, and only there")
+    kv = _keys_values(text, weights.kv, weights.k_norm, weights, None if out is None else out.kv)
+    image_kv = None
+    if image is not None and weights.image is not None:
+        earlier = None if out is None else out.image
+        image_kv = _keys_values(image, weights.image.kv, weights.image.k_norm, weights, earlier)
+    return TextKV(kv, kv_len, image_kv)
+
+
+def _keys_values(
+    text: Tensor, weights: Linear, norm: Tensor | None, attention: CrossAttention, out: Tensor | None
+) -> Tensor:
+    """[B, L, 2, H, D] of text [B, L, C], its keys normed."""
+    kv = linear(text, weights, None if out is None else out.flatten(2)).unflatten(-1, (2, attention.heads, -1))
+    ops.qk_norm_rope(kv[:, :, :1], q_weight=norm, eps=attention.norm_eps)
+    return kv
 
 
 def cross_attention(x: Rows, weights: CrossAttention, text: TextKV, out: Tensor) -> Tensor:
     """Query GEMM, attention on the text and out-projection of x [B, T, S, C], into `out` [B, T, S, C]."""
     batch, channels = x.shape[0], x.shape[-1]
     q = linear(x, weights.q).view(batch, -1, weights.heads, channels // weights.heads)
-    k, v = text.kv.unbind(2)
-    y = ops.attention(q, k, v, kv_len=text.kv_len)
+    ops.qk_norm_rope(q.unsqueeze(2), q_weight=weights.q_norm, eps=weights.norm_eps)
+    y = ops.attention(q, *text.kv.unbind(2), kv_len=text.kv_len)
+    if text.image is not None:
+        y = y + ops.attention(q, *text.image.unbind(2))
     return linear(y, weights.proj, out)
 
 
@@ -186,102 +248,3 @@ def mlp(h: Rows, weights: Mlp, out: Tensor) -> Tensor:
     else:
         wide = F.gelu(linear(h, weights.up), approximate="tanh")
     return linear(wide, weights.down, out)
-
-
-def fused_pab_attention(
-    x: Tensor,
-    weights: SelfAttention | CrossAttention,
-    modulation: tuple[Tensor, Tensor, Tensor] | None,
-    slot: Slot,
-    *,
-    kind: Literal["spatial", "temporal", "cross"],
-    broadcast: bool,
-    text: TextKV | None = None,
-    rope: Rope | None = None,
-    regate: bool = False,
-    eps: float = 1e-6,
-) -> Tensor:
-    """One attention branch of a DiT block with Pyramid Attention Broadcast, added to the residual stream in place.
-
-    On a compute call: norm and modulate, QKV (or query) GEMM, attention, projection straight into the slot, gate and
-    residual. On a broadcast call: only the gated slot is added, in one kernel.
-
-    Parameters
-    ----------
-    x : Tensor
-        Residual stream [B, T, S, C], contiguous; written in place.
-    weights : SelfAttention or CrossAttention
-        The block's weights, dtype of x; `Fp8Linear` where they are quantised.
-    modulation : (shift, scale, gate) or None
-        Each [G, C], where G is B or B * T. None for no norm and no gate, as cross-attention of these models has.
-    slot : Slot
-        Keeps the branch's output: `value` [B, T, S, C], also Quantized, and `gate` [G, C] where there is modulation.
-    kind : {"spatial", "temporal", "cross"}
-    broadcast : bool
-        False computes and writes the slot, True reads it.
-    text : TextKV, optional
-        Keys and values of the text, needed to compute cross-attention; see `text_kv`.
-    rope : (cos, sin), optional
-        Rotary tables, each [T, D / 2] float32 ([T * S, D / 2] for full attention), needed where weights are rotary.
-    regate : bool
-        Broadcast with the gate of this call instead of the one of the call that wrote the slot (Open-Sora-Plan 1.2).
-    eps : float
-        Of the LayerNorm.
-
-    Returns
-    -------
-    Tensor
-        x.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A wrong argument, named; or a broadcast from a slot that has not been written.
-    """
-    check_shape("x", check_tensor("x", x), ("B", "T", "S", "C"))
-    if not x.is_contiguous():
-        raise ValueError(f"x: strides are {x.stride()}, must be contiguous")
-    if isinstance(slot.value, Quantized):
-        check_quantized("slot.value", slot.value, tuple(x.shape), x.device)
-    else:
-        check_shape("slot.value", slot.value, tuple(x.shape))
-        check_like("slot.value", slot.value, x, "x")
-    if kind not in ("spatial", "temporal", "cross"):
-        raise ValueError(f"kind: got {kind!r}, must be spatial, temporal or cross")
-    if (kind == "cross") != isinstance(weights, CrossAttention):
-        raise TypeError(f"weights: got {type(weights).__name__}, does not fit kind {kind!r}")
-    if isinstance(weights, SelfAttention) and (kind == "temporal") != (weights.sequence == "temporal"):
-        raise ValueError(f"weights.sequence: got {weights.sequence!r}, does not fit kind {kind!r}")
-    shift, scale, gate = modulation or (None, None, None)
-    if gate is not None and slot.gate is None:
-        raise ValueError("slot.gate: got None, must be a tensor [G, C] because modulation has a gate")
-    if gate is not None and gate.shape[0] not in (x.shape[0], x.shape[0] * x.shape[1]):
-        raise ValueError(f"modulation: has {gate.shape[0]} rows, must be B or B * T of x {list(x.shape)}")
-    rows = x.view(1 if gate is None else gate.shape[0], -1, x.shape[-1])
-
-    value: Rows
-    saved: Quantized | None = None
-    if broadcast:
-        value = slot.read()
-        applied = gate if regate else slot.gate
-    else:
-        saved = slot.value.view(*rows.shape) if isinstance(slot.value, Quantized) else None
-        out = torch.empty_like(x) if isinstance(slot.value, Quantized) else slot.value
-        h: Rows
-        if isinstance(weights.q if isinstance(weights, CrossAttention) else weights.qkv, Fp8Linear):
-            quantized = Quantized.empty(tuple(rows.shape), fp8_linear.E4M3, x.device)
-            h = ops.residual_norm_modulate(rows, shift=shift, scale=scale, eps=eps, out=quantized).view(*x.shape)
-        else:
-            h = ops.residual_norm_modulate(rows, shift=shift, scale=scale, eps=eps).view(x.shape)
-        if isinstance(weights, CrossAttention):
-            if text is None:
-                raise ValueError("text: got None, must be a TextKV to compute cross-attention")
-            value = cross_attention(h, weights, text, out)
-        else:
-            value = self_attention(h, weights, out, rope)
-        if gate is not None and slot.gate is not None:
-            slot.gate.copy_(gate)
-        slot.valid = True
-        applied = gate
-    ops.residual_norm_modulate(rows, [value.view(*rows.shape)], [applied], saved=saved)
-    return x

@@ -215,7 +215,7 @@ def measure_floor(problem: Problem, *, fp8: bool = False) -> Floor:
     adapter = adapter_for(problem.host)
     try:
         stack = adapter.stack
-        shape = (2, *problem.workload.grid, stack.blocks[0].table.shape[-1])
+        shape = (2, *problem.workload.grid, stack.channels)
         without, with_pab = (
             run_work(stack, Schedule(config, problem.timesteps), shape, problem.workload.text_used)
             for config in (problem.settings(False), problem.settings(True))

@@ -8,6 +8,7 @@ the fp8 rate; bytes and attention stay those of the model's dtype.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from functools import partial
 
 import torch
 
-from pab_kernels.blocks.branches import Fp8Linear, Linear, linear
+from pab_kernels.blocks.block import Block, BlockStack, Branch
+from pab_kernels.blocks.branches import SelfAttention
+from pab_kernels.blocks.linears import Fp8Linear, Linear, linear
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
 from pab_kernels.ops.reference import quantize_ref
-from pab_kernels.runtime.executor import Block, BlockStack
 from pab_kernels.schedule import Schedule, StepVariant
 
 CHIP_FILLING_TOKENS = 47700
@@ -95,51 +97,48 @@ def step_work(
     stack: BlockStack, schedule: Schedule, variant: StepVariant, shape: tuple[int, int, int, int], text: int
 ) -> Work:
     """What one call must do; parameters as in `run_work`."""
-    return sum((_block_work(block, schedule, variant, shape, text) for block in stack.blocks), Work())
+    return sum(
+        (
+            _branch_work(block, branch, schedule, variant, shape, text)
+            for block in stack.blocks
+            for branch in block.branches
+        ),
+        Work(),
+    )
 
 
-def _block_work(
-    block: Block, schedule: Schedule, variant: StepVariant, shape: tuple[int, int, int, int], text: int
+def _branch_work(
+    block: Block,
+    branch: Branch,
+    schedule: Schedule,
+    variant: StepVariant,
+    shape: tuple[int, int, int, int],
+    text: int,
 ) -> Work:
-    batch, frames, tokens, channels = shape
-    rows = batch * frames * tokens
-    config, attention = schedule.config, block.attention
+    """Of one branch. Its output, new or kept, is read once. Where it is computed, a pass before it reads and writes the
+    stream and, unless the branch reads the stream itself, writes what it does read."""
+    rows, channels = math.prod(shape[:3]), shape[3]
+    weights = branch.weights
     gemms = products = 0.0
-    passes = 0  # how often a tensor of the stream's size is read or written
-    if getattr(variant, block.kind) and block.index in config.blocks(block.kind):
-        passes += 1  # the slot is read
-    else:
-        keys = {"spatial": tokens, "temporal": frames, "full": frames * tokens}[attention.sequence]
-        gemms += _gemms(rows, attention.qkv, attention.proj)
-        products += 4 * rows * keys * channels
-        passes += 3  # read stream and branch, write stream
-        if attention.sequence == "temporal":
-            passes += 4  # so short that it is bound by memory: read query, key and value, write the result
-    if block.cross is not None:
-        passes += 1  # read the branch, or the slot
-        if not (variant.cross and block.index in config.blocks("cross")):
-            gemms += _gemms(rows, block.cross.q, block.cross.proj)
-            products += 4 * rows * text * channels
-    passes += 1 + 3  # read the MLP's branch or slot; the pass before the next attention
-    if block.index not in variant.mlp(block.kind).broadcast:
-        gemms += _gemms(rows, block.mlp.up, block.mlp.down)
-        passes += 3  # read stream, write stream and the GEMM's input
-    return Work(gemms, products, passes * rows * channels * block.table.dtype.itemsize)
-
-
-def _gemms(rows: int, *linears: Linear | Fp8Linear) -> float:
-    return float(sum(2 * rows * part.weight.shape.numel() for part in linears))
+    tensors = 1  # of the stream's size, read or written
+    if not (block.index in schedule.config.blocks(branch.kind) and variant.reads(branch.kind, block.index)):
+        gemms = float(sum(2 * rows * part.weight.shape.numel() for part in weights.linears))
+        products = 4.0 * rows * weights.keys(shape, text) * channels
+        tensors += 2 if branch.norm is None else 3
+        if isinstance(weights, SelfAttention) and weights.sequence == "temporal":
+            tensors += 4  # so short that it is bound by memory: read query, key and value, write the result
+    return Work(gemms, products, tensors * rows * channels * weights.last.bias.dtype.itemsize)
 
 
 def measure_gemms(stack: BlockStack, rows: int, seconds: float = 0.1, *, fp8: bool = False) -> float:
-    """FLOP/s of the first block's four large GEMMs (QKV, projection, MLP up and down) on `rows` rows of random data.
+    """FLOP/s of the first block's GEMMs, each shape once, on `rows` rows of random data.
 
     All operations over all time, as a block does them one after the other. `seconds` go to each GEMM. With `fp8` inputs
     and weights are in e4m3 already.
     """
-    block = stack.blocks[0]
+    parts = [part for branch in stack.blocks[0].branches for part in branch.weights.linears]
     flops = time_taken = 0.0
-    for weights in (block.attention.qkv, block.attention.proj, block.mlp.up, block.mlp.down):
+    for weights in {part.weight.shape: part for part in reversed(parts)}.values():
         assert isinstance(weights, Linear)
         features, channels = weights.weight.shape
         x = torch.randn(rows, channels, dtype=weights.weight.dtype, device=weights.weight.device)

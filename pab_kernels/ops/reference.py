@@ -67,26 +67,36 @@ def residual_norm_modulate_ref(
     scale: Tensor | None = None,
     *,
     embed: Tensor | None = None,
+    norm: str | None = None,
+    index: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | Quantized | None = None,
     saved: Quantized | None = None,
 ) -> Tensor | Quantized:
-    """The pass between two GEMMs. See `pab_kernels.ops.residual_norm_modulate`."""
+    """The pass between two GEMMs. See `pab_kernels.ops.residual_norm_modulate`; here `norm` must be said."""
+
+    def of_rows(vectors: Tensor) -> Tensor:
+        return _wide(vectors)[:, None, :] if index is None else _wide(vectors)[index]
+
     total = _wide(x)
     for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
         value = dequantize_ref(branch) if isinstance(branch, Quantized) else _wide(branch)
         if i == 0 and saved is not None:
             quantize_ref(value, saved)
-        total = total + (value if gate is None else _wide(gate)[:, None, :] * value)
+        total = total + (value if gate is None else of_rows(gate) * value)
     if embed is not None:
         total = total + _wide(embed).repeat_interleave(x.shape[1] // embed.shape[0], dim=0)
     if branches or embed is not None:
         x.copy_(total)
-    if shift is None or scale is None:
+    if norm is None:
         return quantize_ref(total, out) if isinstance(out, Quantized) else x
-    centred = total - total.mean(-1, keepdim=True)
-    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    y = normed * (1 + _wide(scale)[:, None, :]) + _wide(shift)[:, None, :]
+    if norm == "layer":
+        total = total - total.mean(-1, keepdim=True)
+    y = rms_norm_ref(total, None, eps)
+    if scale is not None:
+        y = y * (1 + of_rows(scale))
+    if shift is not None:
+        y = y + of_rows(shift)
     if out is None:
         return y.to(x.dtype)
     return quantize_ref(y, out) if isinstance(out, Quantized) else out.copy_(y)

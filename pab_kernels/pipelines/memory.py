@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from pab_kernels.blocks.block import BlockStack
+from pab_kernels.blocks.branches import CrossAttention, Weights
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.models import adapter_for, checkpoints
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
-from pab_kernels.runtime.executor import BlockStack
-from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, layer_names, layer_weights, measure_shapes
+from pab_kernels.runtime.plan import slot_places
+from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_shapes
 from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.runtime.workspace import TEXT_PADDING
 
@@ -89,7 +91,7 @@ class ModelShape:
     @property
     def channels(self) -> int:
         """Channels of the residual stream."""
-        return self.stack.blocks[0].table.shape[-1]
+        return self.stack.channels
 
     def shape(self, run: PlannedRun) -> tuple[int, int, int, int]:
         """(B, T, S, C) of the residual stream."""
@@ -109,11 +111,7 @@ class ModelShape:
     @property
     def fp8_bytes(self) -> int:
         """Of the weights that all of the linears have beside the host's own when they run in fp8."""
-        return sum(
-            layer_bytes(layer_weights(block, layer))
-            for block in self.stack.blocks
-            for layer in layer_names(block).values()
-        )
+        return sum(layer_bytes(branch.weights) for block in self.stack.blocks for branch in block.branches)
 
 
 def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
@@ -135,16 +133,17 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     """
     model = ModelShape.of(run.family) if model is None else model
     item = run.dtype.itemsize
-    keys = model.stack.slot_keys(run.config)
-    gates = sum(key.branch != "cross" for key in keys) * run.rows * model.channels * item
-    on_device = min(STAGES, len(keys)) if run.cache_on_host else len(keys)
+    slots = slot_places(model.stack, run.config)
+    gated = sum(isinstance(slot.branch.gate, int) and not slot.branch.regate for slot in slots)
+    gates = gated * run.rows * model.channels * item
+    on_device = min(STAGES, len(slots)) if run.cache_on_host else len(slots)
     return Memory(
         weights=model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes),
         slots=on_device * model.slot(run) + gates,
         text=_text(run, model),
         activations=_activations(run, model),
-        slot_count=len(keys),
-        host=len(keys) * model.slot(run) if run.cache_on_host else 0,
+        slot_count=len(slots),
+        host=len(slots) * model.slot(run) if run.cache_on_host else 0,
     )
 
 
@@ -162,19 +161,24 @@ def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
 def _text(run: PlannedRun, model: ModelShape) -> int:
     """K and V are each as wide as the stream; the length is padded as for graphs."""
     length = -(-TEXT_LENGTHS[run.family] // TEXT_PADDING) * TEXT_PADDING
-    crossing = sum(block.cross is not None for block in model.stack.blocks)
+    weights = [branch.weights for block in model.stack.blocks for branch in block.branches]
+    crossing = sum(isinstance(each, CrossAttention) for each in weights)
     return crossing * run.rows * length * 2 * model.channels * run.dtype.itemsize
 
 
 def _activations(run: PlannedRun, model: ModelShape) -> int:
-    """Stream, scratch and modulated stream, and on top the wider of two moments: attention, or the MLP."""
-    blocks = model.stack.blocks
-    attention = 3 + 1  # the QKV GEMM's output, and attention's own
-    mlp = max(block.mlp.up.weight.shape[0] for block in blocks) / model.channels
-    tables = 2 * len(blocks) * 6 * model.channels * (run.rows + 1) * run.dtype.itemsize
+    """Stream, scratch and modulated stream, and on top the widest moment of a branch."""
+    shape, blocks = model.shape(run), model.stack.blocks
+    widest = max(_widest(branch.weights, shape) for block in blocks for branch in block.branches)
+    tables = 2 * sum(block.vectors for block in blocks) * model.channels * (run.rows + 1) * run.dtype.itemsize
     frames, height, width = run.size.latent
     latents = run.rows * 4 * frames * height * width * 4 * 4  # latents, input, prediction of 8 channels; float32
-    return int(model.stream(run) * (3 + max(attention, mlp))) + tables + latents
+    return int(model.stream(run) * (3 + widest)) + tables + latents
+
+
+def _widest(weights: Weights, shape: tuple[int, int, int, int]) -> float:
+    """The first GEMM's output, and attention's own, in tensors of the stream's size."""
+    return weights.linears[0].weight.shape[0] / shape[3] + (weights.keys(shape, 1) > 0)
 
 
 def check_fits(run: PlannedRun, free: int, extra: int = 0, host_free: int | None = None) -> Memory:

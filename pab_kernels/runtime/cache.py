@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pab_kernels.runtime.slots import DeviceSlots, HostSlots, Shape, SlotKey, SlotLayout, SlotStore
+from pab_kernels.runtime.slots import DeviceSlots, HostSlots, SlotKey, SlotLayout, SlotStore
 
 
 class BroadcastCache:
-    """Owns one preallocated slot for every (block, branch) that may be broadcast.
+    """Owns one preallocated slot for every branch that may be broadcast.
 
     Parameters
     ----------
     storage : mapping of SlotKey to int
         Where slots are needed, in the order in which a step comes to them, and the number of the tensor that each
         lies in; slots that are never alive at the same call may share one. A branch that never broadcasts has none.
-    shape : (B, T, S, C)
+    layout : SlotLayout
         Of every slot.
-    groups : int
-        Rows G of a gate [G, C].
-    dtype : torch.dtype
-        Of the gates, and of the slots if `slot_dtype` is None.
     device : torch.device
     cache_device : torch.device
         Where the slots lie: as `device`, or the CPU for pinned host memory. Gates lie on `device` in any case.
-    slot_dtype : torch.dtype, optional
-        float8_e4m3fn or int8: slots of one byte an element, with a scale a row.
+    gated : sequence of SlotKey
+        Slots that are kept with the gate of the call that writes them.
+    gate_shape : (G, C)
+        Of such a gate.
+    gate_dtype : torch.dtype, optional
 
     Attributes
     ----------
     slots : SlotStore
         Hands out the values.
-    positions : dict
-        For each branch the positions of its blocks, int64 on the device.
-    gates : dict
-        For each gated branch the gates of all its slots [slots, G, C], in the order of `positions`.
+    gates : Tensor
+        The gates [slots, G, C] of `gated`, in this order.
 
     Raises
     ------
@@ -50,32 +47,23 @@ class BroadcastCache:
     def __init__(
         self,
         storage: Mapping[SlotKey, int],
-        shape: Shape,
-        groups: int,
-        dtype: torch.dtype,
+        layout: SlotLayout,
         device: torch.device,
         cache_device: torch.device,
-        slot_dtype: torch.dtype | None = None,
+        gated: Sequence[SlotKey] = (),
+        gate_shape: tuple[int, int] = (0, 0),
+        gate_dtype: torch.dtype | None = None,
     ) -> None:
-        layout = SlotLayout(shape, slot_dtype or dtype)
         self.storage = dict(storage)
-        self.positions: dict[str, Tensor] = {}
-        self.gates: dict[str, Tensor] = {}
-        self._gate: dict[SlotKey, Tensor] = {}
+        self.gated = tuple(gated)
         self._holds: dict[int, SlotKey] = {}
         """For each tensor the slot that the current run last wrote to it."""
         store = DeviceSlots if cache_device.type == device.type else HostSlots
         try:
-            for branch in dict.fromkeys(key.branch for key in storage):
-                own = [key for key in storage if key.branch == branch]
-                self.positions[branch] = torch.tensor([key.position for key in own], device=device)
-                if branch != "cross":
-                    self.gates[branch] = torch.empty(len(own), groups, shape[-1], dtype=dtype, device=device)
-                    self._gate |= zip(own, self.gates[branch], strict=True)
+            self.gates = torch.empty(len(self.gated), *gate_shape, dtype=gate_dtype, device=device)
             self.slots: SlotStore = store(storage, layout, device)
         except torch.cuda.OutOfMemoryError as error:
-            self.gates.clear()
-            self._gate.clear()
+            self.gates = torch.empty(0)
             count = len(set(storage.values()))
             size = count * layout.nbytes / 2**30
             raise torch.cuda.OutOfMemoryError(
@@ -84,9 +72,10 @@ class BroadcastCache:
                 "resolution or batch would shrink it; so would slots of one byte an element, or in host memory "
                 '(cache_dtype="fp8", cache_device="cpu").'
             ) from error
+        self._gate = dict(zip(self.gated, self.gates, strict=True))
 
     def gate(self, key: SlotKey) -> Tensor | None:
-        """The gate [G, C] of the step that wrote a slot, None where the branch has none."""
+        """The gate [G, C] of the step that wrote a slot, None where none is kept."""
         return self._gate.get(key)
 
     def __iter__(self) -> Iterator[SlotKey]:
@@ -98,7 +87,7 @@ class BroadcastCache:
     @property
     def nbytes(self) -> int:
         """Bytes on the device: slots, or what stands in for those in host memory, and gates."""
-        return self.slots.nbytes + sum(gates.nbytes for gates in self.gates.values())
+        return self.slots.nbytes + self.gates.nbytes
 
     @property
     def host_bytes(self) -> int:
@@ -117,4 +106,4 @@ class BroadcastCache:
         """Raise ValueError if a slot about to be read does not hold what this run has written."""
         for key in keys:
             if self._holds.get(self.storage[key]) != key:
-                raise ValueError(f"slot {key.branch} of block {key.position}: read before this run has written it")
+                raise ValueError(f"{key}: read before this run has written it")

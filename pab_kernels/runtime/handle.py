@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -218,7 +217,7 @@ class PABHandle:
         if workspace is None or not workspace.fits(call):
             # Slots of another shape are freed before new ones are made.
             workspace = self._workspaces[forward] = None
-            stack = self._adapter.stack if self._fp8 is None else self._fp8.at(math.prod(call.shape[:3]))
+            stack = self._adapter.stack if self._fp8 is None else self._fp8.at(call.layout.rows)
             workspace = Workspace(self._adapter, stack, run.schedule, call, self._cuda_graphs, self._cache_device)
             self._workspaces[forward] = workspace
         variant = run.schedule[step]

@@ -1,4 +1,9 @@
-"""Which of the blocks' linears run in fp8: those that are asked for, and, unless all are, those that are faster so."""
+"""Which of the blocks' linears run in fp8: those that are asked for, and, unless all are, those that are faster so.
+
+A branch's layer can: the linears that its weights name in `fp8`, whose input is written by a pass that sees whole rows.
+The projections after attention stay in the model's dtype. A program of the attention kernels sees one head of a token,
+so the scale of its whole row is known to none of them, and a pass of its own would cost more than their GEMM gains.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +20,15 @@ import torch
 from torch import Tensor
 
 from pab_kernels import ops
-from pab_kernels.blocks.branches import CrossAttention, Fp8Linear, Linear, Mlp, Rows, SelfAttention, linear, mlp
+from pab_kernels.blocks.block import Block, BlockStack, Branch
+from pab_kernels.blocks.branches import Mlp, Weights, mlp
+from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.ops.backends import no_fp8
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
-from pab_kernels.runtime.executor import Block, BlockStack
 
 log = logging.getLogger(__name__)
 
-LAYERS = ("qkv", "cross.q", "mlp")
-"""What can run in fp8: the GEMMs whose input is written by a pass that sees whole rows, and so knows their scales.
-
-The projections after attention stay in the model's dtype. A program of the attention kernels sees one head of a token,
-so the scale of its whole row is known to none of them, and a pass of its own would cost more than their GEMM gains.
-"""
 GAIN = 1.02
 """How many times faster fp8 must be to be chosen: not to follow the noise of a measurement."""
 
@@ -79,12 +79,11 @@ class Fp8Linears:
     """
 
     def __init__(self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True) -> None:
-        table = stack.blocks[0].table
-        if why_not := no_fp8(table.device):
+        if why_not := no_fp8(stack.device):
             raise ValueError(f"linear_precision: got fp8, must be None here: {why_not}")
-        if table.dtype != torch.bfloat16:
-            raise ValueError(f"linear_precision: got fp8 for weights of {table.dtype}, must be None, or torch.bfloat16")
-        names = [name for block in stack.blocks for name in layer_names(block)]
+        if stack.dtype != torch.bfloat16:
+            raise ValueError(f"linear_precision: got fp8 for weights of {stack.dtype}, must be None, or torch.bfloat16")
+        names = [layer_name(block, branch) for block in stack.blocks for branch in block.branches]
         for pattern in exclude:
             if not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
@@ -94,101 +93,86 @@ class Fp8Linears:
         """What was measured."""
         self._exclude = tuple(exclude)
         self._measure = measure
-        self._quantized: dict[tuple[int, str], Any] = {}
+        self._quantized: dict[tuple[int, int], Weights] = {}
 
     def at(self, rows: int) -> BlockStack:
         """The blocks as they run with `rows` rows B * T * S."""
+
+        def chosen(block: Block, branch: Branch, place: tuple[int, int]) -> Branch:
+            name, weights = layer_name(block, branch), branch.weights
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
+                return branch
+            if self._measure and not (fits_fp8(weights) and self._trial(branch, rows).pays):
+                return branch
+            if place not in self._quantized:
+                self._quantized[place] = quantize_layer(weights)
+            return dataclasses.replace(branch, weights=self._quantized[place])
+
         blocks = []
         for position, block in enumerate(self.stack.blocks):
-            for name, layer in layer_names(block).items():
-                if any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
-                    continue
-                weights = layer_weights(block, layer)
-                if not self._measure or (fits_fp8(weights) and self._trial(block, layer, rows).pays):
-                    key = (position, layer)
-                    if key not in self._quantized:
-                        self._quantized[key] = quantize_layer(weights)
-                    block = replace_layer(block, layer, self._quantized[key])
-            blocks.append(block)
+            branches = (chosen(block, branch, (position, i)) for i, branch in enumerate(block.branches))
+            blocks.append(dataclasses.replace(block, branches=tuple(branches)))
         return dataclasses.replace(self.stack, blocks=tuple(blocks))
 
-    def _trial(self, block: Block, layer: str, rows: int) -> Trial:
-        first = first_linear(layer_weights(block, layer))
-        features, channels = first.weight.shape
-        shape = Shape(layer, rows, channels, features)
+    def _trial(self, branch: Branch, rows: int) -> Trial:
+        weights = branch.weights
+        features, channels = weights.linears[0].weight.shape
+        shape = Shape(weights.layer, rows, channels, features)
         if shape not in self.trials:
-            trial = self.trials[shape] = measure(block, layer, rows)
+            trial = self.trials[shape] = measure(branch, rows)
             log.info(
                 "%s of [%d, %d] to %d: %.3f ms in %s, %.3f ms in fp8, so %s",
-                layer,
+                weights.layer,
                 rows,
                 channels,
                 features,
                 trial.plain_ms,
-                first.bias.dtype,
+                weights.linears[0].bias.dtype,
                 trial.fp8_ms,
                 "fp8" if trial.pays else "not fp8",
             )
         return self.trials[shape]
 
 
-Weights = SelfAttention | CrossAttention | Mlp
+def layer_name(block: Block, branch: Branch) -> str:
+    """What settings call the layer of a branch that can run in fp8, such as "spatial.0.qkv"."""
+    return f"{block.name}.{branch.weights.layer}"
 
 
-def layer_names(block: Block) -> dict[str, str]:
-    """The full names of a block's layers that can run in fp8, and their names in `LAYERS`."""
-    layers = LAYERS if block.cross is not None else [layer for layer in LAYERS if layer != "cross.q"]
-    return {f"{block.kind}.{block.index}.{layer}": layer for layer in layers}
-
-
-def layer_weights(block: Block, layer: str) -> Weights:
-    """The branch's weights that a layer is part of."""
-    weights = {"qkv": block.attention, "cross.q": block.cross, "mlp": block.mlp}[layer]
-    assert weights is not None
-    return weights
-
-
-def first_linear(weights: Weights) -> Linear | Fp8Linear:
-    """The linear of a layer that reads what the pass wrote."""
-    if isinstance(weights, Mlp):
-        return weights.up
-    return weights.q if isinstance(weights, CrossAttention) else weights.qkv
+def layer_linears(weights: Weights) -> dict[str, Linear | Fp8Linear]:
+    """The linears of that layer, by their names in the weights."""
+    return {name: getattr(weights, name) for name in weights.fp8}
 
 
 def fits_fp8(weights: Weights) -> bool:
     """Whether the sizes of a layer's linears are multiples of 16, as fp8 GEMMs need them."""
-    parts = (weights.up, weights.down) if isinstance(weights, Mlp) else (first_linear(weights),)
-    return all(size % 16 == 0 for part in parts for size in part.weight.shape)
+    return all(size % 16 == 0 for part in layer_linears(weights).values() for size in part.weight.shape)
 
 
 def quantize_layer(weights: Weights) -> Weights:
     """The weights with a layer's linears in fp8."""
-
-    def of(part: Linear | Fp8Linear) -> Fp8Linear:
-        return part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
-
-    if isinstance(weights, Mlp):
-        return Mlp(of(weights.up), of(weights.down))
-    if isinstance(weights, CrossAttention):
-        return dataclasses.replace(weights, q=of(weights.q))
-    return dataclasses.replace(weights, qkv=of(weights.qkv))
+    parts: dict[str, Any] = {
+        name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
+        for name, part in layer_linears(weights).items()
+    }
+    return dataclasses.replace(weights, **parts)
 
 
 def layer_bytes(weights: Weights) -> int:
     """What a layer's weights take in fp8: a byte an element, and a scale of 4 for each output channel."""
-    parts = (weights.up, weights.down) if isinstance(weights, Mlp) else (first_linear(weights),)
-    return sum(part.weight.shape.numel() + 4 * part.weight.shape[0] for part in parts)
+    return sum(part.weight.shape.numel() + 4 * part.weight.shape[0] for part in layer_linears(weights).values())
 
 
 def count_fp8(stack: BlockStack) -> dict[str, int]:
-    """In how many blocks each layer runs in fp8; only those that do."""
-    found = Counter(
-        layer
-        for block in stack.blocks
-        for layer in layer_names(block).values()
-        if isinstance(first_linear(layer_weights(block, layer)), Fp8Linear)
+    """In how many blocks each layer runs in fp8; only those that do, in the order of a block."""
+    return dict(
+        Counter(
+            branch.weights.layer
+            for block in stack.blocks
+            for branch in block.branches
+            if isinstance(branch.weights.linears[0], Fp8Linear)
+        )
     )
-    return {layer: found[layer] for layer in LAYERS if found[layer]}
 
 
 def measure_shapes(stack: BlockStack, rows: int, device: torch.device, dtype: torch.dtype) -> dict[Shape, Trial]:
@@ -207,53 +191,52 @@ def measure_shapes(stack: BlockStack, rows: int, device: torch.device, dtype: to
 
 
 def _random_block(block: Block, options: dict[str, Any]) -> Block:
-    """The block with random weights of other device and dtype."""
+    """The block with random weights of other device and dtype; those of attention itself are not needed."""
 
-    def of(part: Linear | Fp8Linear) -> Linear:
+    def of(part: object) -> object:
+        if not isinstance(part, Linear | Fp8Linear):
+            return part
         features, channels = part.weight.shape
         return Linear(torch.randn(features, channels, **options) * channels**-0.5, torch.zeros(features, **options))
 
-    return dataclasses.replace(
-        block,
-        table=torch.zeros(block.table.shape, **options),
-        attention=dataclasses.replace(block.attention, qkv=of(block.attention.qkv)),
-        cross=None if block.cross is None else dataclasses.replace(block.cross, q=of(block.cross.q)),
-        mlp=Mlp(of(block.mlp.up), of(block.mlp.down)),
+    def random(weights: Weights) -> Weights:
+        parts: dict[str, Any] = {field.name: of(getattr(weights, field.name)) for field in dataclasses.fields(weights)}
+        return dataclasses.replace(weights, **parts)
+
+    branches = tuple(dataclasses.replace(branch, weights=random(branch.weights)) for branch in block.branches)
+    return dataclasses.replace(block, branches=branches)
+
+
+def measure(branch: Branch, rows: int) -> Trial:
+    """Time the layer of a branch both ways on random rows, with the pass before it: it writes less for fp8."""
+    weights = branch.weights
+    first = weights.linears[0]
+    x = torch.randn(1, rows, first.weight.shape[1], dtype=first.bias.dtype, device=first.bias.device)
+    plain, fp8 = (
+        _median_ms(_runner(dataclasses.replace(branch, weights=each), x)) for each in (weights, quantize_layer(weights))
     )
-
-
-def replace_layer(block: Block, layer: str, weights: Weights) -> Block:
-    """The block with other weights for the branch that `layer` is part of."""
-    name = {"qkv": "attention", "cross.q": "cross", "mlp": "mlp"}[layer]
-    changes: dict[str, Any] = {name: weights}
-    return dataclasses.replace(block, **changes)
-
-
-def measure(block: Block, layer: str, rows: int) -> Trial:
-    """Time one layer of a block both ways on random rows, with the pass before it: it writes less for fp8."""
-    weights = layer_weights(block, layer)
-    x = torch.randn(1, rows, block.table.shape[-1], dtype=block.table.dtype, device=block.table.device)
-    plain, fp8 = (_median_ms(_runner(each, x)) for each in (weights, quantize_layer(weights)))
     return Trial(plain, fp8)
 
 
-def _runner(weights: Weights, x: Tensor) -> Callable[[], object]:
+def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
     """A pass with a gated branch, and the layer's GEMMs, as the executor runs them."""
-    first = first_linear(weights)
-    branch, vector = torch.randn_like(x), torch.zeros(1, x.shape[-1], dtype=x.dtype, device=x.device)
-    out = torch.empty(*x.shape[:-1], first.weight.shape[0], dtype=x.dtype, device=x.device)
-    h: Rows = torch.empty_like(x)
+    weights = branch.weights
+    first = weights.linears[0]
+    other, vector = torch.randn_like(x), torch.zeros(1, x.shape[-1], dtype=x.dtype, device=x.device)
+    wide = torch.empty(*x.shape[:-1], first.weight.shape[0], dtype=x.dtype, device=x.device)
+    norm = None if branch.norm is None else branch.norm.kind
+    modulation = vector if norm else None
+    written: Rows | None = None if norm is None else torch.empty_like(x)
     if isinstance(first, Fp8Linear):
-        h = Quantized.empty(tuple(x.shape), E4M3, x.device)
+        written = Quantized.empty(tuple(x.shape), E4M3, x.device)
 
     def run() -> None:
-        if isinstance(weights, CrossAttention):  # its input is not normalised: x itself, or a copy in e4m3
-            written = ops.residual_norm_modulate(x, [branch], [vector], out=h if isinstance(h, Quantized) else None)
-            linear(written, first, out)
-        elif isinstance(weights, SelfAttention):
-            linear(ops.residual_norm_modulate(x, [branch], [vector], vector, vector, out=h), first, out)
+        # Without a norm the input is x itself, or a copy of it in e4m3.
+        h: Rows = ops.residual_norm_modulate(x, [other], [vector], modulation, modulation, norm=norm, out=written)
+        if isinstance(weights, Mlp):
+            mlp(h, weights, other)
         else:
-            mlp(ops.residual_norm_modulate(x, [branch], [vector], vector, vector, out=h), weights, branch)
+            linear(h, first, wide)
 
     return run
 

@@ -47,7 +47,7 @@ class FlowInputs:
     """What each of a run's N steps takes besides the latents.
 
     `call` stands for all calls of the transformer; `shape` is that of the latents [B, C, T, H, W]. `modulation`
-    [N, G, 8, C] holds the blocks' six vectors, shift and scale; `scales` float32 [N, 2] guidance scale and step size.
+    [N, G, K + 2, C] holds the blocks' vectors, shift and scale; `scales` float32 [N, 2] guidance scale and step size.
     """
 
     call: Call
@@ -73,12 +73,14 @@ class FlowInputs:
         adapter.prepare(call)
         many = {name: value.repeat(steps, *[1] * (value.ndim - 1)) for name, value in _same(call).items()}
         many["timestep"] = torch.tensor(timesteps, dtype=torch.float32, device=device).repeat_interleave(rows)
-        shape, groups = (steps * rows, *call.shape[1:]), steps * call.groups
-        modulation = adapter.modulate(dataclasses.replace(call, tensors=many, shape=shape, groups=groups))
+        layout = dataclasses.replace(call.layout, batch=steps * rows, modulations=steps * call.layout.modulations)
+        modulation = adapter.modulate(dataclasses.replace(call, tensors=many, layout=layout))
+        if modulation.blocks is None:
+            raise ValueError("modulation: has no blocks, must be of a family whose blocks have tables")
         packed = torch.cat([modulation.blocks, modulation.shift[:, None], modulation.scale[:, None]], dim=1)
         pairs = [(guidance_scale, size) for size in step_sizes(timesteps)]
         scales = torch.tensor(pairs, dtype=torch.float32, device=device)
-        return cls(call, tuple(latents.shape), packed.unflatten(0, (steps, call.groups)), scales)
+        return cls(call, tuple(latents.shape), packed.unflatten(0, (steps, call.layout.modulations)), scales)
 
     def at(self, step: int, latents: Tensor) -> dict[str, Tensor]:
         """All inputs of one step, for `Workspace.step`.

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from pab_kernels.blocks.branches import Rows
+from pab_kernels.blocks.linears import Rows
 from pab_kernels.ops import MAX_BRANCHES
 from pab_kernels.ops.quantized import LIMITS, Quantized
 
@@ -26,10 +26,18 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SlotKey:
-    """The slot of branch `branch` ("spatial", "temporal", "cross", "mlp") of the block at `position` in the model."""
+    """The slot of a branch: its kind, its block's position in the model, and its number among those of its kind there.
 
-    branch: str
+    `kind` is one of `config.BRANCHES`; all but unusual blocks have one branch of each kind, number 0.
+    """
+
+    kind: str
     position: int
+    number: int = 0
+
+    def __str__(self) -> str:
+        number = f" ({self.number})" if self.number else ""
+        return f"slot {self.kind} of block {self.position}{number}"
 
 
 @dataclass(frozen=True)

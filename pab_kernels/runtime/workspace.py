@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pab_kernels.blocks.block import BlockStack, Modulation
 from pab_kernels.blocks.branches import TextKV
-from pab_kernels.models.adapter import Adapter, Call, Modulation
+from pab_kernels.models.adapter import MODULATION_INDEX, Adapter, Call
 from pab_kernels.runtime.cache import BroadcastCache
-from pab_kernels.runtime.executor import BlockStack, Executor
+from pab_kernels.runtime.executor import Executor
 from pab_kernels.runtime.graphs import StepGraphs
+from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
 from pab_kernels.schedule import Schedule, StepVariant
 
@@ -48,10 +50,10 @@ class Workspace:
         cache_device: torch.device,
     ) -> None:
         self._adapter = adapter
-        self._executor = Executor(stack, schedule, call.shape, call.groups, cache_device)
+        self._executor = Executor(stack, schedule, call.layout, cache_device)
         self._latents_shape = call.tensors["latents"].shape
         self._text: list[TextKV | None] = []
-        self._text_shape: torch.Size | None = None
+        self._text_shapes: tuple[torch.Size, torch.Size | None] | None = None
         self._kv_len: Tensor | None = None
         self._sources: tuple[tuple[Tensor, int], ...] = ()
         self._graphs: StepGraphs | None = None
@@ -79,12 +81,11 @@ class Workspace:
 
     def fits(self, call: Call) -> bool:
         """Whether `call` has the shape that this workspace is for."""
-        same = (self._executor.shape, self._executor.groups) == (call.shape, call.groups)
-        return same and self._latents_shape == call.tensors["latents"].shape
+        return self._executor.layout == call.layout and self._latents_shape == call.tensors["latents"].shape
 
     def serves(self, schedule: Schedule) -> bool:
         """Whether a run of this plan needs the slots that there are."""
-        return self._adapter.stack.storage(schedule) == self.cache.storage
+        return storage(self.stack, schedule) == self.cache.storage
 
     def begin_run(self) -> None:
         """Forget every slot's content, and which text was last seen."""
@@ -121,19 +122,19 @@ class Workspace:
             modulation = modulation or self._adapter.modulate(now)
             h = self._executor.step(
                 self._adapter.embed(now),
-                modulation.blocks,
+                modulation,
                 self._text,
-                (modulation.shift, modulation.scale),
                 variant,
                 embed=self._adapter.frame_embed(now),
                 rope=self._adapter.rope(now),
+                index=tensors.get(MODULATION_INDEX),
             )
             return self._adapter.project_out(h, now)
 
         def flow_step(tensors: dict[str, Tensor]) -> Tensor:
             latents, packed = tensors["latents"], tensors["modulation"]
-            both = latents.repeat(call.shape[0] // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
-            modulation = Modulation(packed[:, :6], packed[:, 6], packed[:, 7])
+            both = latents.repeat(call.layout.batch // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
+            modulation = Modulation(packed[:, :-2], packed[:, -2], packed[:, -1])
             return euler_step(latents, predict({**tensors, "latents": both}, modulation), *tensors["scales"])
 
         run, inputs = (predict, call.tensors) if flow is None else (flow_step, flow)
@@ -164,14 +165,16 @@ class Workspace:
             if kv_len is None:
                 kv_len = torch.full((len(text),), text.shape[1], dtype=torch.int32, device=text.device)
             text = F.pad(text, (0, 0, 0, -text.shape[1] % TEXT_PADDING))
-        same = self._text_shape == text.shape and (self._kv_len is None) == (kv_len is None)
+        shapes = (text.shape, None if call.image is None else call.image.shape)
+        same = self._text_shapes == shapes and (self._kv_len is None) == (kv_len is None)
         if same and self._kv_len is not None and kv_len is not None:
             kv_len = self._kv_len.copy_(kv_len)
         elif not same:
             self._graphs = None  # they read the keys and values where they lay
         projected = self._adapter.project_text(text)
-        self._text = self._executor.text_kv(projected, kv_len, out=self._text if same else None)
-        self._kv_len, self._text_shape, self._sources = kv_len, text.shape, sources
+        image = None if call.image is None else self._adapter.project_image(call.image)
+        self._text = self._executor.text_kv(projected, kv_len, out=self._text if same else None, image=image)
+        self._kv_len, self._text_shapes, self._sources = kv_len, shapes, sources
 
 
 def _pack(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

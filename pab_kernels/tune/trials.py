@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pab_kernels import clock, quality
-from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.config import PABConfig
 from pab_kernels.measure.floor import Ceilings, step_work
 from pab_kernels.models import adapter_for
 from pab_kernels.pipelines.generate import Generated, Request, generate
@@ -151,14 +151,9 @@ def split(request: Request) -> list[Request]:
 
 def first_call(schedule: Schedule) -> int:
     """The call before the first broadcast, which writes every slot that may be read; the end where there is none."""
-    broadcasting = (call for call, step in enumerate(schedule) if _broadcasts(step))
+    broadcasting = (call for call, step in enumerate(schedule) if step.broadcasting)
     first = next(broadcasting, None)
     return len(schedule) if first is None else max(first - 1, 0)
-
-
-def _broadcasts(step: StepVariant) -> bool:
-    mlps = (step.mlp_spatial, step.mlp_temporal)
-    return any(getattr(step, kind) for kind in KINDS) or any(len(mlp.broadcast) for mlp in mlps)
 
 
 def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[Any, Any]]]) -> float:
@@ -168,7 +163,7 @@ def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[An
     }
     if not medians:
         return 0.0
-    full = statistics.fmean(seconds for variant, seconds in medians.items() if not _broadcasts(variant))
+    full = statistics.fmean(seconds for variant, seconds in medians.items() if not variant.broadcasting)
     # Calls that were not run compute everything.
     return 1 - statistics.fmean(medians.get(step, full) for step in schedule) / full
 
@@ -207,7 +202,7 @@ class _Costs:
             twin = type(host).from_config(host.config)
         adapter = adapter_for(nn.Module.to(twin, host.dtype))  # not ModelMixin.to, which warns
         call = adapter.bind(*args, **kwargs)
-        self._stack, self._shape, self._text = adapter.stack, call.shape, call.text.shape[1]
+        self._stack, self._shape, self._text = adapter.stack, call.layout.shape, call.text.shape[1]
         self._ceilings = CEILINGS[host.device.type]
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pab_kernels import PABConfig, Schedule, StepVariant
+from pab_kernels.blocks.block import BlockStack
 from pab_kernels.cli.bench import bench
 from pab_kernels.measure.benchmark import check, denoise, measure, measure_floor, relative_error
 from pab_kernels.measure.contenders import CONTENDERS, Problem
@@ -22,22 +23,21 @@ from pab_kernels.measure.floor import Ceilings, Work, measure_copy, measure_gemm
 from pab_kernels.models import adapter_for
 from pab_kernels.models.checkpoints import build
 from pab_kernels.plain import PlainPAB
-from pab_kernels.runtime.executor import BlockStack
 from pab_kernels.workloads import WORKLOADS, workload
 from tests.problem_tools import WORKLOADS_OF_FAMILIES, problem
 
 H100 = Ceilings(690e12, 2.94e12)
 FLOORS = {  # seconds without PAB and with the preset, at those ceilings
     "open_sora-144p-2s": (0.47, 0.39),
-    "open_sora-240p-2s": (1.35, 1.11),
-    "open_sora-360p-2s": (3.15, 2.59),
-    "open_sora-480p-2s": (5.63, 4.63),
-    "open_sora-720p-2s": (13.96, 11.56),
-    "open_sora-480p-8s": (22.55, 18.88),
-    "latte-16x512": (5.82, 4.82),
-    "open_sora_plan_v110-65x512-150": (18.58, 14.89),
-    "open_sora_plan_v120-29x480p": (6.68, 5.00),
-    "open_sora_plan_v120-93x480p": (114.0, 79.7),
+    "open_sora-240p-2s": (1.35, 1.09),
+    "open_sora-360p-2s": (3.15, 2.54),
+    "open_sora-480p-2s": (5.63, 4.54),
+    "open_sora-720p-2s": (13.96, 11.39),
+    "open_sora-480p-8s": (22.55, 18.58),
+    "latte-16x512": (5.75, 4.68),
+    "open_sora_plan_v110-65x512-150": (18.36, 14.41),
+    "open_sora_plan_v120-29x480p": (6.68, 4.97),
+    "open_sora_plan_v120-93x480p": (114.0, 79.3),
 }
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -58,10 +58,10 @@ def invoke(*arguments: object) -> Any:
 def test_floors_are_those_of_the_table(name: str) -> None:
     run = WORKLOADS[name]
     stack = full_stack(run.family)
-    shape = (2, *run.grid, stack.blocks[0].table.shape[-1])
+    shape = (2, *run.grid, stack.channels)
     for config, expected in zip((PABConfig(), PABConfig.preset(run.family)), FLOORS[name], strict=True):
         seconds = run_work(stack, Schedule(config, run.timesteps()), shape, run.text_used).seconds(H100)
-        assert seconds == pytest.approx(expected, rel=0.02)
+        assert seconds == pytest.approx(expected, rel=0.01)
 
 
 def test_work_of_one_step_counted_by_hand() -> None:
@@ -76,9 +76,11 @@ def test_work_of_one_step_counted_by_hand() -> None:
 
     mlp, attention, cross = 2 * rows * 8 * c * c, 2 * rows * 4 * c * c, 2 * rows * 2 * c * c + 4 * rows * 7 * c
     spatial, temporal = attention + 4 * rows * 5 * c, attention + 4 * rows * 3 * c
-    assert work() == (2 * mlp + spatial + temporal + cross, tensor * (3 + 1 + 7 + 7 + 7))
-    assert work(spatial=True, cross=True) == (2 * mlp + temporal, tensor * (1 + 1 + 7 + 7 + 7))
-    assert work(spatial=True, temporal=True, cross=True) == (2 * mlp, tensor * (1 + 1 + 7 + 1 + 7))
+    # A branch's output is read once; a pass before one that is computed reads and writes the stream, and writes the
+    # GEMM's input unless that is the stream itself. Temporal attention moves four tensors more.
+    assert work() == (2 * mlp + spatial + temporal + cross, tensor * ((4 + 3 + 4) + (4 + 4 + 4)))
+    assert work(spatial=True, cross=True) == (2 * mlp + temporal, tensor * ((1 + 1 + 4) + (4 + 4 + 4)))
+    assert work(spatial=True, temporal=True, cross=True) == (2 * mlp, tensor * ((1 + 1 + 4) + (1 + 4)))
 
 
 def test_blocks_outside_the_range_and_broadcast_mlps_are_counted() -> None:

@@ -172,6 +172,8 @@ def test_rows_of_a_program(rows):
         case.shift,
         case.scale,
         None,
+        "layer",
+        None,
         EPS,
         case.out,
         config=kernels.Config(rows, warps=1),
@@ -301,8 +303,27 @@ ERRORS = {
     "branch dtype": ((X, [BRANCH.half()]), {}, TypeError, r"branches\[0\]: dtype is torch\.float16, must be .*float32"),
     "branch device": ((X, [BRANCH.to("meta")]), {}, ValueError, r"branches\[0\]: device is meta, must be cpu"),
     "gate shape": ((X, [BRANCH], [X]), {}, ValueError, r"gates\[0\]: shape is \[2, 6, 8\], must be \[2, 8\]"),
-    "shift alone": ((X, (), None, VECTOR), {}, ValueError, r"shift, scale: got one of them, must be both or neither"),
-    "out alone": ((X,), {"out": BRANCH}, ValueError, r"out: got a tensor without shift and scale, must be None"),
+    "norm": ((X,), {"norm": "batch"}, ValueError, r"norm: got 'batch', must be 'layer', 'rms' or None"),
+    "out alone": ((X,), {"out": BRANCH}, ValueError, r"out: got a tensor without a norm, must be None"),
+    "shift dtype": ((X, (), None, VECTOR.half()), {}, TypeError, r"shift: dtype is torch\.float16, must be .*float32"),
+    "index dtype": (
+        (X, [BRANCH], [VECTOR]),
+        {"index": torch.zeros(2, 6)},
+        ValueError,
+        r"index: is torch\.float32 on cpu, must be contiguous torch\.int32 on cpu",
+    ),
+    "index shape": (
+        (X, [BRANCH], [VECTOR]),
+        {"index": torch.zeros(12, dtype=torch.int32)},
+        ValueError,
+        r"index: shape is \[12\], must be \[2, 6\]",
+    ),
+    "index of two sizes": (
+        (X, [BRANCH], [VECTOR], VECTOR[:1]),
+        {"index": torch.zeros(2, 6, dtype=torch.int32)},
+        ValueError,
+        r"index: rows of \{'gates\[0\]': 2, 'shift': 1\} differ, must be the same number",
+    ),
     "saved alone": (
         (X,),
         {"saved": BYTES},
@@ -370,8 +391,8 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
 @pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
 def test_opcheck(modulated):
     case = Case((2, 6, 8), (True, False), modulated=modulated, periods=3)
-    args: Any = (case.x, case.branches, [None] * 2, case.gates, case.shift, case.scale, case.embed, EPS, case.out)
-    args = (*args, None, None, None, "reference")
+    args: Any = (case.x, case.branches, [None] * 2, case.gates, case.shift, case.scale, case.embed)
+    args = (*args, "layer" if modulated else None, None, EPS, case.out, None, None, None, "reference")
     torch.library.opcheck(torch.ops.pab.residual_norm_modulate.default, args)
 
 

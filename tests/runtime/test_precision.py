@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pab_kernels import Fp8Linear, Mlp, PABConfig, SelfAttention, Slot, accelerate, fused_pab_attention
-from pab_kernels.blocks.branches import Linear, mlp
+from pab_kernels.blocks.block import BlockStack
+from pab_kernels.blocks.branches import mlp
+from pab_kernels.blocks.linears import Linear
 from pab_kernels.models import adapter_for
 from pab_kernels.runtime import precision
 from pab_kernels.runtime.precision import Fp8Linears, Shape, Trial
@@ -65,32 +67,39 @@ def test_excluded_layers_are_exactly_as_without(model):
     assert torch.equal(run(model, everything), expected)
     stack = adapter_for(model).stack
     blocks = Fp8Linears(stack, ("spatial.0.*", "*.mlp"), measure=False).at(4).blocks
-    first = [block for block in blocks if block.kind == "spatial" and block.index == 0]
-    others = [block for block in blocks if block not in first]
-    assert [type(block.attention.qkv) for block in first] == [Linear]
-    assert {type(block.attention.qkv) for block in others} == {Fp8Linear}
-    assert {type(block.cross.q) for block in others if block.cross is not None} == {Fp8Linear}
-    assert {type(block.mlp.up) for block in blocks} == {Linear}
+    for block in blocks:
+        for branch in block.branches:
+            excluded = block.name == "spatial.0" or branch.weights.layer == "mlp"
+            assert type(branch.weights.linears[0]) is (Linear if excluded else Fp8Linear)
+
+
+def layer_types(stack: BlockStack) -> dict[str, set[type]]:
+    """For each layer the types of its linears, over all blocks."""
+    types: dict[str, set[type]] = {}
+    for block in stack.blocks:
+        for branch in block.branches:
+            layer = types.setdefault(branch.weights.layer, set())
+            layer |= {type(getattr(branch.weights, name)) for name in branch.weights.fp8}
+    return types
 
 
 @pytest.mark.usefixtures("_any_device")
 def test_a_shape_is_measured_once_and_decides(model, monkeypatch):
     measured = []
 
-    def measure(block, layer, rows):
-        measured.append((layer, rows))
-        return Trial(1.0, 0.5 if layer == "mlp" and rows > 10 else 1.0)
+    def measure(branch, rows):
+        measured.append((branch.weights.layer, rows))
+        return Trial(1.0, 0.5 if branch.weights.layer == "mlp" and rows > 10 else 1.0)
 
     monkeypatch.setattr(precision, "measure", measure)
     linears = Fp8Linears(adapter_for(model).stack)
     large, small = linears.at(100), linears.at(10)
     assert measured == [(layer, rows) for rows in (100, 10) for layer in ("qkv", "cross.q", "mlp")]
-    assert {type(block.mlp.down) for block in large.blocks} == {Fp8Linear}
-    assert {type(block.attention.qkv) for block in large.blocks} == {Linear}
-    assert {type(block.mlp.down) for block in small.blocks} == {Linear}
+    assert layer_types(large) == {"qkv": {Linear}, "cross.q": {Linear}, "mlp": {Fp8Linear}}
+    assert layer_types(small) == {"qkv": {Linear}, "cross.q": {Linear}, "mlp": {Linear}}
     again = linears.at(100)
     assert len(measured) == 6
-    assert again.blocks[0].mlp.up is large.blocks[0].mlp.up, "quantised a second time"
+    assert again.blocks[0].branches[-1].weights is large.blocks[0].branches[-1].weights, "quantised a second time"
     assert set(linears.trials) == {Shape(*key) for key in [
         ("qkv", 100, 16, 48), ("cross.q", 100, 16, 16), ("mlp", 100, 16, 64),
         ("qkv", 10, 16, 48), ("cross.q", 10, 16, 16), ("mlp", 10, 16, 64),
@@ -101,9 +110,9 @@ def test_a_shape_is_measured_once_and_decides(model, monkeypatch):
 def test_sizes_that_do_not_fit_stay_where_fp8_must_pay(monkeypatch):
     model = tiny_latte(heads=3).bfloat16()  # 24 channels
     stack = adapter_for(model).stack
-    monkeypatch.setattr(precision, "measure", lambda block, layer, rows: Trial(2.0, 1.0))
-    assert all(isinstance(block.mlp.up, Linear) for block in Fp8Linears(stack).at(4).blocks)
-    assert all(isinstance(block.mlp.up, Fp8Linear) for block in Fp8Linears(stack, measure=False).at(4).blocks)
+    monkeypatch.setattr(precision, "measure", lambda branch, rows: Trial(2.0, 1.0))
+    assert layer_types(Fp8Linears(stack).at(4))["mlp"] == {Linear}
+    assert layer_types(Fp8Linears(stack, measure=False).at(4))["mlp"] == {Fp8Linear}
 
 
 def test_errors(model, monkeypatch):

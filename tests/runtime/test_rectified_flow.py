@@ -82,10 +82,11 @@ def test_modulation_of_all_steps_is_that_of_each(name, masked):
     try:
         with torch.no_grad():
             flow = FlowInputs.make(adapter, made.inputs.latents, TIMESTEPS, 7.0, given)
-            assert flow.modulation.shape[:3] == (len(TIMESTEPS), flow.call.groups, 8)
+            assert flow.modulation.shape[:3] == (len(TIMESTEPS), flow.call.layout.modulations, 8)
             for step, t in enumerate(TIMESTEPS):
                 call = adapter.bind(made.inputs.latents.repeat(2, 1, 1, 1, 1), timestep=torch.full((2,), t), **given)
                 want, packed = adapter.modulate(call), flow.modulation[step]
+                assert want.blocks is not None
                 assert relative_error(packed[:, :6], want.blocks) < 1e-6
                 assert relative_error(packed[:, 6:], torch.stack([want.shift, want.scale], 1)) < 1e-6
     finally:

@@ -96,7 +96,7 @@ def test_block_ranges_limit_slots_and_broadcasts():
     with accelerate(model, limited) as handle:
         handle.begin(TIMESTEPS)
         some = run(model)
-        assert [(key.branch, key.position) for key in handle.caches[0]] == [("spatial", 2)]
+        assert [(key.kind, key.position) for key in handle.caches[0]] == [("spatial", 2)]
     none = run(model)
     with accelerate(model, PABConfig(spatial_broadcast=True, spatial_threshold=(100, 800), spatial_range=2)) as handle:
         handle.begin(TIMESTEPS)

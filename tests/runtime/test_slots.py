@@ -13,7 +13,8 @@ from pab_kernels import PABConfig, Schedule, accelerate
 from pab_kernels.plain import PlainPAB
 from pab_kernels.runtime import cache, slots
 from pab_kernels.runtime.cache import BroadcastCache
-from pab_kernels.runtime.slots import STAGES, HostSlots, SlotKey
+from pab_kernels.runtime.plan import storage
+from pab_kernels.runtime.slots import STAGES, HostSlots, SlotKey, SlotLayout
 from tests.latte_tools import call, inputs, tiny_latte
 
 TIMESTEPS = [900.0, 700.0, 600.0, 500.0, 400.0, 50.0]
@@ -126,7 +127,7 @@ def slot_bytes() -> int:
 
 def storage_of(model: Any, config: PABConfig, timesteps: list[float] = TIMESTEPS) -> dict[SlotKey, int]:
     with accelerate(model, config) as handle:
-        return handle._adapter.stack.storage(Schedule(config, timesteps))
+        return storage(handle._adapter.stack, Schedule(config, timesteps))
 
 
 def test_a_step_that_fails_leaves_the_staging_tensors_usable(on_host, monkeypatch):
@@ -135,7 +136,7 @@ def test_a_step_that_fails_leaves_the_staging_tensors_usable(on_host, monkeypatc
     with accelerate(model, CONFIGS["staggered"]) as handle:
         expected = run(model, handle.begin)
         with monkeypatch.context() as patch:
-            patch.setattr("pab_kernels.runtime.executor.cross_attention", lambda *_: 1 / 0)
+            patch.setattr("pab_kernels.blocks.branches.cross_attention", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run(model, handle.begin)
         assert torch.equal(run(model, handle.begin), expected)
@@ -146,7 +147,7 @@ def test_too_little_host_memory_is_told_before_it_is_taken(on_host, monkeypatch)
     key = SlotKey("cross", 0)
     device = torch.device("cpu")
     with pytest.raises(MemoryError, match=r"needs 4\.0 GiB of host memory for 1 slots of .*; 0\.0 GiB are available"):
-        BroadcastCache({key: 0}, (1, 1, 2**20, 2**10), 1, torch.float32, device, device)
+        BroadcastCache({key: 0}, SlotLayout((1, 1, 2**20, 2**10), torch.float32), device, device)
 
 
 @pytest.mark.parametrize("asked", ["cuda", "gpu", "cuda:1", "meta"])
@@ -171,7 +172,7 @@ def test_mlp_slots_of_different_windows_share_memory_and_give_the_plain_forms_nu
     config = PABConfig.from_dict(WINDOWS)
     storage = storage_of(model, config)
     # Spatial blocks stand at positions 0 and 2, temporal at 1 and 3. Blocks 1 and 0 of 600 are alive together.
-    assert storage == {SlotKey("mlp", 0): 0, SlotKey("mlp", 1): 0, SlotKey("mlp", 2): 1}
+    assert storage == {SlotKey("mlp_spatial", 0): 0, SlotKey("mlp_temporal", 1): 0, SlotKey("mlp_spatial", 2): 1}
     with PlainPAB(model, config) as plain:
         expected = run(model, plain.begin)
     with accelerate(model, config) as handle:
@@ -202,17 +203,17 @@ def test_windows_whose_timesteps_do_not_occur_have_no_slots():
 
 
 def test_a_slot_overwritten_by_its_sharer_is_not_read():
-    one, two = SlotKey("mlp", 0), SlotKey("mlp", 1)
+    one, two = SlotKey("mlp_spatial", 0), SlotKey("mlp_spatial", 1)
     device = torch.device("cpu")
-    shared = BroadcastCache({one: 0, two: 0}, (1, 1, 2, 4), 1, torch.float32, device, device)
+    shared = BroadcastCache({one: 0, two: 0}, SlotLayout((1, 1, 2, 4), torch.float32), device, device)
     shared.mark_written([one])
     shared.require([one])
     shared.mark_written([two])
     shared.require([two])
-    with pytest.raises(ValueError, match="slot mlp of block 0: read before"):
+    with pytest.raises(ValueError, match="slot mlp_spatial of block 0: read before"):
         shared.require([one])
     shared.invalidate()
-    with pytest.raises(ValueError, match="slot mlp of block 1: read before"):
+    with pytest.raises(ValueError, match="slot mlp_spatial of block 1: read before"):
         shared.require([two])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pab_kernels import PABConfig, SelfAttention, Slot, accelerate, fused_pab_attention
-from pab_kernels.blocks.branches import Linear
+from pab_kernels.blocks.linears import Linear
 from pab_kernels.ops.quantized import Quantized
 from pab_kernels.runtime import cache
 from pab_kernels.runtime.slots import HostSlots, SlotKey, SlotLayout

@@ -1,0 +1,58 @@
+"""The GEMMs of a block: a linear in the model's dtype, or in fp8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pab_kernels.ops import fp8_linear as fp8_linear
+from pab_kernels.ops.quantized import Quantized
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weight [out, in] and bias [out] of ``y = x @ weight.T + bias``."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Fp8Linear:
+    """The same in fp8, for Quantized input: weight [out, in] e4m3 with a scale for each output channel, bias [out]."""
+
+    weight: Quantized
+    bias: Tensor
+    weight_sum: float
+    """The largest sum of magnitudes of a row of the weight; with `bias_max` it bounds what comes out."""
+    bias_max: float
+
+    @classmethod
+    def of(cls, linear: Linear) -> Fp8Linear:
+        """Quantise the weight. Waits for the GPU."""
+        weight = fp8_linear.quantize_weight(linear.weight)
+        sums = weight.values.float().abs().sum(1) * weight.row_scale
+        return cls(weight, linear.bias, float(sums.max()), float(linear.bias.abs().max()))
+
+
+Rows = Tensor | Quantized
+"""What a linear reads: an `Fp8Linear` takes Quantized e4m3, a `Linear` a tensor."""
+
+
+def linear(x: Rows, weights: Linear | Fp8Linear, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` for x [..., in]; into `out` [..., features] (contiguous) where given."""
+    flat = None if out is None else out.view(-1, out.shape[-1])
+    if isinstance(weights, Fp8Linear):
+        if not isinstance(x, Quantized):
+            raise TypeError(f"x: got {type(x).__name__}, must be Quantized because the weight is")
+        y = fp8_linear.scaled_linear(x.flatten(), weights.weight, weights.bias, flat)
+        return y.view(*x.shape[:-1], -1) if out is None else out
+    if isinstance(x, Quantized):
+        raise TypeError("x: got Quantized, must be a tensor because the weight is")
+    if out is None:
+        return F.linear(x, weights.weight, weights.bias)
+    torch.addmm(weights.bias, x.reshape(-1, x.shape[-1]), weights.weight.t(), out=flat)
+    return out

@@ -1,0 +1,117 @@
+"""The residual stream, with the branch outputs not added yet, so that each addition rides on the next pass."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pab_kernels import ops
+from pab_kernels.blocks.block import Norm
+from pab_kernels.blocks.linears import Rows
+from pab_kernels.ops.fp8_linear import E4M3
+from pab_kernels.ops.quantized import Quantized
+from pab_kernels.runtime.plan import Traffic
+from pab_kernels.runtime.slots import SlotKey, SlotStore
+
+
+class Stream:
+    """One step's residual stream.
+
+    Parameters
+    ----------
+    x : Tensor
+        [B, T, S, C], contiguous; used up.
+    groups : int
+        G of the passes, which take x as [G, N, C].
+    index : Tensor, optional
+        int32, one a row of x: which modulation row it takes. None: row g for group g.
+    slots : SlotStore
+    traffic : Traffic
+        What the step reads and writes.
+
+    Attributes
+    ----------
+    embed : Tensor or None
+        [P, C], to be added by the next pass.
+    """
+
+    def __init__(self, x: Tensor, groups: int, index: Tensor | None, slots: SlotStore, traffic: Traffic) -> None:
+        self.x = x
+        self.embed: Tensor | None = None
+        self._rows = x.view(groups, -1, x.shape[-1])
+        self._index = None if index is None else index.view(self._rows.shape[:2])
+        self._slots = slots
+        self._writes = traffic.writes
+        self._save: SlotKey | None = None
+        """The slot of one byte an element that the next pass writes: a copy of the first pending branch."""
+        self._branches: list[Rows] = []
+        self._gates: list[Tensor | None] = []
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    @cached_property
+    def _modulated(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    @cached_property
+    def _quantized(self) -> Quantized:
+        return Quantized.empty(tuple(self.x.shape), E4M3, self.x.device)
+
+    def out(self, key: SlotKey) -> Tensor:
+        """Where a branch is computed: its slot, or one tensor for all, since each follows a pass that used it."""
+        if key not in self._writes or self._slots.layout.quantized:
+            return self._scratch
+        slot = self._slots.out(key)
+        assert isinstance(slot, Tensor)
+        return slot
+
+    def computed(self, key: SlotKey, branch: Tensor, gate: Tensor | None) -> None:
+        """Add a branch that was computed into `out`. It follows a pass, so nothing else is pending."""
+        if key in self._writes:
+            if self._slots.layout.quantized:
+                self._save = key
+            else:
+                self._slots.wrote(key)
+        self._add(branch, gate)
+
+    def broadcast(self, key: SlotKey, gate: Tensor | None) -> None:
+        """Add what a slot holds."""
+        if len(self._branches) == ops.MAX_BRANCHES:
+            self.read(None)
+        self._add(self._slots.read(key), gate)
+
+    def _add(self, branch: Rows, gate: Tensor | None) -> None:
+        self._branches.append(branch.view(*self._rows.shape))
+        self._gates.append(gate)
+
+    def read(
+        self, norm: Norm | None, shift: Tensor | None = None, scale: Tensor | None = None, *, fp8: bool = False
+    ) -> Rows:
+        """Add what is pending; the stream [B, T, S, C] itself, or normed and modulated. With `fp8` in e4m3."""
+        out: Rows | None = self._quantized if fp8 else None if norm is None else self._modulated
+        if self._branches or self.embed is not None or out is not None:
+            saved = None if self._save is None else self._slots.out(self._save)
+            assert not isinstance(saved, Tensor)
+            ops.residual_norm_modulate(
+                self._rows,
+                self._branches,
+                self._gates,
+                shift,
+                scale,
+                embed=self.embed,
+                norm=None if norm is None else norm.kind,
+                index=self._index,
+                eps=0.0 if norm is None else norm.eps,
+                out=None if out is None else out.view(*self._rows.shape),
+                saved=None if saved is None else saved.view(*self._rows.shape),
+            )
+            if self._save is not None:
+                self._slots.wrote(self._save)
+                self._save = None
+            self._slots.release()
+        self._branches, self._gates, self.embed = [], [], None
+        return self.x if out is None else out
