@@ -17,7 +17,7 @@ FLOORS = [
     ["pab_kernels/blocks/*.py"],
     ["models/*.py", "models/hosts/*.py"],
     ["pab_kernels/runtime/*.py"],
-    ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/plain.py"],
+    ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/plain.py", "pab_kernels/tapped.py"],
     ["pab_kernels/pipelines/*.py", "pab_kernels/demo/*.py"],
     ["pab_kernels/workloads.py"],
     ["pab_kernels/measure/*.py"],
