@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -109,6 +110,9 @@ class Schedule(Sequence[StepVariant]):
             if not math.isfinite(t):
                 raise ValueError(f"timesteps: got {t}, must be finite")
         ints = [int(t) for t in self.timesteps]
+        if config.mlp_broadcast:
+            for kind in MLP_KINDS:
+                _warn_missing(kind, config.mlp_windows(kind), ints)
         self._steps, self._ahead = _plan(config, ints)
 
     def __len__(self) -> int:
@@ -120,6 +124,18 @@ class Schedule(Sequence[StepVariant]):
     def __getitem__(self, index: slice) -> tuple[StepVariant, ...]: ...
     def __getitem__(self, index: int | slice) -> StepVariant | tuple[StepVariant, ...]:
         return self._steps[index]
+
+    def resumed(self, call: int) -> Schedule:
+        """This plan where nothing of what was computed before `call` may be used: another batch runs from there on.
+
+        From `call` on it is the plan of the timesteps that are left, without guidance: a batch that changes within a
+        run is one whose guidance has ended.
+        """
+        again = copy.copy(self)
+        again.config = replace(self.config, guidance_broadcast=False)
+        steps, ahead = _plan(again.config, [int(t) for t in self.timesteps[call:]])
+        again._steps, again._ahead = self._steps[:call] + steps, self._ahead[:call] + ahead
+        return again
 
     def ahead(self, call: int, kind: str, *, inside: bool = False, half: int = 0) -> float:
         """How far a forecast of `kind` (one of `SWITCHES` or of `MLP_KINDS`) reaches at `call`.
@@ -234,7 +250,6 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
             for i, t in enumerate(timesteps)
         ]
     windows = config.mlp_windows(kind)
-    _warn_missing(kind, windows, timesteps)
     return _keyed_mlp_variants(windows, timesteps)
 
 
@@ -279,5 +294,5 @@ def _warn_missing(kind: str, windows: Sequence[MlpWindow], timesteps: Sequence[i
         warnings.warn(
             f"{kind}_broadcast_config: these keys are not among the run's timesteps and do nothing: {nearest}. "
             "mlp_threshold and mlp_range do not depend on exact timesteps.",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -10,9 +10,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from pab_kernels.demo.text import TextEmbedding
 from pab_kernels.models import checkpoints
+from pab_kernels.pipelines import loading
+from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
 from pab_kernels.pipelines.latte import LatteLatents
-from pab_kernels.pipelines.loading import FAMILIES
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
 from pab_kernels.pipelines.text import T5Text
@@ -31,7 +33,10 @@ TINY: dict[str, dict[str, Any]] = {
 SMALLEST: dict[str, Any] = {"resolution": "144p", "aspect": "1:1", "duration": 17}
 """Open-Sora's smallest video: latents 5 x 24 x 24."""
 
-assert tuple(TINY) == FAMILIES
+FAMILIES = ["open_sora", "open_sora_plan_v110", "open_sora_plan_v120"]
+"""Those with a pipeline of their own and a text encoder."""
+
+assert tuple(TINY) == loading.FAMILIES
 
 
 def tiny_transformer(family: str, **overrides: Any) -> Any:
@@ -69,3 +74,25 @@ def tiny_pipeline(family: str, vae: Any = None, **overrides: Any) -> Any:
         return LatteLatents(tiny_transformer(family, **overrides))
     cls = OpenSoraPipeline if family == "open_sora" else OpenSoraPlanPipeline
     return cls(tiny_transformer(family, **overrides), tiny_text(), vae)
+
+
+def tiny_demo() -> DemoPipeline:
+    """One pair of blocks on two frames of 8 x 8 pixels; random weights."""
+    torch.manual_seed(0)
+    transformer = demo_transformer(pairs=1, heads=1, size=8, frames=2)
+    for parameter in transformer.parameters():
+        parameter.data.normal_(0, 0.15)
+    return DemoPipeline(
+        transformer.eval().requires_grad_(False), demo_scheduler(), TextEmbedding().requires_grad_(False)
+    )
+
+
+def run(pipe: Any, prompt: Any, **settings: Any) -> torch.Tensor:
+    """Six steps at the smallest size."""
+    size = SMALLEST if pipe.family == "open_sora" else {}
+    return pipe(prompt, **{**size, "num_inference_steps": 6, "guidance_scale": 3.0, **settings})
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether the relative difference is below the tolerance."""
+    return float((a - b).norm() / b.norm()) < tolerance

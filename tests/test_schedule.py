@@ -1,5 +1,6 @@
 """Schedule: the original's decisions, and its laws."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -177,3 +178,27 @@ def test_what_is_forecast_was_computed_twice(kinds, block, low) -> None:
                         assert ahead == (call - computed[-1]) / (computed[-1] - computed[-2])
                     else:
                         assert computed, "a broadcast needs a call before it"
+
+
+def test_a_resumed_plan_uses_nothing_from_before():
+    """Another batch from call 5 on: the rest is planned for itself, and what came before stays as it was."""
+    config = dataclasses.replace(
+        PABConfig.preset("open_sora"), mlp_broadcast=True, mlp_threshold=(100, 900), mlp_range=3, mlp_block=(0, 2)
+    )
+    whole = Schedule(config, family_timesteps("open_sora", 30))
+    for call in (0, 1, 5, 14, 29):
+        again = whole.resumed(call)
+        assert again.timesteps == whole.timesteps
+        assert again[:call] == whole[:call]
+        assert again[call:] == Schedule(config, whole.timesteps[call:])[:]
+        assert str(again[call]) == "compute"
+    assert whole.resumed(0)[:] == whole[:]
+
+
+def test_a_resumed_plan_drops_the_windows_that_had_begun(recwarn):
+    schedule = Schedule(
+        keyed({800: {"block": [0], "skip_count": 3}, 500: {"block": [1], "skip_count": 1}}),
+        [900, 800, 700, 600, 500, 400],
+    ).resumed(3)
+    assert [sorted(step.mlp_spatial.broadcast) for step in schedule] == [[], [], [0], [], [], [1]]
+    assert not recwarn

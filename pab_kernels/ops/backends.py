@@ -177,6 +177,31 @@ def _no_triton_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None 
     return _no_triton(q)
 
 
+def _no_triton_planes(x: Tensor) -> str | None:
+    channels = x.shape[-1]
+    if channels & (channels - 1):
+        return f"triton takes channels that are a power of two, got {channels}"
+    return _no_triton_rows(MAX_CHANNELS)(x)
+
+
+def _no_triton_conv(x: Tensor, weight: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "triton with tensor descriptors is not installed"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"triton takes float16 and bfloat16, got {x.dtype}"
+    if x.shape[-1] % 16:
+        return f"triton takes multiples of 16 channels, got {x.shape[-1]}"
+    if x.numel() // x.shape[-1] >= 2**31:
+        return f"triton takes fewer than 2**31 pixels, got {x.numel() // x.shape[-1]}"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] != 9:
+        return "triton's convolution was written for, and measured on, compute capability 9.0"
+    return _no_triton(x)
+
+
+def _no_cudnn(x: Tensor, weight: Tensor) -> str | None:
+    return None if x.device.type == "cuda" else f"cudnn needs a CUDA tensor, got one on {x.device.type}"
+
+
 def _serves_all(*_: Tensor | None) -> str | None:
     return None
 
@@ -197,6 +222,10 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
     ),
     "qk_norm_rope": (("triton", _no_triton), ("reference", _serves_all)),
     "key_scales": (("triton", _no_triton), ("reference", _serves_all)),
+    "conv_planes": (("triton", _no_triton_conv), ("cudnn", _no_cudnn), ("reference", _serves_all)),
+    "channel_sums": (("triton", _no_triton_planes), ("reference", _serves_all)),
+    "group_norm_silu": (("triton", _no_triton_planes), ("reference", _serves_all)),
+    "grow_planes": (("triton", _no_triton_planes), ("reference", _serves_all)),
     "attention": (
         ("cuda", _no_cuda_attention),
         ("triton", _no_triton_attention),

@@ -1,12 +1,11 @@
 """The demo pipeline: a small Latte that paints moving shapes, in pixel space, on any machine.
 
-The denoising loop is the one of diffusers' LattePipeline, without the T5 encoder and the VAE.
+Its sampling is that of diffusers' LattePipeline, without the T5 encoder and the VAE.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pab_kernels.demo.text import TextEmbedding
+from pab_kernels.pipelines.arguments import Generators, NegativePrompt, Prompt, Prompts, Seed, check_guidance
+from pab_kernels.pipelines.denoising import DenoisingPipeline, Progress, Run, StepCallback
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-
-StepCallback = Callable[["DemoPipeline", int, torch.Tensor, dict[str, torch.Tensor]], "dict[str, Any] | None"]
 
 
 def demo_scheduler() -> DDIMScheduler:
@@ -83,29 +82,31 @@ def demo_transformer(
     )
 
 
-class DemoPipeline:
+class DemoPipeline(DenoisingPipeline):
     """Text to video with the demo model. `.transformer` and `.scheduler` are diffusers' own classes.
 
     Parameters
     ----------
     transformer : LatteTransformer3DModel
         Predicts v from pixels [B, 3, T, H, W] in [-1, 1] with noise.
-    scheduler : DDIMScheduler
-        Must use the v-prediction (see `demo_scheduler`).
+    scheduler
+        Of diffusers, for the v-prediction (see `demo_scheduler`).
     text : TextEmbedding
         Its channels must equal the transformer's caption_channels.
     """
 
-    def __init__(self, transformer: LatteTransformer3DModel, scheduler: DDIMScheduler, text: TextEmbedding) -> None:
+    predictions = ("v_prediction",)
+
+    def __init__(self, transformer: LatteTransformer3DModel, scheduler: Any, text: TextEmbedding) -> None:
         config: Any = transformer.config
         expected = config.caption_channels
         if text.channels != expected:
             raise ValueError(
                 f"text.channels must equal the transformer's caption_channels {expected}, got {text.channels}"
             )
-        self.transformer = transformer
-        self.scheduler = scheduler
+        super().__init__(transformer, scheduler)
         self.text = text
+        self._rescale = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -201,24 +202,27 @@ class DemoPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt,
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: NegativePrompt = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 2.0,
         guidance_rescale: float = 0.7,
-        seed: int | Sequence[int] = 0,
+        num_videos_per_prompt: int = 1,
+        seed: Seed = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Generate one video a prompt.
+        """Generate B videos: of one prompt or several, one or several of each.
 
         Parameters
         ----------
         prompt : str or sequence of str
-            B prompts in the words of `text.vocabulary`.
-        negative_prompt : str or sequence of str
-            What guidance leads away from: one for all, or B. Default: the empty prompt.
+            In the words of `text.vocabulary`.
+        negative_prompt : str or sequence of str, optional
+            What guidance leads away from: one for all, or one for each prompt. None is the empty one.
         num_inference_steps : int
             Denoising steps, 1 to 1000.
         guidance_scale : float
@@ -226,15 +230,8 @@ class DemoPipeline:
         guidance_rescale : float
             0 to 1: how far the guided prediction is brought back to the deviation of the conditional one, which keeps
             colours from saturating (arXiv:2305.08891, section 3.4).
-        seed : int or sequence of int
-            Seed of each video's noise. An int s gives the i-th prompt s + i. A video depends on its prompt
-            and its seed, not on its neighbours in the batch nor on the device that draws.
-        callback_on_step_end : callable, optional
-            Called as `callback(pipeline, step, timestep, {"latents": latents, "denoised": denoised})` after each step,
-            as in diffusers, with what the model now takes the video to be; may return a dict with other "latents",
-            float32 [B, 3, T, H, W].
-        progress : callable, optional
-            Called as `progress(done, total)` after each step.
+        num_videos_per_prompt, seed, generator, latents, callback_on_step_end, progress
+            See `OpenSoraPlanPipeline`; here "latents" and "denoised" are pixels in [-1, 1], float32 [B, 3, T, H, W].
 
         Returns
         -------
@@ -243,57 +240,30 @@ class DemoPipeline:
 
         Raises
         ------
-        ValueError
-            If a prompt has an unknown word or too many words, or an argument is out of range or of the wrong
-            length.
+        ValueError, TypeError
+            If a prompt has an unknown word or too many words, the scheduler does not fit, or an argument is of the
+            wrong kind, out of range or of the wrong length.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        count = len(prompts)
-        if count == 0:
-            raise ValueError("prompt must be a string or a non-empty list of strings, got an empty list")
-        if not 1 <= num_inference_steps <= 1000:
-            raise ValueError(f"num_inference_steps must be in [1, 1000], got {num_inference_steps}")
+        prompts = Prompts.of(prompt, negative_prompt, seed, generator, num_videos_per_prompt)
+        guided = check_guidance(guidance_scale) > 1.0
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
-        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-        for name, values in (("negative_prompt", negatives), ("seed", seeds)):
-            if len(values) != count:
-                raise ValueError(f"{name} must be a single value or one for each of {count} prompts, got {len(values)}")
-
-        guided = guidance_scale > 1.0
+        self._rescale = guidance_rescale
+        self._set_timesteps(num_inference_steps)
         # One tensor for the whole run: whoever keeps its keys and values can see that the text is the same.
-        prompt_embeds = self.text.encode(negatives + prompts if guided else prompts)
-        latents = self._noise(seeds)
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        for step, t in enumerate(self.scheduler.timesteps):
-            model_input = torch.cat([latents] * 2) if guided else latents
-            model_input = self.scheduler.scale_model_input(model_input, t).to(self.dtype)
-            prediction = self.transformer(
-                hidden_states=model_input,
-                encoder_hidden_states=prompt_embeds,
-                timestep=t[None].expand(model_input.shape[0]),
-                return_dict=False,
-            )[0].float()
-            if guided:
-                uncond, cond = prediction.chunk(2)
-                prediction = uncond + guidance_scale * (cond - uncond)
-                ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / prediction.std(dim=(1, 2, 3, 4), keepdim=True)
-                prediction = prediction * (1 + guidance_rescale * (ratio - 1))
-            latents, denoised = self.scheduler.step(prediction, t, latents, return_dict=False)
-            if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step, t, {"latents": latents, "denoised": denoised})
-                latents = (changed or {}).get("latents", latents)
-            if progress is not None:
-                progress(step + 1, num_inference_steps)
-        return (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).contiguous()
-
-    def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
-        """Draw float32 [B, 3, T, H, W]: on the CPU, so that a seed means the same video on every device."""
+        texts = [*prompts.negatives, *prompts.texts] if guided else list(prompts.texts)
+        arguments = {"encoder_hidden_states": self.text.encode(texts), "return_dict": False}
+        run = Run(arguments, prompts.generators, callback_on_step_end, progress)
         config: Any = self.transformer.config
-        shape = (config.in_channels, config.video_length, config.sample_size, config.sample_size)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device) * self.scheduler.init_noise_sigma
+        shape = (len(prompts.texts), config.in_channels, config.video_length, config.sample_size, config.sample_size)
+        pixels = self._denoise(self._noise(run, shape, latents), run, guidance_scale)
+        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).contiguous()
+
+    def _guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+        """With the deviation brought back."""
+        guided = super()._guide(cond, uncond, scale)
+        ratio = cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
+        return guided * (1 + self._rescale * (ratio - 1))
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pab_kernels import figures, quality
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.pipelines import latents, memory
+from pab_kernels.pipelines.arguments import seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
@@ -49,10 +50,13 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: a video for each prompt. One seed s stands for s, s + 1, ...; size None is the pipeline's."""
+    """What to generate: a video for each prompt. One seed s stands for s, s + 1, ...; size None is the pipeline's.
+
+    Seeds may be NumPy's, of up to 64 bits.
+    """
 
     prompts: Sequence[str]
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     steps: int = 30
     guidance: float = 2.0
     seeds: Sequence[int] = (0,)
@@ -64,13 +68,13 @@ class Request:
             raise ValueError("prompt must be given at least once")
         if len(self.seeds) not in (1, count):
             raise ValueError(f"seed must be given once or for each of {count} prompts, got {len(self.seeds)}")
+        _ = self.all_seeds  # that they are seeds shall be known before anything is loaded
 
     @property
     def all_seeds(self) -> list[int]:
         """One for each prompt."""
-        if len(self.seeds) == len(self.prompts):
-            return list(self.seeds)
-        return [self.seeds[0] + i for i in range(len(self.prompts))]
+        count = len(self.prompts)
+        return seeds_of(self.seeds if len(self.seeds) == count else self.seeds[0], count)
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,7 @@ def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[n
     prompts = list(request.prompts)
     if isinstance(pipe, LattePipeline):
         pipe.set_progress_bar_config(disable=True)
+        arguments["negative_prompt"] = request.negative_prompt or ""  # diffusers' takes no None
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.all_seeds]
         return np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments).frames), None
     arguments["seed"] = request.all_seeds

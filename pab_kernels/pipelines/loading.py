@@ -18,7 +18,7 @@ from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
 from pab_kernels.pipelines.sizes import PLAN_SIZES, VideoSize
-from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder
+from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder, cast_encoder
 from pab_kernels.pipelines.vae import load_vae
 
 LATTE_ID = "maxin-cn/Latte-1"
@@ -173,7 +173,9 @@ def text_encoder_bytes(source: Source, dtype: torch.dtype) -> int:
     except (OSError, ValueError):
         return 0  # loading it will say what is missing
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in cls(config).parameters()) * dtype.itemsize
+        encoder = cls(config)
+    cast_encoder(encoder, dtype)
+    return sum(parameter.nbytes for parameter in encoder.parameters())
 
 
 def _t5(family: str) -> tuple[str, Any]:

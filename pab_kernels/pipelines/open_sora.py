@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pab_kernels.ops.checks import check_shape, check_tensor
+from pab_kernels.pipelines.arguments import (
+    Generators,
+    NegativePrompt,
+    Prompt,
+    Prompts,
+    Seed,
+    check_guidance,
+    check_steps,
+)
+from pab_kernels.pipelines.denoising import GivenFrames, Progress, Run, StepCallback, TakeStep
 from pab_kernels.pipelines.samplers import RFlowScheduler
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
 from pab_kernels.pipelines.text import TextEncoder, clean_prompt
-from pab_kernels.pipelines.text_to_video import (
-    GivenFrames,
-    Progress,
-    Prompts,
-    StepCallback,
-    TextToVideoPipeline,
-    check_steps,
-)
+from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 from pab_kernels.runtime.handle import handle_of
 
-FPS = 24.0
-"""The frame rate that the model is told, as the original tells it for every video."""
+FPS, IMAGE_FPS = 24.0, 120.0
+"""The frame rate that the model is told, as the original tells it for every video, and for an image."""
 
 
 class OpenSoraPipeline(TextToVideoPipeline):
@@ -42,6 +44,7 @@ class OpenSoraPipeline(TextToVideoPipeline):
     latent_scale = (3.85, 2.32, 2.33, 3.06)
     latent_shift = (-0.10, 0.34, 0.27, 0.98)
     cond_first = True
+    predictions = ("flow",)
 
     def __init__(self, transformer: Any, text: TextEncoder, vae: Any = None) -> None:
         super().__init__(transformer, text, RFlowScheduler(), vae)
@@ -49,31 +52,34 @@ class OpenSoraPipeline(TextToVideoPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt,
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: NegativePrompt = None,
         resolution: str = "480p",
         aspect: str = "9:16",
         duration: str | int = "2s",
         size: VideoSize | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 7.0,
-        seed: int | Sequence[int] = 0,
+        num_videos_per_prompt: int = 1,
+        seed: Seed = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
         aesthetic_score: float | None = 6.5,
         given_latents: Tensor | None = None,
         given_mask: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Generate the latents of one video a prompt.
+        """Generate the latents of B videos: of one prompt or several, one or several of each.
 
         Parameters
         ----------
         prompt : str or sequence of str
-            B prompts, of any lengths up to the model's 300 tokens.
-        negative_prompt : str or sequence of str
-            What guidance leads away from: one for all, or B. The empty one is the model's learned null embedding, with
-            as many tokens as the prompt has.
+            Of any lengths up to the model's 300 tokens.
+        negative_prompt : str or sequence of str, optional
+            What guidance leads away from: one for all, or one for each prompt. None or the empty one is the model's
+            learned null embedding, with as many tokens as the prompt has.
         resolution, aspect, duration
             See `open_sora_size`. Aspects are height to width: "9:16" is a wide video.
         size : VideoSize, optional
@@ -82,17 +88,15 @@ class OpenSoraPipeline(TextToVideoPipeline):
             Denoising steps, 1 to 1000.
         guidance_scale : float
             1 or less runs without guidance, at half the cost a step.
-        seed : int or sequence of int
-            Seed of each video's noise. An int s gives the i-th prompt s + i. A video does not depend on its
-            neighbours in the batch nor on the device that draws.
+        num_videos_per_prompt, seed, generator, latents
+            See `OpenSoraPlanPipeline`.
         aesthetic_score : float, optional
             Appended to each prompt in the words the model was trained with; None leaves them out.
         given_latents, given_mask : Tensor, optional
             Frames to go on from: latents [B, C, T, H, W], and bool [B, T] that is True where a frame is given. Those
             frames come out unchanged, and the model is told that they have no noise.
         callback_on_step_end : callable, optional
-            Called as `callback(pipeline, step, timestep, {"latents": latents})` after each step; may return a dict
-            with other "latents".
+            See `OpenSoraPlanPipeline`.
         progress : callable, optional
             Called as `progress(done, total)` after each step.
 
@@ -103,21 +107,23 @@ class OpenSoraPipeline(TextToVideoPipeline):
 
         Raises
         ------
-        ValueError
-            No prompt, one with too many tokens, or an argument out of range or of the wrong length or shape.
+        ValueError, TypeError
+            As `OpenSoraPlanPipeline`.
         """
-        prompts = Prompts.of(prompt, negative_prompt, seed)
-        check_steps(num_inference_steps)
+        prompts = Prompts.of(prompt, negative_prompt, seed, generator, num_videos_per_prompt)
+        guided = check_guidance(guidance_scale) > 1.0
         size = size or open_sora_size(resolution, aspect, duration)
-        given = self._given(given_latents, given_mask, len(prompts.texts), size)
-        guided = guidance_scale > 1.0
+        shape = self._shape(len(prompts.texts), size)
+        given = self._given(given_latents, given_mask, shape)
+        if isinstance(self.scheduler, RFlowScheduler):
+            self.scheduler.set_timesteps(check_steps(num_inference_steps), size.height, size.width, size.latent[0])
+        else:
+            self._set_timesteps(num_inference_steps)
         arguments = self._arguments(prompts, size, guided, aesthetic_score)
         if given is not None:
             arguments["x_mask"] = ~given.mask.repeat(2 if guided else 1, 1)
-        self.scheduler.set_timesteps(num_inference_steps, size.height, size.width, size.latent[0])
-        generators = self._generators(prompts)
-        noise = self._noise(generators, size)
-        return self._denoise(noise, arguments, guidance_scale, generators, callback_on_step_end, progress, given)
+        run = Run(arguments, prompts.generators, callback_on_step_end, progress, given)
+        return self._denoise(self._noise(run, shape, latents), run, guidance_scale)
 
     def _arguments(self, prompts: Prompts, size: VideoSize, guided: bool, score: float | None) -> dict[str, Any]:
         """What STDiT3 takes besides latents and timestep; the text's rows are those of the prompts, then the null."""
@@ -137,32 +143,32 @@ class OpenSoraPipeline(TextToVideoPipeline):
         return {
             "y": y,
             "mask": mask,
-            "fps": torch.full((len(y),), FPS, device=self.device),
+            "fps": torch.full((len(y),), IMAGE_FPS if size.frames == 1 else FPS, device=self.device),
             "height": torch.full((len(y),), float(size.height)),
             "width": torch.full((len(y),), float(size.width)),
         }
 
-    def _steps(
-        self, latents: Tensor, arguments: dict[str, Any], guidance_scale: float, generators: list[torch.Generator]
-    ) -> Callable[[Tensor, int], Tensor]:
+    def _steps(self, latents: Tensor, run: Run, guidance_scale: float, first: int) -> TakeStep:
         """Where this runtime is behind the transformer, it takes whole steps of rectified flow."""
         handle = handle_of(self.transformer)
         if handle is None or type(self.scheduler) is not RFlowScheduler:
-            return super()._steps(latents, arguments, guidance_scale, generators)
-        handle.begin(self.scheduler.timesteps)
-        take_step = handle.rectified_flow(latents, guidance_scale, **arguments)
-        return lambda latents, _: take_step(latents)
+            return super()._steps(latents, run, guidance_scale, first)
+        if first == 0:
+            handle.begin(self.scheduler.timesteps)
+        take_step = handle.rectified_flow(latents, guidance_scale, **run.arguments)
+        return lambda latents, _: (take_step(latents), None)
 
-    def _step(self, prediction: Tensor, t: Tensor, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Rectified flow draws nothing."""
-        return self.scheduler.step(prediction, t, latents)
+    def _step(self, prediction: Tensor, t: Tensor, latents: Tensor, run: Run) -> tuple[Tensor, Tensor | None]:
+        """The model predicts data minus noise, diffusers' samplers take noise minus data."""
+        if isinstance(self.scheduler, RFlowScheduler):
+            return self.scheduler.step(prediction, t, latents), None
+        return super()._step(-prediction, t, latents, run)
 
-    def _given(self, latents: Tensor | None, mask: Tensor | None, batch: int, size: VideoSize) -> GivenFrames | None:
+    def _given(self, latents: Tensor | None, mask: Tensor | None, shape: tuple[int, ...]) -> GivenFrames | None:
         if latents is None and mask is None:
             return None
         if latents is None or mask is None:
             raise ValueError("given_latents, given_mask: got only one of them, must be both or none")
-        shape = (batch, self.transformer.config.in_channels, *size.latent)
         check_shape("given_latents", check_tensor("given_latents", latents), shape)
-        check_shape("given_mask", check_tensor("given_mask", mask), (batch, size.latent[0]))
+        check_shape("given_mask", check_tensor("given_mask", mask), (shape[0], shape[2]))
         return GivenFrames(latents.to(self.device, torch.float32), mask.to(self.device).bool())

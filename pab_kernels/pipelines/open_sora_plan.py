@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
 from pab_kernels.models.hosts import OpenSoraPlanV110
+from pab_kernels.pipelines.arguments import Generators, NegativePrompt, Prompt, Prompts, Seed, check_guidance
+from pab_kernels.pipelines.denoising import Progress, Run, StepCallback
 from pab_kernels.pipelines.sizes import VideoSize, plan_size
 from pab_kernels.pipelines.text import TextEncoder, clean_prompt
-from pab_kernels.pipelines.text_to_video import Progress, Prompts, StepCallback, TextToVideoPipeline, check_steps
+from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 
 TEXT_LENGTH = {"open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
 """Tokens of a prompt."""
@@ -51,51 +53,71 @@ class OpenSoraPlanPipeline(TextToVideoPipeline):
         trained = config.video_length if self.family == "open_sora_plan_v110" else config.sample_size_t
         full = (trained - 1) * 4 + 1
         own_height, own_width = (side * 8 for side in config.sample_size)
+        if frames not in (None, 1, full) and self.family == "open_sora_plan_v120":
+            warnings.warn(
+                f"frames: got {frames}, but these weights were trained for {full}, and 1 for an image: others work "
+                f"less well. Load the weights of the folder for {frames} frames, or ask for {full}.",
+                stacklevel=3,
+            )
         size = plan_size(
             full if frames is None else frames,
             own_height if height is None else height,
             own_width if width is None else width,
             config.patch_size,
         )
-        if self.family == "open_sora_plan_v110" and size.frames != full:
-            raise ValueError(f"frames: got {size.frames}, must be {full}: this checkpoint has one length")
+        if self.family == "open_sora_plan_v110" and size.frames not in (1, full):
+            raise ValueError(
+                f"frames: got {size.frames}, must be {full}, or 1 for an image: this checkpoint has one length"
+            )
         return size
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt,
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: NegativePrompt = None,
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 7.5,
-        seed: int | Sequence[int] = 0,
+        num_videos_per_prompt: int = 1,
+        seed: Seed = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Generate the latents of one video a prompt.
+        """Generate the latents of B videos: of one prompt or several, one or several of each.
 
         Parameters
         ----------
         prompt : str or sequence of str
-            B prompts, of any lengths up to 300 tokens (1.1) or 512 (1.2).
-        negative_prompt : str or sequence of str
-            What guidance leads away from: one for all, or B.
+            Of any lengths up to 300 tokens (1.1) or 512 (1.2).
+        negative_prompt : str or sequence of str, optional
+            What guidance leads away from: one for all, or one for each prompt. None is the empty one.
         frames, height, width : int, optional
-            In pixels; by default what the transformer was trained for. Version 1.1 takes one number of frames.
+            In pixels; by default what the transformer was trained for. 1 frame is an image. Version 1.1 takes no other
+            length, 1.2 warns of one.
         num_inference_steps : int, optional
-            Denoising steps, 1 to 1000 (1.1: at least 4, for PNDM); by default 150 (1.1) or 100 (1.2).
+            Denoising steps, 1 to 1000 (PNDM: at least 4); by default 150 (1.1) or 100 (1.2).
         guidance_scale : float
             1 or less runs without guidance, at half the cost a step.
-        seed : int or sequence of int
-            Seed of each video's noise, also of what Euler-Ancestral adds at each step. An int s gives the i-th prompt
-            s + i. A video does not depend on its neighbours in the batch nor on the device that draws.
+        num_videos_per_prompt : int
+            The videos of a prompt follow each other.
+        seed : int or sequence of int, optional
+            Seed of each video's noise, also of what a sampler adds at each step. An int s gives the i-th video s + i,
+            None is 0. A video does not depend on its neighbours in the batch nor on the device that draws.
+        generator : torch.Generator or sequence of torch.Generator, optional
+            Instead of seeds, as in diffusers: one for each video, or one that draws the batch.
+        latents : Tensor, optional
+            Instead of the noise that is drawn first: [B, C, T, H, W] of variance 1, as in diffusers.
         callback_on_step_end : callable, optional
-            Called as `callback(pipeline, call, timestep, {"latents": latents})` after each call of the transformer;
-            may return a dict with other "latents".
+            Called as `callback(pipeline, call, timestep, tensors)` after each call of the transformer, with "latents"
+            and, where the sampler tells, "denoised", what they are now taken to become. It may return a dict with
+            other "latents", and with another "guidance_scale" for the steps that follow: from 1 or less on, the
+            transformer sees the prompts alone.
         progress : callable, optional
             Called as `progress(done, total)` after each call.
 
@@ -106,22 +128,17 @@ class OpenSoraPlanPipeline(TextToVideoPipeline):
 
         Raises
         ------
-        ValueError
-            No prompt, one with too many tokens, or an argument out of range or of the wrong length.
+        ValueError, TypeError
+            No prompt, one with too many tokens, a scheduler that does not fit, or an argument of the wrong kind, out
+            of range or of the wrong length or shape.
         """
-        prompts = Prompts.of(prompt, negative_prompt, seed)
-        v110 = self.family == "open_sora_plan_v110"
-        default = 150 if v110 else 100
-        steps = default if num_inference_steps is None else num_inference_steps
-        check_steps(steps)
-        if v110 and steps < 4:
-            raise ValueError(f"num_inference_steps must be at least 4 for PNDM, got {steps}")
-        size = self.size(frames, height, width)
-        arguments = self._arguments(prompts, guidance_scale > 1.0)
-        self.scheduler.set_timesteps(steps)
-        generators = self._generators(prompts)
-        noise = self._noise(generators, size)
-        return self._denoise(noise, arguments, guidance_scale, generators, callback_on_step_end, progress)
+        prompts = Prompts.of(prompt, negative_prompt, seed, generator, num_videos_per_prompt)
+        guided = check_guidance(guidance_scale) > 1.0
+        shape = self._shape(len(prompts.texts), self.size(frames, height, width))
+        default = 150 if self.family == "open_sora_plan_v110" else 100
+        self._set_timesteps(default if num_inference_steps is None else num_inference_steps)
+        run = Run(self._arguments(prompts, guided), prompts.generators, callback_on_step_end, progress)
+        return self._denoise(self._noise(run, shape, latents), run, guidance_scale)
 
     def _arguments(self, prompts: Prompts, guided: bool) -> dict[str, Any]:
         """What the transformer takes besides latents and timestep; the text's rows are the negatives, then the rest."""
@@ -135,9 +152,3 @@ class OpenSoraPlanPipeline(TextToVideoPipeline):
                 negative_mask = negative_mask | mask
             text, mask = torch.cat([negative, text]), torch.cat([negative_mask, mask])
         return {"encoder_hidden_states": text, "encoder_attention_mask": mask, "return_dict": False}
-
-    def _step(self, prediction: Tensor, t: Tensor, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """PNDM draws nothing; Euler-Ancestral draws each video's noise from its own generator."""
-        if self.family == "open_sora_plan_v110":
-            return super()._step(prediction, t, latents, generators)
-        return self.scheduler.step(prediction, t, latents, generator=generators, return_dict=False)[0]

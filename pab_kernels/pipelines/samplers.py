@@ -1,14 +1,17 @@
-"""The timesteps at which each family's sampler really calls the transformer."""
+"""Samplers: which of diffusers' fit, the timesteps at which they really call the transformer, Open-Sora's own."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
+from pab_kernels.pipelines.arguments import MAX_STEPS, check_steps
 from pab_kernels.runtime.rectified_flow import step_sizes
 
 SCHEDULERS: dict[str, Any] = {
@@ -17,6 +20,17 @@ SCHEDULERS: dict[str, Any] = {
     "open_sora_plan_v120": EulerAncestralDiscreteScheduler,
 }
 """diffusers' scheduler of each family but Open-Sora, whose rectified flow is `rflow_timesteps`."""
+
+_FLOW = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "LTXEulerAncestralRFScheduler",
+}
+"""diffusers' samplers of rectified flow alone, by name, since not every version has them all."""
+
+_MORE = ("prev_timestep", "starting_mask_ratio", "old_pred_original_sample")
+"""Arguments of a step that only its own pipeline gives."""
 
 
 def rflow_timesteps(steps: int, height: int, width: int, latent_frames: int) -> list[float]:
@@ -90,6 +104,121 @@ class RFlowScheduler:
         return latents + v * step_sizes(self._values)[self._values.index(float(t))]
 
 
+def prediction_of(scheduler: Any) -> str | None:
+    """What `scheduler` takes a transformer to predict: "flow", or its `prediction_type`; None for an unknown kind.
+
+    "flow" is diffusers' rectified flow, noise minus data. Others predict over the discrete timesteps of a schedule of
+    noise: "epsilon", "v_prediction" or "sample".
+    """
+    if isinstance(scheduler, RFlowScheduler) or _FLOW.intersection(cls.__name__ for cls in type(scheduler).__mro__):
+        return "flow"
+    config = getattr(scheduler, "config", {})
+    prediction = config.get("prediction_type")
+    flows = (prediction == "flow_prediction", bool(config.get("use_flow_sigmas")))
+    if any(flows):
+        return "flow" if all(flows) else None
+    # Samplers over another measure of noise (EDM, consistency models, IPNDM), or over words, have no such table.
+    return prediction if hasattr(scheduler, "alphas_cumprod") else None
+
+
+def check_scheduler(scheduler: Any, predictions: Sequence[str]) -> None:
+    """Refuse, by name, a scheduler that does not fit a transformer or our loop.
+
+    Parameters
+    ----------
+    scheduler
+        Any of diffusers, or one with the same methods.
+    predictions : sequence of str
+        What the transformer may have been trained to predict; see `prediction_of`.
+
+    Raises
+    ------
+    ValueError
+        The scheduler takes it to predict something else; runs from data to noise; draws noise that no generator
+        reaches, so that no seed would be honoured; or its step needs more than prediction, timestep and latents.
+    """
+    name = type(scheduler).__name__
+    step = getattr(scheduler, "step", None)
+    if step is None or not hasattr(scheduler, "set_timesteps"):
+        raise ValueError(f"scheduler: got {name}, must have set_timesteps and step as diffusers' have")
+    parameters = inspect.signature(step).parameters.values()
+    needed = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    if len(needed) > 3 or any(name in inspect.signature(step).parameters for name in _MORE):
+        raise ValueError(f"scheduler: got {name}, whose step takes more than prediction, timestep and latents")
+    prediction = prediction_of(scheduler)
+    if prediction not in predictions:
+        what = "is for another kind of model" if prediction is None else f"takes the model to predict {prediction}"
+        raise ValueError(
+            f"scheduler: got {name}, which {what}; must be for one that predicts {' or '.join(predictions)}"
+        )
+    if "Inverse" in name:
+        raise ValueError(f"scheduler: got {name}, which runs from data to noise; must run from noise to data")
+    if hasattr(scheduler, "noise_sampler_seed"):
+        raise ValueError(
+            f"scheduler: got {name}, whose noise hangs on the whole batch and not on the seed of each video: use "
+            "DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
+        )
+
+
+def take_step(
+    scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: torch.Generator | list[torch.Generator]
+) -> tuple[Tensor, Tensor | None]:
+    """A step of one of diffusers' schedulers.
+
+    Returns
+    -------
+    latents : Tensor
+        What the sampler adds was drawn from `generators`.
+    denoised : Tensor or None
+        What they are now taken to become, if the sampler tells.
+    """
+    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latents, *told = scheduler.step(prediction, t, latents, return_dict=False, **draws)
+    # TCD tells of a noisy sample.
+    return latents, told[0] if told and type(scheduler).__name__ != "TCDScheduler" else None
+
+
+def set_timesteps(scheduler: Any, steps: int, predictions: Sequence[str], name: str = "num_inference_steps") -> None:
+    """Begin a run of one of diffusers' schedulers, on the CPU, before any other work.
+
+    Parameters
+    ----------
+    scheduler
+    steps : int
+        1 to 1000.
+    predictions : sequence of str
+        As for `check_scheduler`.
+    name : str
+        What the caller calls the steps.
+
+    Raises
+    ------
+    ValueError
+        As `check_scheduler`, or the scheduler cannot plan so many steps, or plans timesteps that no model was trained
+        for.
+    """
+    check_scheduler(scheduler, predictions)
+    steps, sampler = check_steps(steps), type(scheduler).__name__
+    config = getattr(scheduler, "config", {})
+    if isinstance(scheduler, PNDMScheduler) and not config.get("skip_prk_steps") and steps < 4:
+        raise ValueError(f"{name} must be at least 4 for PNDM, got {steps}")
+    try:
+        scheduler.set_timesteps(steps)
+    except Exception as error:
+        raise ValueError(f"{name}: got {steps}, which {sampler} cannot plan: {error}") from error
+    timesteps = [float(t) for t in scheduler.timesteps]
+    last = config.get("num_train_timesteps", MAX_STEPS)
+    if not timesteps or not all(0 <= t <= last for t in timesteps):
+        raise ValueError(f"scheduler: got {sampler}, which plans {timesteps[:3]}...: must be timesteps in [0, {last}]")
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and getattr(scheduler, "order", 1) == 1 and bool((sigmas[:-1].diff() == 0).any()):
+        raise ValueError(
+            f"{name}: got {steps}, of which {sampler} makes some twice, and then divides by their difference: use fewer"
+        )
+
+
 def family_timesteps(family: str, steps: int) -> list[float]:
     """Timesteps of every transformer call of a run of `family` with `steps` steps; Open-Sora's for 480p, 2 s.
 
@@ -98,14 +227,14 @@ def family_timesteps(family: str, steps: int) -> list[float]:
     Raises
     ------
     ValueError
-        Unknown family, or fewer than 1 step.
+        Unknown family, or steps that its sampler does not take: 1 to 1000, for PNDM at least 4.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, must be at least 1")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: got {steps}, must be in [1, {MAX_STEPS}]")
     if family == "open_sora":
         return rflow_timesteps(steps, 480, 854, 15)
     if family not in SCHEDULERS:
         raise ValueError(f"family: got {family!r}, must be one of open_sora, {', '.join(SCHEDULERS)}")
     scheduler = SCHEDULERS[family]()
-    scheduler.set_timesteps(steps)
+    set_timesteps(scheduler, steps, ("epsilon",), "steps")
     return [float(t) for t in scheduler.timesteps]

@@ -55,13 +55,15 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 def open_sora_size(resolution: str = "480p", aspect: str = "9:16", duration: str | int = "2s") -> VideoSize:
     """A size of Open-Sora 1.2. Its VAE makes 5 latent frames of 17, and an eighth of height and width, rounded down.
 
+    Decoded, a width of 854 is therefore 848. An image is one latent frame.
+
     Parameters
     ----------
     resolution : {"144p", "240p", "360p", "480p", "720p"}
     aspect : str
         One of `ASPECTS`, height to width.
     duration : str or int
-        "2s", "4s", "8s", "16s" (of 25.5 frames a second), or a number of frames, a multiple of 17.
+        "2s", "4s", "8s", "16s" (of 25.5 frames a second), or a number of frames: 1, an image, or a multiple of 17.
 
     Raises
     ------
@@ -71,11 +73,12 @@ def open_sora_size(resolution: str = "480p", aspect: str = "9:16", duration: str
     sizes = _OPEN_SORA[_choice("resolution", resolution, RESOLUTIONS)].split()
     height, width = map(int, sizes[ASPECTS.index(_choice("aspect", aspect, ASPECTS))].split("x"))
     frames = int(duration) if str(duration).isdecimal() else DURATIONS.get(str(duration), 0)
-    if frames < 17 or frames % 17:
+    if frames != 1 and (frames < 17 or frames % 17):
         raise ValueError(
-            f"duration: got {duration!r}, must be one of {', '.join(DURATIONS)}, or frames, a multiple of 17"
+            f"duration: got {duration!r}, must be one of {', '.join(DURATIONS)}, or frames: 1 (an image), or a "
+            "multiple of 17"
         )
-    return VideoSize(frames, height, width, (frames // 17 * 5, height // 8, width // 8))
+    return VideoSize(frames, height, width, (max(frames // 17 * 5, 1), height // 8, width // 8))
 
 
 def plan_size(frames: int, height: int, width: int, patch: int = 2) -> VideoSize:
@@ -84,10 +87,10 @@ def plan_size(frames: int, height: int, width: int, patch: int = 2) -> VideoSize
     Raises
     ------
     ValueError
-        Frames are not 4 k + 1 with k at least 1, or height or width are not multiples of 8 times the patch size.
+        Frames are not 4 k + 1 (1 is an image), or height or width are not multiples of 8 times the patch size.
     """
-    if frames < 5 or frames % 4 != 1:
-        raise ValueError(f"frames: got {frames}, must be 4 k + 1, such as 29, 65 or 93")
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"frames: got {frames}, must be 4 k + 1, such as 29, 65 or 93, or 1 for an image")
     for name, value in (("height", height), ("width", width)):
         if value < 1 or value % (8 * patch):
             raise ValueError(f"{name}: got {value}, must be a positive multiple of {8 * patch}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T5_ID = "DeepFloyd/t5-v1_1-xxl"
 MT5_ID = "google/mt5-xxl"
@@ -37,6 +37,25 @@ def _check_length(prompts: Sequence[str], lengths: Sequence[int], limit: int) ->
             raise ValueError(f"prompt: {start!r} has {length} tokens, must have at most {limit}: shorten it")
 
 
+def kept_in_float32(encoder: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a float16 copy of `encoder` keeps in float32: those of the modules its class names.
+
+    T5's feed-forward output `wo` leaves the range of float16. transformers keeps it in float32 where it loads a model
+    in float16, but `Module.to` and `half` cast it with the rest.
+    """
+    names = set(getattr(encoder, "_keep_in_fp32_modules", None) or ())
+    return [parameter for name, parameter in encoder.named_parameters() if names.intersection(name.split(".")[:-1])]
+
+
+def cast_encoder(encoder: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Move or cast `encoder` as `torch.nn.Module.to` does; in float16 it then is as if it had been loaded so."""
+    kept = [(parameter, parameter.data) for parameter in kept_in_float32(encoder)]
+    nn.Module.to(encoder, *args, **kwargs)
+    for parameter, before in kept:
+        if parameter.dtype == torch.float16:
+            parameter.data = before.to(parameter.device, torch.float32)
+
+
 class T5Text:
     """A T5 or mT5 encoder with its tokenizer, both from transformers.
 
@@ -45,6 +64,7 @@ class T5Text:
     tokenizer : transformers tokenizer
         With a padding token.
     encoder : T5EncoderModel or MT5EncoderModel
+        In float16 too: what leaves its range is computed in float32, whoever cast the encoder.
     """
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
@@ -78,6 +98,10 @@ class T5Text:
         ValueError
             A prompt has more tokens than `length`. It is not cut: the end of a prompt may be what matters.
         """
+        with torch.inference_mode(False):
+            for parameter in kept_in_float32(self.encoder):
+                if parameter.dtype == torch.float16:  # by the encoder's own `to` or `half`
+                    parameter.data = parameter.data.float()
         texts = list(prompts)
         _check_length(texts, [len(ids) for ids in self.tokenizer(texts)["input_ids"]], length)
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
