@@ -5,24 +5,18 @@ Weights go straight to the target device, one tensor at a time: no whole second 
 
 from __future__ import annotations
 
-import inspect
-import json
-import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pab_kernels.models import host_config, weight_files
 from pab_kernels.models.hosts import OpenSoraPlanV110, OpenSoraPlanV120, STDiT3
-
-logger = logging.getLogger(__name__)
 
 CLASSES: dict[str, type[nn.Module]] = {
     "open_sora": STDiT3,
@@ -78,9 +72,6 @@ HUB_IDS: dict[str, str] = {
     "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0/93x480p",
 }
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # in order of preference
-LISTED = 10  # keys of each kind that an error names before it only counts
-
 
 def build(family: str, **overrides: Any) -> nn.Module:
     """Build a family's transformer with its parameters on the meta device.
@@ -100,23 +91,12 @@ def build(family: str, **overrides: Any) -> nn.Module:
     Raises
     ------
     ValueError
-        For an unknown family or a config value that the host does not support.
+        For an unknown family or a config value that the host does not support, naming it.
     TypeError
         For a config key that the host does not have.
     """
-    cls = _class_of(family)
-    config = {**FULL_SIZE[family], **overrides}
-    with torch.device("meta"):
-        model = cls(**config)
-    if any(True for _ in model.buffers()):
-        # All buffers lie outside the blocks, so a model without blocks computes them at little cost.
-        depth = "depth" if "depth" in config else "num_layers"
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            shallow = cls(**{**config, depth: 0})
-        for name, buffer in shallow.named_buffers():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, buffer)
-    return model.eval().requires_grad_(False)
+    config = _config(family, overrides)
+    return _with_tables(_on_meta(family, config), config)
 
 
 def random_weights(
@@ -158,10 +138,11 @@ def load(
     family
         "open_sora", "latte", "open_sora_plan_v110" or "open_sora_plan_v120".
     source
-        A weights file (.safetensors, or .bin, .pt, .pth holding nothing but tensors); or a folder with one such
-        file, or with shards and their ``*.index.json``, or with such a folder named ``transformer``; or a
-        Hugging Face hub id, ``owner/name`` or ``owner/name/folder`` (``HUB_IDS`` has the official ones).
-        A config.json beside the weights is obeyed.
+        A weights file (.safetensors, or .bin, .pt, .pth holding nothing but tensors and plain values); or a folder
+        with one such file, or with shards and their ``*.index.json``, or with such a folder, ``transformer`` before
+        others; or a Hugging Face hub id, ``owner/name`` or ``owner/name/folder`` (``HUB_IDS`` has the official ones).
+        A config.json beside the weights is obeyed. Prefixes of wrappers (``module.``, ``_orig_mod.``) are taken off,
+        and of what a training script saved the average of the weights (``ema``) is taken, else ``state_dict``.
     dtype, device
         Of all parameters and buffers of the returned module.
     overrides
@@ -177,23 +158,54 @@ def load(
         Where there is no such source, or nothing to load in it.
     ValueError
         For a checkpoint of another family; for missing, unexpected or wrong-shaped tensors (all are listed); for
-        an unreadable file; for an unknown family.
+        an unreadable file, or one of other tensors than plain floating ones; for an unknown family.
     TypeError
         For a dtype that is not floating.
+
+    Warns
+    -----
+    UserWarning
+        For weights that are not finite.
     """
-    _class_of(family)
+    cls = _class_of(family)
     _check_dtype(dtype)
-    files = _weight_files(_resolve(family, source))
-    shapes, read = _open_files(files)
-    found = _family_of(shapes)
+    files, index = weight_files.weight_files(_resolve(family, source))
+    entries = weight_files.open_files(files, index)
+    found = family_of(entries)
     if found not in (None, family):
         raise ValueError(f"{source} is a checkpoint of family {found!r}, not {family!r}")
-    model = build(family, **{**_config_beside(files[0], family), **overrides})
+    config = _config(family, {**host_config.read(files[0].with_name("config.json"), cls), **overrides})
+    model = _on_meta(family, config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if difference := _difference(expected, shapes):
+    if difference := weight_files.difference(expected, entries):
         raise ValueError(f"{source} does not fit {type(model).__name__}:\n{difference}")
-    state = {name: read[name]().to(device=device, dtype=dtype, copy=True) for name in expected}
-    return _fill(model, state, device, dtype)
+    # Only now is anything made that has the sizes of config.json.
+    state = weight_files.read_all(entries, expected, dtype, device)
+    return _fill(_with_tables(model, config), state, device, dtype)
+
+
+def _config(family: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a host; raises as `build`."""
+    return host_config.check(_class_of(family), {**FULL_SIZE[family], **overrides})
+
+
+def _on_meta(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """The host with parameters and buffers on the meta device."""
+    with torch.device("meta"):
+        return CLASSES[family](**config).eval().requires_grad_(False)
+
+
+def _with_tables(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """`model` with real buffers, on the CPU in float32."""
+    if any(True for _ in model.buffers()):
+        # All buffers lie outside the blocks, so a model without blocks computes them at little cost.
+        depth = "depth" if "depth" in config else "num_layers"
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            shallow = type(model)(**{**config, depth: 0})
+        for name, buffer in shallow.named_buffers():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, buffer)
+    return model
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
@@ -221,10 +233,10 @@ def _resolve(family: str, source: str | Path) -> Path:
         inner = path / "transformer"
         return inner if inner.is_dir() else path
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", str(source))
-    if match is None or path.suffix in SUFFIXES:
+    if match is None or path.suffix in weight_files.SUFFIXES:
         raise FileNotFoundError(f"there is no file or folder {source}")
     repo, folder = match.groups()
-    wanted = [f"*{suffix}*" for suffix in (*SUFFIXES, ".json")]
+    wanted = [f"*{suffix}*" for suffix in (*weight_files.SUFFIXES, ".json")]
     try:
         root = huggingface_hub.snapshot_download(
             repo,
@@ -241,55 +253,7 @@ def _resolve(family: str, source: str | Path) -> Path:
     return Path(root, folder or "")
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The one weights file at ``path``, or its shards in the order of the index."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
-        return [path]
-    for suffix in SUFFIXES:
-        for index in path.glob(f"*{suffix}.index.json"):
-            names = json.loads(index.read_text())["weight_map"].values()
-            shards = [path / name for name in dict.fromkeys(names)]
-            if lost := [shard.name for shard in shards if not shard.is_file()]:
-                raise FileNotFoundError(f"{index} names shards that are not there: {_listed(lost)}")
-            return shards
-        files = sorted(path.glob(f"*{suffix}"))
-        if len(files) > 1:
-            names = _listed(file.name for file in files)
-            raise ValueError(f"{path} holds several weights files and no index: {names}; pass one of them")
-        if files:
-            return files
-    raise FileNotFoundError(f"{path} holds no weights file ({', '.join(SUFFIXES)})")
-
-
-def _open_files(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, Callable[[], Tensor]]]:
-    """Shape, and a function that reads the tensor, for each key; nothing is read yet, files are mapped."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    read: dict[str, Callable[[], Tensor]] = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                handle = safe_open(file, framework="pt", device="cpu")
-                for key in handle.keys():  # noqa: SIM118  # not a dict
-                    shapes[key] = tuple(handle.get_slice(key).get_shape())
-                    read[key] = partial(handle.get_tensor, key)
-                continue
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-            raise ValueError(f"{file} is damaged, or not a {file.suffix} file: {error}") from error
-        except Exception as error:  # pickle's errors have no common base
-            raise ValueError(f"{file} holds more than tensors, or is damaged; it is not loaded") from error
-        if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
-            inside = _listed(map(str, tensors)) if isinstance(tensors, Mapping) else type(tensors).__name__
-            raise ValueError(f"{file} must hold a flat dictionary of tensors, but holds {inside}")
-        for key, value in tensors.items():
-            shapes[key] = tuple(value.shape)
-            read[key] = partial(tensors.__getitem__, key)
-    return shapes, read
-
-
-def _family_of(keys: Iterable[str]) -> str | None:
+def family_of(keys: Iterable[str]) -> str | None:
     """The family that the names of a checkpoint's tensors tell, or None."""
     keys = set(keys)
     tops = {key.partition(".")[0] for key in keys}
@@ -298,38 +262,3 @@ def _family_of(keys: Iterable[str]) -> str | None:
     if "temporal_transformer_blocks" in tops:
         return "open_sora_plan_v110" if "caption_projection.y_embedding" in keys else "latte"
     return "open_sora_plan_v120" if {"transformer_blocks", "adaln_single"} <= tops else None
-
-
-def _config_beside(file: Path, family: str) -> dict[str, Any]:
-    """What config.json in the weights' folder says to the constructor."""
-    path = file.with_name("config.json")
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_text())
-    known = inspect.signature(CLASSES[family].__init__).parameters
-    # Configs carry settings of training too. One that changed the weights shows as a difference in keys.
-    rest = [key for key in config if key not in known and not key.startswith("_")]
-    if rest:
-        logger.info("%s: these settings have no effect here: %s", path, ", ".join(rest))
-    return {key: value for key, value in config.items() if key in known}
-
-
-def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """One line for each kind of difference; empty where there is none."""
-    shapes = (
-        f"{key} is {list(found[key])}, must be {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    )
-    kinds = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "wrong shape": list(shapes),
-    }
-    return "\n".join(f"{kind} ({len(keys)}): {_listed(keys)}" for kind, keys in kinds.items() if keys)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
