@@ -155,7 +155,7 @@ class Schedule(Sequence[StepVariant]):
         return self._ahead[call].get(("mlp" if kind in MLP_KINDS else kind, inside, half), 0.0)
 
     def alive(self, kind: str, index: int) -> Collection[int]:
-        """The calls at which the slot of a branch is in use; `kind` (one of `BRANCHES`) and `index` name it.
+        """The calls at which the slot of a branch is in use; `kind` (of `BRANCHES`, or "stack") and `index` name it.
 
         Attention's is written by every call that computes it, so always. An MLP's from the call that writes it to the
         last that reads it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -99,11 +100,18 @@ class BroadcastCache:
         self._holds.clear()
 
     def mark_written(self, keys: Iterable[SlotKey]) -> None:
-        """Note that this run has written these slots (a replayed graph writes them without running Python)."""
-        self._holds |= {self.storage[key]: key for key in keys}
+        """Note that this run has written these slots (a replayed graph writes them without running Python).
+
+        A change is one only where the output was there before.
+        """
+        held = {self.storage[key]: key for key in keys if not key.change or self._has(replace(key, change=False))}
+        self._holds |= held
+
+    def _has(self, key: SlotKey) -> bool:
+        return self._holds.get(self.storage[key]) == key
 
     def require(self, keys: Iterable[SlotKey]) -> None:
         """Raise ValueError if a slot about to be read does not hold what this run has written."""
         for key in keys:
-            if self._holds.get(self.storage[key]) != key:
+            if not self._has(key):
                 raise ValueError(f"{key}: read before this run has written it")
