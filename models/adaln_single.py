@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import Tensor
 
-from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
+from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation
 from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
 from pab_kernels.models.adapter import (
     Adapter,
@@ -17,10 +17,12 @@ from pab_kernels.models.adapter import (
     WeightFuser,
     check_one_device,
     check_value,
+    layer_norm_of,
     linear_of,
     plain,
 )
 from pab_kernels.models.hosts.layers import unpatchify
+from pab_kernels.models.seen import Seen
 
 
 class AdaLNSingleAdapter(Adapter):
@@ -38,7 +40,7 @@ class AdaLNSingleAdapter(Adapter):
         self._processors = processors
         self._signature = inspect.signature(type(host).forward)
         self._fuser = WeightFuser()
-        self._visible: tuple[Tensor, int] | None = None
+        self._seen = Seen()
         config = plain(host, "config")
         for key, allowed in (
             ("norm_type", "ada_norm_single"),
@@ -76,7 +78,9 @@ class AdaLNSingleAdapter(Adapter):
     ) -> Block:
         for name in (path, f"{path}.ff.net.0"):
             plain(self.host, name)
-        norm = Norm(eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps)
+        norm = layer_norm_of(self.host, *(f"{path}.norm{i}" for i in (1, 2, 3)))
+        approximate = plain(self.host, f"{path}.ff.net.0.approximate")
+        check_value(f"{type(self.host).__name__}.{path}.ff.net.0.approximate", approximate, "tanh")
         attention = SelfAttention(
             heads=self._heads(f"{path}.attn1", rotary),
             qkv=self._fuser.fuse(self.host, [f"{path}.attn1.to_{name}" for name in "qkv"]),
@@ -130,11 +134,9 @@ class AdaLNSingleAdapter(Adapter):
 
     def _check_visible(self, mask: Tensor | None) -> None:
         """Raise ValueError if the official self-attention mask hides something. Only a new one waits for the GPU."""
-        if mask is None or (self._visible and self._visible[0] is mask and self._visible[1] == mask._version):
-            return
-        if not bool((mask == 1).all()):
+        if mask is not None and self._seen.changed("attention_mask", mask) and not bool((mask == 1).all()):
+            self._seen.forget()
             raise ValueError("attention_mask: hides tokens from self-attention, must be None or all ones")
-        self._visible = (mask, mask._version)
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""
@@ -158,10 +160,6 @@ class AdaLNSingleAdapter(Adapter):
     def wrap(self, sample: Tensor, call: Call) -> Any:
         """A tuple, or diffusers' output class where return_dict is set."""
         return Transformer2DModelOutput(sample=sample) if call.options[0] else (sample,)
-
-    def check_weights(self) -> None:
-        """Raise ValueError if the host's parameters were moved or replaced."""
-        self._fuser.check()
 
     def restore(self) -> None:
         """Give the host its separate parameters back."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pab_kernels.blocks.block import BlockStack, Modulation
+from pab_kernels.blocks.block import BlockStack, Modulation, Norm
 from pab_kernels.blocks.branches import Rope
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Linear
@@ -29,7 +29,9 @@ class Call:
     is what the text projection reads, `text_mask` [B, L] (None: all) which of it counts, `image` [B, L_image, C_image]
     a picture that cross-attention attends to as well, `text_sources` the caller's own tensors that these come from: as
     long as they are the same, so is the text. `layout` is that of the residual stream, `latent_size` (H, W) that of
-    the latents. `options` are the adapter's own.
+    the latents. `options` are the adapter's own. `table_key` is all that `Adapter.tables` depends on besides weights.
+    `doubts` are bools on the GPU: what was taken for granted about the arguments, without waiting, is wrong where one
+    is True.
     """
 
     tensors: dict[str, Tensor]
@@ -40,13 +42,12 @@ class Call:
     text_mask: Tensor | None = None
     image: Tensor | None = None
     options: tuple[Any, ...] = ()
+    table_key: tuple[Any, ...] = ()
+    doubts: tuple[Tensor, ...] = ()
 
 
 class Adapter(Protocol):
-    """Maps one DiT family onto the executor. It calls the host's own modules and has no maths of its own.
-
-    Tables keep their address while the shape stays the same: captured graphs read them.
-    """
+    """Maps one DiT family onto the executor. It calls the host's own modules and has no maths of its own."""
 
     host: nn.Module
     stack: BlockStack
@@ -54,8 +55,8 @@ class Adapter(Protocol):
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the host's forward arguments; ValueError for what is not supported."""
 
-    def prepare(self, call: Call) -> None:
-        """Make tables that depend on the shape alone, so that the methods below need no host work."""
+    def tables(self, call: Call) -> dict[str, Tensor]:
+        """What depends on `call.table_key` and weights alone, made anew; methods below find it in `call.tensors`."""
 
     def embed(self, call: Call) -> Tensor:
         """The residual stream [B, T, S, C] in the blocks' dtype, contiguous and the caller's to overwrite."""
@@ -83,9 +84,6 @@ class Adapter(Protocol):
 
     def wrap(self, sample: Tensor, call: Call) -> Any:
         """What the host's forward returns."""
-
-    def check_weights(self) -> None:
-        """Raise ValueError if the host's parameters were moved or replaced since the adapter was made."""
 
     def restore(self) -> None:
         """Give the host its own separate parameters back, bit for bit."""
@@ -158,18 +156,86 @@ def linear_of(root: nn.Module, path: str) -> Linear:
     return Linear(module.weight.detach(), module.bias.detach())
 
 
+def layer_norm_of(root: nn.Module, path: str, *others: str) -> Norm:
+    """The LayerNorm at `path`; those at `others`, where there are any, must be alike.
+
+    Raises
+    ------
+    TypeError
+        One is no plain LayerNorm, has weights, or another eps than the first.
+    """
+    eps = plain(root, path, nn.LayerNorm).eps
+    for each in (path, *others):
+        owner, _, name = each.rpartition(".")
+        if getattr(root.get_submodule(owner), name, None) is None:
+            continue
+        norm = plain(root, each, nn.LayerNorm)
+        check_value(f"{type(root).__name__}.{each}.eps", norm.eps, eps)
+        for part in ("weight", "bias"):
+            check_value(f"{type(root).__name__}.{each}.{part}", getattr(norm, part), None)
+    return Norm(eps=eps)
+
+
+def rms_norms_of(paths: Sequence[str], norms: Sequence[nn.Module]) -> tuple[list[Tensor | None], float]:
+    """Weights and the one eps of RMSNorms on queries and keys; no weight for an Identity.
+
+    Without an eps of its own, torch's takes the machine epsilon of the dtype that it computes in.
+
+    Raises
+    ------
+    TypeError
+        They differ in eps.
+    """
+    weights: list[Tensor | None] = []
+    found: dict[str, float] = {}
+    for path, norm in zip(paths, norms, strict=True):
+        if isinstance(norm, nn.Identity):
+            weights.append(None)
+            continue
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            raise TypeError(f"{path}.weight: is None, must be a weight for each channel of a head")
+        weights.append(weight.detach())
+        # Every class here has one of them: torch's and apex' RMSNorm, LlamaRMSNorm.
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found[path] = torch.finfo(wide).eps if eps is None else float(eps)  # type: ignore[arg-type]
+    if len(set(found.values())) > 1:
+        raise TypeError(f"{' and '.join(f'{path}.eps is {eps}' for path, eps in found.items())}: must be alike")
+    return weights, next(iter(found.values()), 1e-6)
+
+
 class WeightFuser:
     """Fuses linears into one weight and makes the host's parameters views of it, so that memory is not doubled."""
 
     def __init__(self) -> None:
-        self._views: list[tuple[nn.Parameter, Tensor, int]] = []
+        self._views: list[tuple[nn.Parameter, int]] = []
 
     def fuse(self, root: nn.Module, paths: Sequence[str]) -> Linear:
-        """One Linear whose outputs are those of the linears at `paths`, one after the other."""
+        """One Linear whose outputs are those of the linears at `paths`, one after the other.
+
+        Raises
+        ------
+        TypeError
+            One is no plain linear with a bias, or differs from the first in dtype or device, or is fused already by a
+            handle on another model that shares it.
+        """
         modules = [plain(root, path, nn.Linear) for path in paths]
         for module, path in zip(modules, paths, strict=True):
             if module.bias is None:
                 raise TypeError(f"{type(root).__name__}.{path}: has no bias, must have one")
+            for name in ("weight", "bias"):
+                parameter, first = getattr(module, name), modules[0].weight
+                if (parameter.dtype, parameter.device) != (first.dtype, first.device):
+                    raise TypeError(
+                        f"{type(root).__name__}.{path}.{name}: is {parameter.dtype} on {parameter.device}, "
+                        f"must be {first.dtype} on {first.device} as {paths[0]}.weight"
+                    )
+                if getattr(parameter, _FUSED, None) == parameter.data_ptr():
+                    raise TypeError(
+                        f"{type(root).__name__}.{path}.{name}: belongs to another accelerated model, too: close its "
+                        "handle first"
+                    )
         return Linear(
             self._fuse([module.weight for module in modules]), self._fuse([module.bias for module in modules])
         )
@@ -179,26 +245,24 @@ class WeightFuser:
         start = 0
         for parameter in parameters:
             end = start + parameter.shape[0]
+            # Noted first: whatever goes wrong from here on, `restore` knows it.
+            self._views.append((parameter, fused[start:end].data_ptr()))
             parameter.data = fused[start:end]
-            self._views.append((parameter, fused, fused[start:end].data_ptr()))
+            setattr(parameter, _FUSED, parameter.data_ptr())
             start = end
         return fused
 
-    def check(self) -> None:
-        """Raise ValueError if a parameter no longer lies in its fused weight."""
-        for parameter, fused, pointer in self._views:
-            if parameter.data_ptr() != pointer or parameter.dtype != fused.dtype:
-                raise ValueError(
-                    "the host's weights were moved, cast or replaced after accelerate(): leave the handle, "
-                    "change the model, then accelerate it again"
-                )
-
     def restore(self) -> None:
-        """Give every parameter its own storage again."""
-        for parameter, _, pointer in self._views:
+        """Give every parameter its own storage again, unless somebody else has given it one."""
+        for parameter, pointer in self._views:
             if parameter.data_ptr() == pointer:
                 parameter.data = parameter.data.clone()
+            vars(parameter).pop(_FUSED, None)
         self._views.clear()
+
+
+_FUSED = "_pab_fused"
+"""The address of a parameter that is a view of a fused weight; of a copy elsewhere it is not."""
 
 
 def embed_patches(latents: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:

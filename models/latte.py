@@ -11,7 +11,7 @@ from torch import Tensor
 from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_value, embed_patches, plain
+from pab_kernels.models.adapter import Call, check_value, embed_patches, layer_norm_of, plain
 from pab_kernels.ops.checks import check_shape, check_tensor
 
 
@@ -33,18 +33,16 @@ class LatteAdapter(AdaLNSingleAdapter):
         for name in ("patch_size", "height", "width", "base_size", "interpolation_scale", "pos_embed"):
             plain(host, f"pos_embed.{name}")
         check_value("pos_embed.norm", plain(host, "pos_embed.norm"), None)
-        self._size: tuple[int, int] | None = None
-        self._positions: Tensor
         blocks = []
         try:
             for i in range(self.host.config.num_layers):
                 path = f"transformer_blocks.{i}"
                 blocks.append(self._block("spatial", i, path, sequence="spatial", cross=True))
                 blocks.append(self._block("temporal", i, f"temporal_{path}", sequence="temporal", cross=False))
-        except (TypeError, ValueError):
+        except BaseException:
             self.restore()
             raise
-        self.stack = BlockStack(tuple(blocks), embed_before=1)
+        self.stack = BlockStack(tuple(blocks), embed_before=1, final=layer_norm_of(self.host, "norm_out"))
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the arguments of LatteTransformer3DModel.forward."""
@@ -87,31 +85,28 @@ class LatteAdapter(AdaLNSingleAdapter):
             latent_size=(height, width),
             text_mask=text_mask,
             options=(return_dict,),
+            table_key=(height // patch, width // patch),
+            doubts=self._seen.doubts(),
         )
 
-    def prepare(self, call: Call) -> None:
+    def tables(self, call: Call) -> dict[str, Tensor]:
         """The 2D position table of this latent size; the host makes it anew at every call of another size."""
-        patches = self.host.pos_embed
-        size = (call.latent_size[0] // patches.patch_size, call.latent_size[1] // patches.patch_size)
-        if size == self._size:
-            return
+        patches, size = self.host.pos_embed, call.table_key
         if size == (patches.height, patches.width):
-            self._positions = patches.pos_embed
-        else:
-            table = get_2d_sincos_pos_embed(
-                patches.pos_embed.shape[-1],
-                size,
-                base_size=patches.base_size,
-                interpolation_scale=patches.interpolation_scale,
-                device=patches.pos_embed.device,
-                output_type="pt",
-            )
-            self._positions = table.float()[None]
-        self._size = size
+            return {"positions": patches.pos_embed.clone()}
+        table = get_2d_sincos_pos_embed(
+            patches.pos_embed.shape[-1],
+            size,
+            base_size=patches.base_size,
+            interpolation_scale=patches.interpolation_scale,
+            device=patches.pos_embed.device,
+            output_type="pt",
+        )
+        return {"positions": table.float()[None]}
 
     def embed(self, call: Call) -> Tensor:
         """Patches and their 2D positions."""
-        return embed_patches(call.tensors["latents"], self.host.pos_embed.proj).add_(self._positions)
+        return embed_patches(call.tensors["latents"], self.host.pos_embed.proj).add_(call.tensors["positions"])
 
     def frame_embed(self, call: Call) -> Tensor | None:
         """The sincos table over frames; a single frame has none."""

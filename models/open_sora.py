@@ -9,7 +9,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
+from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation
 from pab_kernels.blocks.branches import CrossAttention, Mlp, Rope, SelfAttention
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Linear
@@ -20,10 +20,13 @@ from pab_kernels.models.adapter import (
     check_one_device,
     check_value,
     embed_patches,
+    layer_norm_of,
     linear_of,
     plain,
+    rms_norms_of,
 )
 from pab_kernels.models.hosts.layers import frame_angles, modulate, position_table, repeat_rows, unpatchify
+from pab_kernels.models.seen import Seen
 from pab_kernels.ops.checks import check_shape, check_tensor
 
 
@@ -61,14 +64,12 @@ class OpenSoraAdapter(Adapter):
         for name, allowed in (("use_xpos", False), ("interpolate_factor", 1.0)):
             check_value(f"rope.{name}", getattr(host.rope, name, allowed), allowed)
         self._patch: tuple[int, int, int] = tuple(self.host.x_embedder.proj.kernel_size)
-        self._positions: Tensor | None = None
-        self._seen: tuple[Tensor, Tensor, tuple[int, int]] | None = None
-        self._rope: Rope | None = None
+        self._seen = Seen()
         blocks = []
         for index in range(len(plain(host, "spatial_blocks"))):
             blocks.append(self._block("spatial", index))
             blocks.append(self._block("temporal", index))
-        self.stack = BlockStack(tuple(blocks))
+        self.stack = BlockStack(tuple(blocks), final=layer_norm_of(host, "final_layer.norm_final"))
 
     def _block(self, kind: Literal["spatial", "temporal"], index: int) -> Block:
         path = f"{kind}_blocks.{index}"
@@ -93,22 +94,21 @@ class OpenSoraAdapter(Adapter):
             self._named(f"{path}.attn.{name}", "Identity", "RMSNorm", "LlamaRMSNorm", "FusedRMSNorm")
             for name in ("q_norm", "k_norm")
         ]
-        weights = [getattr(norm, "weight", None) for norm in norms]  # an Identity has none
-        eps: Any = getattr(norms[0], "eps", None) or getattr(norms[0], "variance_epsilon", 1e-6)
+        (q_norm, k_norm), eps = rms_norms_of([f"{path}.attn.{name}" for name in ("q_norm", "k_norm")], norms)
         self_attention = SelfAttention(
             qkv=linear("attn.qkv"),
             proj=linear("attn.proj"),
             heads=heads,
             sequence=kind,
-            q_norm=None if weights[0] is None else weights[0].detach(),
-            k_norm=None if weights[1] is None else weights[1].detach(),
+            q_norm=q_norm,
+            k_norm=k_norm,
             norm_eps=eps,
             rotary=kind == "temporal",
         )
         text = CrossAttention(
             linear("cross_attn.q_linear"), linear("cross_attn.kv_linear"), linear("cross_attn.proj"), heads
         )
-        norm = Norm(eps=plain(self.host, f"{path}.norm1", nn.LayerNorm).eps)
+        norm = layer_norm_of(self.host, f"{path}.norm1", f"{path}.norm2")
         branches = (
             Branch(kind, self_attention, norm, shift=0, scale=1, gate=2),
             Branch("cross", text),
@@ -155,6 +155,8 @@ class OpenSoraAdapter(Adapter):
         if x_mask is not None:
             check_shape("x_mask", x_mask, (batch, t))
             tensors["x_mask"] = x_mask.bool()
+        # The size comes as tensors; on a GPU, reading it waits.
+        height, width = (self._seen.values(name, check_tensor(name, given[name]))[0] for name in ("height", "width"))
         return Call(
             tensors=tensors,
             text=y.squeeze(1).to(self._dtype),
@@ -162,39 +164,29 @@ class OpenSoraAdapter(Adapter):
             layout=Layout.video((batch, t, h * w, self._final.weight.shape[1]), batch if x_mask is None else batch * t),
             latent_size=(x.shape[3], x.shape[4]),
             text_mask=text_mask,
-            options=(given["height"], given["width"], x.shape[2]),
+            options=(x.shape[2],),
+            table_key=(t, h, w, (height * width) ** 0.5),
+            doubts=self._seen.doubts(),
         )
 
-    def prepare(self, call: Call) -> None:
+    def tables(self, call: Call) -> dict[str, Tensor]:
         """The position table of this size in pixels, and the rotary tables of this many frames."""
-        height, width, _ = call.options
-        if not self._has_rope(call.layout.shape[1]):
-            angles = frame_angles(self._freqs, call.layout.shape[1]).float()
-            self._rope = (angles.cos().contiguous(), angles.sin().contiguous())
-        # The size comes as tensors. Reading them waits for the GPU, so it is done only for new ones.
-        seen = self._seen
-        if seen is not None and seen[0] is height and seen[1] is width and seen[2] == call.latent_size:
-            return
-        h, w = (-(-size // patch) for size, patch in zip(call.latent_size, self._patch[1:], strict=True))
-        scale = (height[0].item() * width[0].item()) ** 0.5 / self.host.input_sq_size
-        table = position_table(self._inv_freq, h, w, scale, base_size=round((h * w) ** 0.5))
-        if self._positions is not None and self._positions.shape == table.shape:
-            self._positions.copy_(table)
-        else:
-            self._positions = table
-        self._seen = (height, width, call.latent_size)
-
-    def _has_rope(self, frames: int) -> bool:
-        return self._rope is not None and self._rope[0].shape[0] == frames
+        frames, h, w, side = call.table_key
+        scale = side / self.host.input_sq_size
+        angles = frame_angles(self._freqs, frames).float()
+        return {
+            "positions": position_table(self._inv_freq, h, w, scale, base_size=round((h * w) ** 0.5)),
+            "cos": angles.cos().contiguous(),
+            "sin": angles.sin().contiguous(),
+        }
 
     def embed(self, call: Call) -> Tensor:
         """Patches and their 2D positions."""
-        assert self._positions is not None  # made by prepare
-        return embed_patches(call.tensors["latents"], self.host.x_embedder.proj).add_(self._positions)
+        return embed_patches(call.tensors["latents"], self.host.x_embedder.proj).add_(call.tensors["positions"])
 
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables along time."""
-        return self._rope
+        return call.tensors["cos"], call.tensors["sin"]
 
     def _time(self, call: Call, timestep: Tensor) -> Tensor:
         """Embedding [B, C] of timestep and frame rate, rounded to the weights' dtype first, as in training."""
@@ -234,22 +226,12 @@ class OpenSoraAdapter(Adapter):
         tokens = nn.functional.linear(h, self._final.weight, self._final.bias).flatten(1, 2)
         height, width = call.latent_size
         grid = (t, -(-height // self._patch[1]), -(-width // self._patch[2]))
-        out = unpatchify(tokens, grid, self._patch)[:, :, : call.options[2], :height, :width]
+        out = unpatchify(tokens, grid, self._patch)[:, :, : call.options[0], :height, :width]
         return out.to(torch.promote_types(self._dtype, torch.float32))
 
     def wrap(self, sample: Tensor, call: Call) -> Tensor:
         """STDiT3 returns the bare tensor."""
         return sample
-
-    def check_weights(self) -> None:
-        """Nothing is fused here, but the weights must still be those the blocks were made from."""
-        first = self.stack.blocks[0].branches[0].weights.linears[0].weight
-        assert isinstance(first, Tensor)
-        if self.host.spatial_blocks[0].attn.qkv.weight.data_ptr() != first.data_ptr():
-            raise ValueError(
-                "the host's weights were moved, cast or replaced after accelerate(): leave the handle, "
-                "change the model, then accelerate it again"
-            )
 
     def restore(self) -> None:
         """The host was not changed."""

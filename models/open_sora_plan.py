@@ -15,7 +15,7 @@ from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.branches import Rope
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.adaln_single import AdaLNSingleAdapter
-from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, plain
+from pab_kernels.models.adapter import Call, check_forward, check_value, embed_patches, layer_norm_of, plain
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
@@ -91,8 +91,6 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
 
     def __init__(self, host: Any) -> None:
         super().__init__(host, self.processors)
-        self._rope: Rope | None = None
-        self._grid: tuple[int, int, int] | None = None
         blocks = []
         try:
             for i in range(self.host.config.num_layers):
@@ -107,10 +105,10 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
                         pair_stride=self.host.config.attention_head_dim // 6,
                     )
                 )
-        except (TypeError, ValueError):
+        except BaseException:
             self.restore()
             raise
-        self.stack = BlockStack(tuple(blocks))
+        self.stack = BlockStack(tuple(blocks), final=layer_norm_of(self.host, "norm_out"))
 
     def _rotation(self, grid: tuple[int, int, int]) -> Rope:
         """Cosines and sines [T * H * W, head_dim / 2], float32."""
@@ -142,15 +140,15 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
             latent_size=(height, width),
             text_mask=_text_mask(mask, text),
             options=(given["return_dict"],),
+            table_key=(frames, height // patch, width // patch),
+            doubts=self._seen.doubts(),
         )
 
-    def prepare(self, call: Call) -> None:
+    def tables(self, call: Call) -> dict[str, Tensor]:
         """The rotary tables of this grid of patches."""
-        patch = self.host.config.patch_size
-        grid = (call.layout.shape[1], call.latent_size[0] // patch, call.latent_size[1] // patch)
-        if grid != self._grid:
-            self._rope = self._rotation(grid)
-            self._grid = grid
+        frames, height, width = call.table_key
+        cos, sin = self._rotation((frames, height, width))
+        return {"cos": cos, "sin": sin}
 
     def embed(self, call: Call) -> Tensor:
         """Patches; positions come in by rotation."""
@@ -158,7 +156,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
 
     def rope(self, call: Call) -> Rope | None:
         """Rotary tables over time, rows and columns."""
-        return self._rope
+        return call.tensors["cos"], call.tensors["sin"]
 
 
 class OpenSoraT2VAdapter(OpenSoraPlanV120Adapter):

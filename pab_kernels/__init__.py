@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from pab_kernels.blocks.fused import Slot, fused_pab_attention
     from pab_kernels.blocks.linears import Fp8Linear, Linear
     from pab_kernels.config import PABConfig
-    from pab_kernels.runtime.handle import PABHandle, accelerate
+    from pab_kernels.runtime.accelerate import accelerate
+    from pab_kernels.runtime.handle import PABHandle
     from pab_kernels.runtime.report import Report
     from pab_kernels.schedule import Schedule, StepVariant
 
@@ -20,7 +21,8 @@ _HOMES = {
     "blocks.linears": ("Fp8Linear", "Linear"),
     "config": ("PABConfig",),
     "runtime.report": ("Report",),
-    "runtime.handle": ("PABHandle", "accelerate"),
+    "runtime.accelerate": ("accelerate",),
+    "runtime.handle": ("PABHandle",),
     "schedule": ("Schedule", "StepVariant"),
 }
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.plain import PlainPAB
-from pab_kernels.runtime.handle import accelerate
+from pab_kernels.runtime.accelerate import accelerate
 from pab_kernels.runtime.report import Report
 from pab_kernels.workloads import Inputs, Workload
 

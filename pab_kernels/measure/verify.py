@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pab_kernels.config import PABConfig
 from pab_kernels.models.checkpoints import CLASSES
-from pab_kernels.runtime.handle import accelerate
+from pab_kernels.runtime.accelerate import accelerate
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.sizes import FPS, VideoSize
 from pab_kernels.quality import Frames
-from pab_kernels.runtime.handle import PABHandle, accelerate
+from pab_kernels.runtime.accelerate import accelerate
+from pab_kernels.runtime.handle import PABHandle
 from pab_kernels.runtime.report import Report
 from pab_kernels.schedule import StepVariant
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
+from pab_kernels.runtime.lane import CAPTURES, Lane
+
 log = logging.getLogger(__name__)
+
+TRIES = 2
+"""How often a capture is tried before its variant runs eagerly for good."""
+_UNTOUCHED = 165.0
+"""What outputs hold that no graph has written; exact in every dtype."""
 
 
 class StepGraphs:
@@ -20,15 +28,26 @@ class StepGraphs:
     ----------
     inputs : dict of Tensor
         Example inputs on a CUDA device; copies of them become the graphs' fixed inputs.
+    lane : Lane
+        Whose stream captures and replays; it is entered before `run`.
+
+    Attributes
+    ----------
+    failure : str or None
+        Why a capture failed, if one did; its variant then runs eagerly.
+    captured : int
+        How many graphs were captured.
     """
 
-    def __init__(self, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, inputs: dict[str, Tensor], lane: Lane) -> None:
         self._inputs = {name: value.clone() for name, value in inputs.items()}
+        self._lane = lane
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[Hashable] = set()
+        self._failed: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.failure: str | None = None
-        """Why capture failed, if it did; steps then run eagerly."""
+        self.captured = 0
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -48,14 +67,23 @@ class StepGraphs:
         for name, value in inputs.items():
             self._inputs[name].copy_(value)
         if key not in self._graphs:
-            if key not in self._seen or self.failure is not None:
+            if key not in self._seen or self._failed[key] >= TRIES:
                 self._seen.add(key)
                 return step(self._inputs)
             try:
                 self._graphs[key] = self._capture(step)
+                self.captured += 1
+                return self._graphs[key][1].clone()
             except RuntimeError as error:
+                self._failed[key] += 1
                 self.failure = f"capture failed: {error}"
-                log.warning("steps run eagerly, without CUDA graphs: %s", self.failure)
+                last = self._failed[key] >= TRIES
+                log.warning(
+                    "%s: %s", "steps run eagerly, without CUDA graphs" if last else "trying again", self.failure
+                )
+                if not self._graphs:
+                    self._pool = torch.cuda.graph_pool_handle()  # what the failed capture took stays in the old one
+                torch.cuda.empty_cache()
                 return step(self._inputs)
         graph, output = self._graphs[key]
         graph.replay()
@@ -63,15 +91,22 @@ class StepGraphs:
         return output.clone()
 
     def _capture(self, step: Callable[[dict[str, Tensor]], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = step(self._inputs)
-        except RuntimeError:
-            # Torch then leaves its capture stream the current one, and its random numbers in capture until another
-            # capture succeeds: every later torch.randn of the process would fail.
-            torch.cuda.set_stream(current)
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                torch.zeros(1, device=current.device)
-            raise
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._lane.device)
+        # Other threads may do what they like meanwhile; only captures come one after the other.
+        with CAPTURES:
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    output = step(self._inputs)
+            except RuntimeError:
+                # Torch then leaves its random numbers in capture until another capture succeeds: every later
+                # torch.randn of the process would fail.
+                torch.cuda.set_stream(stream)
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                    torch.zeros(1, device=stream.device)
+                raise
+        # Its first replay shows that it is the step: what was launched elsewhere is not in it.
+        output.fill_(_UNTOUCHED)
+        graph.replay()
+        if bool((output == _UNTOUCHED).all()):
+            raise RuntimeError("the capture recorded nothing: the step was launched on another device or stream")
         return graph, output

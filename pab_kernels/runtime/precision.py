@@ -59,8 +59,8 @@ class Trial:
 class Fp8Linears:
     """The blocks of a model with linears in fp8, for each number of rows.
 
-    Weights are quantised when they are first needed, and once; the host's own stay as they are. Change them in place,
-    and fp8 will not see it.
+    Weights are quantised when they are first needed; the host's own stay as they are. `refresh` does it anew where
+    those were changed in place.
 
     Parameters
     ----------
@@ -94,6 +94,8 @@ class Fp8Linears:
         self._exclude = tuple(exclude)
         self._measure = measure
         self._quantized: dict[tuple[int, int], Weights] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        """Of the weights that were quantised."""
 
     def at(self, rows: int) -> BlockStack:
         """The blocks as they run with `rows` rows B * T * S."""
@@ -105,7 +107,7 @@ class Fp8Linears:
             if self._measure and not (fits_fp8(weights) and self._trial(branch, rows).pays):
                 return branch
             if place not in self._quantized:
-                self._quantized[place] = quantize_layer(weights)
+                self._quantized[place], self._sums[place] = quantize_layer(weights), bit_sums(weights)
             return dataclasses.replace(branch, weights=self._quantized[place])
 
         blocks = []
@@ -113,6 +115,15 @@ class Fp8Linears:
             branches = (chosen(block, branch, (position, i)) for i, branch in enumerate(block.branches))
             blocks.append(dataclasses.replace(block, branches=tuple(branches)))
         return dataclasses.replace(self.stack, blocks=tuple(blocks))
+
+    def refresh(self) -> bool:
+        """Forget what was quantised if weights were changed since, and say whether. Waits for the GPU, once."""
+        now = [bit_sums(self.stack.blocks[position].branches[i].weights) for position, i in self._sums]
+        if not now or torch.equal(torch.cat(now), torch.cat(list(self._sums.values()))):
+            return False
+        self._quantized.clear()
+        self._sums.clear()
+        return True
 
     def _trial(self, branch: Branch, rows: int) -> Trial:
         weights = branch.weights
@@ -156,6 +167,16 @@ def quantize_layer(weights: Weights) -> Weights:
         for name, part in layer_linears(weights).items()
     }
     return dataclasses.replace(weights, **parts)
+
+
+def bit_sums(weights: Weights) -> Tensor:
+    """For each row of a layer's bfloat16 weights, and for its biases, the sum of their bits as integers: int64 [rows].
+
+    They tell whether weights were changed, also by writes that torch does not count (to ``parameter.data``).
+    """
+    parts = layer_linears(weights).values()
+    tensors = [tensor for part in parts for tensor in (part.weight, part.bias) if isinstance(tensor, Tensor)]
+    return torch.cat([tensor.view(torch.int16).sum(-1, dtype=torch.int64).flatten() for tensor in tensors])
 
 
 def layer_bytes(weights: Weights) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pab_kernels.models.adapter import Adapter, Call
+from pab_kernels.models.seen import Seen
 from pab_kernels.ops.checks import check_shape
 
 
@@ -48,12 +49,15 @@ class FlowInputs:
 
     `call` stands for all calls of the transformer; `shape` is that of the latents [B, C, T, H, W]. `modulation`
     [N, G, K + 2, C] holds the blocks' vectors, shift and scale; `scales` float32 [N, 2] guidance scale and step size.
+    `arguments` are the caller's own tensors, which must stay as `seen` saw them.
     """
 
     call: Call
     shape: tuple[int, ...]
     modulation: Tensor
     scales: Tensor
+    seen: Seen
+    arguments: tuple[Tensor, ...]
 
     @classmethod
     def make(
@@ -70,7 +74,6 @@ class FlowInputs:
         # Only the shape of a call's latents is asked for: this has one element.
         example = weight.new_empty(()).expand(rows, *latents.shape[1:])
         call = adapter.bind(example, timestep=torch.zeros(rows, device=device), **arguments)
-        adapter.prepare(call)
         many = {name: value.repeat(steps, *[1] * (value.ndim - 1)) for name, value in _same(call).items()}
         many["timestep"] = torch.tensor(timesteps, dtype=torch.float32, device=device).repeat_interleave(rows)
         layout = dataclasses.replace(call.layout, batch=steps * rows, modulations=steps * call.layout.modulations)
@@ -80,7 +83,10 @@ class FlowInputs:
         packed = torch.cat([modulation.blocks, modulation.shift[:, None], modulation.scale[:, None]], dim=1)
         pairs = [(guidance_scale, size) for size in step_sizes(timesteps)]
         scales = torch.tensor(pairs, dtype=torch.float32, device=device)
-        return cls(call, tuple(latents.shape), packed.unflatten(0, (steps, call.layout.modulations)), scales)
+        seen, own = Seen(), tuple(value for value in arguments.values() if isinstance(value, Tensor))
+        seen.changed("arguments", *own)
+        rows = packed.unflatten(0, (steps, call.layout.modulations))
+        return cls(call, tuple(latents.shape), rows, scales, seen, own)
 
     def at(self, step: int, latents: Tensor) -> dict[str, Tensor]:
         """All inputs of one step, for `Workspace.step`.
@@ -88,9 +94,12 @@ class FlowInputs:
         Raises
         ------
         ValueError
-            The latents have another shape or device than the run.
+            The latents have another shape or device than the run, or an argument was changed in place.
         """
         check_shape("latents", latents, self.shape)
+        if self.seen.changed("arguments", *self.arguments):
+            self.seen.forget()
+            raise ValueError("arguments: were changed in the middle of a run: call rectified_flow again for its steps")
         if latents.device != self.scales.device:
             raise ValueError(f"latents: device is {latents.device}, must be {self.scales.device} as the transformer")
         rows = {"modulation": self.modulation[step], "scales": self.scales[step]}

@@ -20,6 +20,11 @@ class Report:
     fp8: dict[str, int]
     """In how many blocks each layer runs in fp8."""
     graphs: int
+    """CUDA graphs that there are, of all shapes that are kept."""
+    captured: int
+    """CUDA graphs captured since `accelerate`: more than `graphs` where shapes were dropped for others."""
+    shapes: int
+    """Shapes of call that slots and graphs are kept for."""
     eager: str | None
     """Why steps run without CUDA graphs, None where they have them."""
     seconds: dict[str, tuple[int, float]]
@@ -30,7 +35,11 @@ class Report:
         lines += [
             f"  {kind}: {self.computed[kind]} computed, {self.broadcast[kind]} broadcast" for kind in self.computed
         ]
-        graphs = f"{self.graphs} CUDA graphs" if self.eager is None else f"no CUDA graphs: {self.eager}"
+        graphs = f"{self.graphs} CUDA graphs of {self.shapes} shapes ({self.captured} captured)"
+        if self.eager is not None:
+            graphs = (
+                f"no CUDA graphs: {self.eager}" if not self.graphs else f"{graphs}, some steps without: {self.eager}"
+            )
         host = f" and {self.host_bytes / 2**20:.1f} MiB in host memory" if self.host_bytes else ""
         lines.append(f"  cache: {self.slots} slots, {self.cache_bytes / 2**20:.1f} MiB{host}; {graphs}")
         if self.fp8:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +14,30 @@ from torch import Tensor
 from pab_kernels.blocks.block import BlockStack, Modulation
 from pab_kernels.blocks.branches import TextKV
 from pab_kernels.models.adapter import MODULATION_INDEX, Adapter, Call
+from pab_kernels.models.seen import Seen
 from pab_kernels.runtime.cache import BroadcastCache
 from pab_kernels.runtime.executor import Executor
 from pab_kernels.runtime.graphs import StepGraphs
+from pab_kernels.runtime.lane import Lane
 from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
+from pab_kernels.runtime.run import Run
 from pab_kernels.schedule import Schedule, StepVariant
 
 TEXT_PADDING = 64
 """For graphs, text is padded to a multiple of this many tokens."""
+TEXTS = 4
+"""Of so many lengths of text the keys, values and graphs are kept; the one that was not used for longest goes."""
+
+
+@dataclass
+class _Text:
+    """Keys and values of a text of one shape, and the graphs that read them where they lie."""
+
+    kv: list[TextKV | None]
+    kv_len: Tensor | None
+    graphs: dict[bool, StepGraphs] = field(default_factory=dict)
+    """Of single calls (False) and of whole steps (True)."""
 
 
 class Workspace:
@@ -34,10 +52,17 @@ class Workspace:
         Of the first run.
     call : Call
         The first call; its shape is that of all.
+    lane : Lane
+        Device and stream.
     cuda_graphs : bool
         Replay steps from graphs where the device allows it.
     cache_device : torch.device
         Where the slots lie; see `BroadcastCache`.
+
+    Attributes
+    ----------
+    run : Run or None
+        Whose slots these are.
     """
 
     def __init__(
@@ -46,23 +71,31 @@ class Workspace:
         stack: BlockStack,
         schedule: Schedule,
         call: Call,
+        lane: Lane,
         cuda_graphs: bool,
         cache_device: torch.device,
     ) -> None:
         self._adapter = adapter
+        self._lane = lane
         self._executor = Executor(stack, schedule, call.layout, cache_device)
-        self._latents_shape = call.tensors["latents"].shape
-        self._text: list[TextKV | None] = []
-        self._text_shapes: tuple[torch.Size, torch.Size | None] | None = None
-        self._kv_len: Tensor | None = None
-        self._sources: tuple[tuple[Tensor, int], ...] = ()
-        self._graphs: StepGraphs | None = None
-        self.eager: str | None = None
-        """Why steps run without CUDA graphs, None where they have them."""
+        self._texts: OrderedDict[Hashable, _Text] = OrderedDict()
+        self._text: _Text | None = None
+        self._seen = Seen()
+        self.run: Run | None = None
+        self._table_key: Hashable = None
+        self._tables: dict[str, Tensor] = {}
+        self._forgotten = 0
+        """Graphs that were captured and are gone."""
+        self._eager: str | None = None
         if not cuda_graphs:
-            self.eager = "switched off"
+            self._eager = "switched off"
         elif call.tensors["latents"].device.type != "cuda":
-            self.eager = "not on a CUDA device"
+            self._eager = "not on a CUDA device"
+
+    @staticmethod
+    def key(call: Call) -> Hashable:
+        """What calls of one workspace have in common."""
+        return call.layout, call.tensors["latents"].shape, frozenset(call.tensors)
 
     @property
     def cache(self) -> BroadcastCache:
@@ -75,24 +108,38 @@ class Workspace:
         return self._executor.stack
 
     @property
-    def graphs(self) -> int:
-        """How many graphs are captured."""
-        return 0 if self._graphs is None else len(self._graphs)
+    def eager(self) -> str | None:
+        """Why steps run without CUDA graphs, None where they have them."""
+        return self._eager or next((graphs.failure for graphs in self._all_graphs() if graphs.failure), None)
 
-    def fits(self, call: Call) -> bool:
-        """Whether `call` has the shape that this workspace is for."""
-        return self._executor.layout == call.layout and self._latents_shape == call.tensors["latents"].shape
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are."""
+        return sum(map(len, self._all_graphs()))
+
+    @property
+    def captured(self) -> int:
+        """How many graphs were captured."""
+        return self._forgotten + sum(graphs.captured for graphs in self._all_graphs())
+
+    def _all_graphs(self) -> list[StepGraphs]:
+        return [graphs for text in self._texts.values() for graphs in text.graphs.values()]
 
     def serves(self, schedule: Schedule) -> bool:
         """Whether a run of this plan needs the slots that there are."""
         return storage(self.stack, schedule) == self.cache.storage
 
-    def begin_run(self) -> None:
-        """Forget every slot's content, and which text was last seen."""
+    def begin_run(self, run: Run) -> None:
+        """Forget every slot's content and which text was last seen, and copy anew what was copied from weights."""
+        self.run = run
         self.cache.invalidate()
-        self._sources = ()
+        self._seen.forget()
+        self._table_key = None
+        self._executor.refresh()
 
-    def step(self, call: Call, variant: StepVariant, flow: dict[str, Tensor] | None = None) -> Tensor:
+    def step(
+        self, call: Call, variant: StepVariant, flow: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One denoising call, in a tensor of the caller's own.
 
         Parameters
@@ -104,8 +151,10 @@ class Workspace:
 
         Returns
         -------
-        Tensor
+        result : Tensor
             The host's prediction [B, C_out, T, H, W], or with `flow` the latents after the step.
+        doubts : tuple of Tensor
+            Bools on the device: the result is wrong where one is True.
 
         Raises
         ------
@@ -114,16 +163,18 @@ class Workspace:
         """
         traffic = self._executor.traffic(variant)
         self.cache.require(traffic.reads)
-        self._adapter.prepare(call)
-        self._update_text(call)
+        if call.table_key != self._table_key:
+            self._update_tables(call)
+        text = self._update_text(call)
+        tables = self._tables
 
         def predict(tensors: dict[str, Tensor], modulation: Modulation | None = None) -> Tensor:
-            now = dataclasses.replace(call, tensors=tensors)
+            now = dataclasses.replace(call, tensors={**tensors, **tables})
             modulation = modulation or self._adapter.modulate(now)
             h = self._executor.step(
                 self._adapter.embed(now),
                 modulation,
-                self._text,
+                text.kv,
                 variant,
                 embed=self._adapter.frame_embed(now),
                 rope=self._adapter.rope(now),
@@ -138,43 +189,57 @@ class Workspace:
             return euler_step(latents, predict({**tensors, "latents": both}, modulation), *tensors["scales"])
 
         run, inputs = (predict, call.tensors) if flow is None else (flow_step, flow)
-        if self.eager is None:
-            if self._graphs is None or not self._graphs.fit(inputs):
-                self._graphs = StepGraphs(inputs)
-            result = self._graphs.run(variant, run, inputs)
-            self.eager = self._graphs.failure
+        if self._eager is None:
+            whole = flow is not None
+            if whole not in text.graphs or not text.graphs[whole].fit(inputs):
+                if whole in text.graphs:
+                    self._forgotten += text.graphs[whole].captured
+                text.graphs[whole] = StepGraphs(inputs, self._lane)
+            result = text.graphs[whole].run(variant, run, inputs)
         else:
             result = run(inputs)
         self.cache.mark_written(traffic.writes)
-        return result
+        return result, self._seen.doubts()
 
-    def _update_text(self, call: Call) -> None:
+    def _update_tables(self, call: Call) -> None:
+        """Tables for another key, where the graphs know them."""
+        tables = self._adapter.tables(call)
+        if self._tables:
+            for name, table in tables.items():
+                self._tables[name].copy_(table)
+        else:
+            self._tables = tables
+        self._table_key = call.table_key
+
+    def _update_text(self, call: Call) -> _Text:
         """Make keys and values of the text, if the caller handed over another one than at the last call.
 
         For graphs the text is padded to a multiple of `TEXT_PADDING` with its length on the device, so that a prompt
         of another length replays the graphs there are.
         """
-        sources = tuple((tensor, tensor._version) for tensor in call.text_sources)
-        if len(sources) == len(self._sources) and all(
-            new is old and version == old_version
-            for (new, version), (old, old_version) in zip(sources, self._sources, strict=True)
-        ):
-            return
-        text, kv_len = _pack(call.text, call.text_mask)
-        if self.eager is None:
+        if not self._seen.changed("text", *call.text_sources) and self._text is not None:
+            return self._text
+        tokens, kv_len = _pack(call.text, call.text_mask)
+        if self._eager is None:
             if kv_len is None:
-                kv_len = torch.full((len(text),), text.shape[1], dtype=torch.int32, device=text.device)
-            text = F.pad(text, (0, 0, 0, -text.shape[1] % TEXT_PADDING))
-        shapes = (text.shape, None if call.image is None else call.image.shape)
-        same = self._text_shapes == shapes and (self._kv_len is None) == (kv_len is None)
-        if same and self._kv_len is not None and kv_len is not None:
-            kv_len = self._kv_len.copy_(kv_len)
-        elif not same:
-            self._graphs = None  # they read the keys and values where they lay
-        projected = self._adapter.project_text(text)
+                kv_len = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32, device=tokens.device)
+            tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % TEXT_PADDING))
+        key = (tokens.shape, kv_len is None, None if call.image is None else call.image.shape)
+        old = self._texts.get(key)
+        if old is not None and old.kv_len is not None and kv_len is not None:
+            kv_len = old.kv_len.copy_(kv_len)
+        projected = self._adapter.project_text(tokens)
         image = None if call.image is None else self._adapter.project_image(call.image)
-        self._text = self._executor.text_kv(projected, kv_len, out=self._text if same else None, image=image)
-        self._kv_len, self._text_shapes, self._sources = kv_len, shapes, sources
+        kv = self._executor.text_kv(projected, kv_len, out=None if old is None else old.kv, image=image)
+        if old is None:
+            self._text = self._texts[key] = _Text(kv, kv_len)
+        else:
+            self._text = old
+        self._texts.move_to_end(key)
+        if len(self._texts) > TEXTS:
+            _, gone = self._texts.popitem(last=False)
+            self._forgotten += sum(graphs.captured for graphs in gone.graphs.values())
+        return self._text
 
 
 def _pack(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

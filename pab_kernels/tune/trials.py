@@ -19,7 +19,7 @@ from pab_kernels.models import adapter_for
 from pab_kernels.pipelines.generate import Generated, Request, generate
 from pab_kernels.pipelines.loading import Pipeline
 from pab_kernels.quality import Frames, Quality
-from pab_kernels.runtime.handle import accelerate
+from pab_kernels.runtime.accelerate import accelerate
 from pab_kernels.schedule import Schedule, StepVariant
 
 CEILINGS = {"cpu": Ceilings(1.0, float("inf")), "cuda": Ceilings(690e12, 2.94e12)}

@@ -240,7 +240,7 @@ def test_new_text_is_seen_also_when_changed_in_place():
     model = tiny_latte()
     latents, text = inputs()
     with accelerate(model, PABConfig()) as handle:
-        handle.begin([900, 800, 700])
+        handle.begin([500, 500, 500])
         first = call(model, latents, text, 500)
         text.add_(1.0)
         second = call(model, latents, text, 500)

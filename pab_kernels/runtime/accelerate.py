@@ -1,0 +1,85 @@
+"""`accelerate`: puts a Pyramid Attention Broadcast runtime behind a pipeline's transformer, or a bare one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from pab_kernels.config import PABConfig
+from pab_kernels.runtime.handle import PABHandle
+
+
+def accelerate(
+    target: Any,
+    config: PABConfig,
+    *,
+    linear_precision: str | None = None,
+    cache_dtype: str | None = None,
+    cache_device: torch.device | str | None = None,
+    cuda_graphs: bool = True,
+    forwards_per_step: int = 1,
+    keep_shapes: int = 4,
+) -> PABHandle:
+    """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
+
+    Parameters
+    ----------
+    target : diffusers pipeline or nn.Module
+        A pipeline with `.transformer` and `.scheduler`: its runs are noticed by themselves. Or a transformer: announce
+        each run with ``handle.begin(timesteps)``.
+    config : PABConfig
+    linear_precision : {"fp8", "fp8-all"}, optional
+        Instead of the config's.
+    cache_dtype : {"fp8", "int8"}, optional
+        Instead of the config's.
+    cuda_graphs : bool
+        On a GPU, replay each `StepVariant` from a captured graph.
+    forwards_per_step : int
+        How often the transformer is called in a denoising step: 1 where guidance doubles the batch, 2 where the
+        conditional and the unconditional half are called one after the other. Each has a cache of its own. Forwards
+        that have names, from diffusers' ``cache_context("cond")``, need not be counted.
+    cache_device : torch.device or str, optional
+        "cpu" keeps the slots in pinned host memory, with a few staging tensors on the GPU, from which they are copied
+        to and fro beside the computation. Broadcasting then saves time only where computing attention takes longer
+        than moving its output over PCIe, as full attention over many tokens does. By default slots lie with the
+        transformer.
+    keep_shapes : int
+        Of so many shapes of call (resolution, length, batch) slots and graphs are kept, so that they can alternate; the
+        one that was not used for longest goes, and all others where memory does not suffice.
+
+    Returns
+    -------
+    PABHandle
+        A context manager; leaving it (or ``close()``) restores the transformer bit for bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
+        linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
+        Or an argument is out of range, or `linear_precision` is fp8 on a device without fp8 tensor cores.
+    """
+    given = {"linear_precision": linear_precision, "cache_dtype": cache_dtype}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if changes and isinstance(config, PABConfig):
+        config = dataclasses.replace(config, **changes)
+    if isinstance(target, nn.Module):
+        pipeline, transformer = None, target
+    elif isinstance(getattr(target, "transformer", None), nn.Module) and hasattr(target, "scheduler"):
+        pipeline, transformer = target, target.transformer
+    else:
+        raise TypeError(
+            f"target: got {type(target).__name__}, must be a transformer or a pipeline with one and a scheduler"
+        )
+    return PABHandle(
+        transformer,
+        config,
+        pipeline,
+        cuda_graphs=cuda_graphs,
+        forwards_per_step=forwards_per_step,
+        cache_device=cache_device,
+        keep_shapes=keep_shapes,
+    )
