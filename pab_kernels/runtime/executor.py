@@ -136,16 +136,9 @@ class Executor:
             copies.append((source, self.cache.gates[first : last + 1]))
         return copies
 
-    def layout_of(self, variant: StepVariant) -> Layout:
-        """The layout of a step of this variant: of all sequences, or of the conditional half."""
-        return self._part(variant).layout
-
-    def _part(self, variant: StepVariant) -> Part:
+    def part(self, variant: StepVariant) -> Part:
+        """What a step of this variant runs: all sequences, or those of the conditional half."""
         return self._parts[-1 if variant.guidance else 0]
-
-    def sequences(self, variant: StepVariant) -> slice | None:
-        """Which sequences of the batch a step of this variant runs, None for all."""
-        return self._part(variant).batch
 
     def step(
         self,
@@ -161,7 +154,7 @@ class Executor:
     ) -> Tensor:
         """Run every block that this variant does not leave out, and the final norm and modulation.
 
-        B and G are those of `layout_of` the variant.
+        B and G are those of the variant's `part`.
 
         Parameters
         ----------
@@ -191,7 +184,7 @@ class Executor:
         TypeError, ValueError
             The stream, the modulation or the index do not fit the layout and the weights.
         """
-        part = self._part(variant)
+        part = self.part(variant)
         self._check(x, index, part.layout)
         traffic, cache = self.traffic(variant), self.cache
         bank = self._vectors.compute(modulation, part.layout.modulations)

@@ -13,6 +13,9 @@ from pab_kernels.config import MLP_KINDS, SWITCHES, PABConfig
 from pab_kernels.runtime.slots import SlotKey
 from pab_kernels.schedule import Schedule
 
+AHEAD = "ahead"
+"""The name among a call's tensors of how far its forecasts reach."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -25,6 +28,11 @@ class Part:
     halves: tuple[int, ...]
     batch: slice | None = None
     rows: slice | None = None
+
+    def own(self, name: str, value: Tensor) -> Tensor:
+        """The part of an input of a call, [B, ...] unless it is of the whole run or of modulation rows."""
+        whole = name in (AHEAD, "scales", "modulation") or (name == "timestep" and self.layout.indexed)
+        return value if self.batch is None or whole else value[self.batch]
 
 
 def parts(layout: Layout, halves: tuple[int, ...], config: PABConfig) -> list[Part]:
@@ -101,4 +109,4 @@ class Reach:
         values = self._ahead[SWITCHES.index(kind), int(inside)]
         groups, channels = self._bank.shape[1:]
         of_halves = torch.stack([values[half] for half in halves]).to(self._dtype)
-        return of_halves[:, None].expand(-1, groups * channels // len(halves)).reshape(groups, channels)
+        return of_halves[:, None].expand(-1, groups * channels // len(halves)).contiguous().view(groups, channels)

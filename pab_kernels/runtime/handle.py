@@ -20,6 +20,7 @@ from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Adapter, Call
 from pab_kernels.runtime.cache import BroadcastCache
 from pab_kernels.runtime.doubt import Doubts
+from pab_kernels.runtime.guidance import Conditional, Halves, Pairs
 from pab_kernels.runtime.identity import Identity
 from pab_kernels.runtime.lane import CAPTURES, Lane
 from pab_kernels.runtime.precision import Fp8Linears, count_fp8
@@ -58,6 +59,7 @@ class PABHandle:
         forwards_per_step: int = 1,
         cache_device: torch.device | str | None = None,
         keep_shapes: int = 4,
+        conditional: Conditional | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
             raise TypeError(f"config: got {type(config).__name__}, must be a PABConfig")
@@ -82,6 +84,8 @@ class PABHandle:
         self._cache_device = _cache_device(cache_device, first.device)
         self._doubts = Doubts(first.device)
         self._shapes = Shapes(keep_shapes)
+        self._halves = Halves(config.guidance_broadcast, pipeline, conditional)
+        self._pairs = Pairs(config.guidance_order)
         self._runs = Runs(config, forwards_per_step, pipeline, self._prepare)
         self._fp8: Fp8Linears | None = None
         self._report: Report | None = None
@@ -145,13 +149,14 @@ class PABHandle:
                 del self._adapter
                 _give_back(*resources[2])
 
-    def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0) -> Schedule:
+    def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0, *, guided: bool = True) -> Schedule:
         """Begin a run: plan it over `timesteps`, one for each step that will happen, and forget every slot.
 
         For a pipeline this happens by itself, with the timesteps of its scheduler. Another pipeline that has the same
         transformer and a scheduler of its own announces its runs here, after ``scheduler.set_timesteps``. The first
-        step that comes is that of index `first_call`, where the caller knows the predictions of those before. Returns
-        the plan.
+        step that comes is that of index `first_call`, where the caller knows the predictions of those before. Where the
+        settings broadcast guidance, and the calls of this run are not two halves, `guided` must be False. Returns the
+        plan.
 
         Raises
         ------
@@ -161,7 +166,9 @@ class PABHandle:
         """
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         with self._at_work():
-            return self._runs.begin(values, first_call).schedule
+            run = self._runs.begin(values, first_call)
+            run.guided = guided
+            return run.schedule
 
     def report(self) -> Report:
         """What the latest run did so far; waits for the GPU if there is one. After `close`, as it was then."""
@@ -269,14 +276,21 @@ class PABHandle:
         run.broken = True  # until this call is complete
         start = clock.mark(self._lane.device)
         variant, result = run.schedule[step], torch.empty(0)
+        halves = self._halves.of(run, forward, call.layout.batch, None if flow is None else len(flow["latents"]))
 
         def work() -> None:
-            nonlocal result
-            workspace = self._workspace(run, forward, call)
+            nonlocal variant, result
+            if variant.guidance and halves == (1,):
+                result = self._doubts.apply([*doubts], self._pairs.second(step, run.schedule))
+                return
+            workspace = self._workspace(run, forward, call, halves)
             if run.skipped(forward, step):
                 workspace.cache.invalidate()
-            result, more = workspace.step(call, variant, flow)
+            variant = workspace.variant(run.schedule[step])
+            result, more = workspace.step(call, run.schedule, step, flow)
             result = self._doubts.apply([*doubts, *more], result)
+            if self.config.guidance_broadcast and (isinstance(forward, str) or run.forwards > 1):
+                self._pairs.take(halves[0], step, result)
 
         self._shapes.with_memory(work)
         run.clock.append((variant, start, clock.mark(self._lane.device)))
@@ -284,9 +298,9 @@ class PABHandle:
         run.broken = False
         return self._lane.hand_out(result)
 
-    def _workspace(self, run: Run, forward: Forward, call: Call) -> Workspace:
+    def _workspace(self, run: Run, forward: Forward, call: Call, halves: tuple[int, ...]) -> Workspace:
         """The workspace of a call, with the slots of this run."""
-        key = Workspace.key(call)
+        key = Workspace.key(call, halves)
         found = self._shapes.use(key, forward, lambda old: old.run is run or old.serves(run.schedule))
         if found is None:
             stack = self._adapter.stack
@@ -294,7 +308,7 @@ class PABHandle:
                 with CAPTURES:  # it may measure with graphs
                     stack = self._fp8.at(call.layout.rows)
             options = (self._lane, self._cuda_graphs, self._cache_device)
-            found = Workspace(self._adapter, stack, run.schedule, call, *options)
+            found = Workspace(self._adapter, stack, run.schedule, call, *options, halves)
             self._shapes.add(key, forward, found)
         if found.run is not run:
             found.begin_run(run)
@@ -304,6 +318,7 @@ class PABHandle:
         """A run begins: the weights must be where they were, and copies of them are made anew."""
         self._identity.check()
         self._identity.note_versions()
+        self._pairs = Pairs(self.config.guidance_order)
         if self._fp8 is not None and self._fp8.refresh():
             self._shapes.clear()  # graphs know the scales
         self._doubts.begin()

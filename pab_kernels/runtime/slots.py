@@ -18,8 +18,9 @@ from pab_kernels.blocks.linears import Rows
 from pab_kernels.ops import MAX_BRANCHES
 from pab_kernels.ops.quantized import LIMITS, Quantized
 
-STAGES = MAX_BRANCHES
-"""Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs, so with as many one can always be had."""
+STAGES = MAX_BRANCHES + 1
+"""Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs; where one of them is new, it may also read
+what its slot held, and write its change."""
 
 Shape = tuple[int, int, int, int]
 

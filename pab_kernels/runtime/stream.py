@@ -50,6 +50,8 @@ class Stream:
         """The stream as it came to the blocks of the stack."""
         self._save: SlotKey | None = None
         """The slot that the next pass writes, since the first pending branch was not computed into it."""
+        self._old: Rows | None = None
+        """What that slot holds, where its change is kept."""
         self._branches: list[Rows] = []
         self._gates: list[Tensor | None] = []
 
@@ -77,7 +79,7 @@ class Stream:
         """Add a branch that was computed into `out`. It follows a pass, so nothing else is pending."""
         if key in self._writes:
             if self._copied(key):
-                self._save = key
+                self._take_old(key)
             else:
                 self._slots.wrote(key)
         self._add(branch, gate)
@@ -96,15 +98,23 @@ class Stream:
 
     def enter_stack(self) -> None:
         """The blocks begin whose sum is to be kept."""
-        self._before = self.read(None).clone()
+        self.read(None)
+        self._before = self.x.clone()
 
     def leave_stack(self, key: SlotKey) -> None:
         """They end: write what they added to the slot `key`."""
         assert self._before is not None
-        added = self.read(None) - self._before
+        self.read(None)
+        added = self.x - self._before
         # A pass writes slots of all sorts; what it adds up here is nobody's.
-        self._pass(self._before.view(*self._rows.shape), [added.view(*self._rows.shape)], [None], key)
+        self._take_old(key)
+        self._pass(self._before.view(*self._rows.shape), [added.view(*self._rows.shape)], [None])
         self._before = None
+
+    def _take_old(self, key: SlotKey) -> None:
+        """The next pass writes this slot. What it holds is asked for now: slots are read in order."""
+        self._save = key
+        self._old = self._slots.read(key) if key in self._updates else None
 
     def _add(self, branch: Rows, gate: Tensor | None) -> None:
         self._branches.append(branch.view(*self._rows.shape))
@@ -120,7 +130,6 @@ class Stream:
                 self._rows,
                 self._branches,
                 self._gates,
-                self._save,
                 shift=shift,
                 scale=scale,
                 embed=self.embed,
@@ -129,26 +138,20 @@ class Stream:
                 eps=0.0 if norm is None else norm.eps,
                 out=None if out is None else out.view(*self._rows.shape),
             )
-            self._save = None
         self._branches, self._gates, self.embed = [], [], None
         return self.x if out is None else out
 
-    def _pass(
-        self,
-        rows: Tensor,
-        branches: list[Rows],
-        gates: list[Tensor | None],
-        save: SlotKey | None,
-        **options: Any,
-    ) -> None:
-        """One pass, which writes the first branch to the slot `save` too, and its change where that is kept."""
+    def _pass(self, rows: Tensor, branches: list[Rows], gates: list[Tensor | None], **options: Any) -> None:
+        """One pass, which also writes the first branch to the slot that is to be saved, and its change."""
         targets: dict[str, Rows] = {}
-        if save is not None and save in self._updates:
-            targets = {"saved": self._slots.read(save), "change": self._slots.out(save.changed)}
-        elif save is not None:
-            targets = {"saved": self._slots.out(save)}
+        if self._save is not None and self._old is not None:
+            targets = {"saved": self._old, "change": self._slots.out(self._save.changed)}
+        elif self._save is not None:
+            targets = {"saved": self._slots.out(self._save)}
         options |= {name: target.view(*self._rows.shape) for name, target in targets.items()}
         ops.residual_norm_modulate(rows, branches, gates, **options)
-        for key in (save, save.changed)[: len(targets)] if save is not None else ():
-            self._slots.wrote(key)
+        if self._save is not None:
+            for key in (self._save, self._save.changed)[: len(targets)]:
+                self._slots.wrote(key)
+        self._save = self._old = None
         self._slots.release()
