@@ -23,11 +23,11 @@ from rich.table import Table
 
 from pab_kernels import PABConfig, accelerate, quality
 from pab_kernels import workloads as named
-from pab_kernels.demo.captions import evaluation_prompts
 from pab_kernels.demo.evaluate import accuracy, generate
 from pab_kernels.measure.benchmark import advance, predict, relative_error
 from pab_kernels.measure.contenders import Problem
 from pab_kernels.pipelines.demo import DemoPipeline
+from pab_kernels.pipelines.demo_captions import evaluation_prompts
 
 PROMPTS = 16
 PAB = PABConfig.preset("latte")

@@ -85,6 +85,10 @@ class Adapter(Protocol):
     def wrap(self, sample: Tensor, call: Call) -> Any:
         """What the host's forward returns."""
 
+    def refresh(self) -> None:
+        """Copy anew what the adapter has copied of the host's weights, in place."""
+        return None
+
     def restore(self) -> None:
         """Give the host its own separate parameters back, bit for bit."""
 

@@ -1,17 +1,19 @@
-"""Builds the three families' video autoencoders, with random weights where no checkpoint is at hand."""
+"""Builds the three families' video autoencoders and loads their official checkpoints, strictly."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pab_kernels.models import host_config, weight_files
+from pab_kernels.models.checkpoints import resolve
 from pab_kernels.models.hosts.open_sora_plan_vae import CausalVAE
 from pab_kernels.models.hosts.open_sora_vae import OpenSoraVAE
 from pab_kernels.models.hosts.tiles import Tiling
-
-Autoencoder = OpenSoraVAE | CausalVAE
 
 CLASSES: dict[str, type[nn.Module]] = {
     "open_sora": OpenSoraVAE,
@@ -39,6 +41,12 @@ TILINGS: dict[str, Tiling] = {
     "open_sora_plan_v120": Tiling(512, 64, 29, 8, 0.125),
 }
 """What the originals' sample scripts set."""
+
+HUB_IDS = {
+    "open_sora": "hpcai-tech/OpenSora-VAE-v1.2",
+    "open_sora_plan_v110": "LanguageBind/Open-Sora-Plan-v1.1.0/vae",
+    "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0/vae",
+}
 
 
 def build(family: str, **config: Any) -> Any:
@@ -77,3 +85,72 @@ def random_weights(
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(seed)
         return nn.Module.to(build(family, **config), dtype=dtype)
+
+
+def load(
+    family: str,
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+) -> Any:
+    """Load a video autoencoder from an official checkpoint.
+
+    Parameters
+    ----------
+    family
+        "open_sora", "open_sora_plan_v110" or "open_sora_plan_v120".
+    source
+        As for `checkpoints.load`, also a folder with one named ``vae``; ``checkpoint.ckpt`` of Open-Sora-Plan serves as
+        it is: its ``ema_state_dict``, or else the generator in its ``state_dict``.
+    dtype, device
+        Of all parameters.
+
+    Returns
+    -------
+    OpenSoraVAE or CausalVAE, in eval mode and without gradients, with the original script's tiles.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where there is no such source, or nothing to load in it.
+    ValueError
+        For weights of another family or kind; for missing, unexpected or wrong-shaped tensors; for an unreadable file
+        or a configuration that the host does not have.
+    """
+    if family not in CLASSES:
+        raise ValueError(f"family is {family!r}, must be one of {', '.join(CLASSES)}")
+    files, index = weight_files.weight_files(resolve(source, "vae", f"the decoder of {family}", HUB_IDS[family]))
+    entries = weight_files.open_files(files, index)
+    # The networks that a loss was trained with lie beside Open-Sora-Plan's.
+    entries = {name: entry for name, entry in entries.items() if not name.startswith("loss.")}
+    found = family_of(entries)
+    if found != family:
+        raise ValueError(f"vae: {source} holds {found or 'no video autoencoder'}, must hold the one of {family}")
+    path = files[0].with_name("config.json")
+    config = host_config.read(path, CLASSES[family])
+    try:
+        with torch.device("meta"):
+            model = build(family, **config)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: these settings make no autoencoder of {family}: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if difference := weight_files.difference(expected, entries):
+        raise ValueError(f"vae: {source} does not fit {type(model).__name__}:\n{difference}")
+    state = weight_files.read_all(entries, dict.fromkeys(expected, dtype), device)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def family_of(names: Iterable[str]) -> str | None:
+    """The family that the names of an autoencoder's weights tell, or None."""
+    names = list(names)
+    if any(name.startswith("spatial_vae.") for name in names):
+        return "open_sora"
+    if any(name.startswith("decoder.up_blocks.") for name in names):
+        return "an image autoencoder of diffusers"
+    if not any(name.startswith("encoder.down.") for name in names):
+        return None
+    if any(".time_downsample." in name for name in names):
+        return "open_sora_plan_v110"
+    return "open_sora_plan_v120" if any(name.endswith(".downsample.conv.conv.weight") for name in names) else None

@@ -80,7 +80,7 @@ def check(cls: type[nn.Module], config: Mapping[str, Any]) -> dict[str, Any]:
     tokens = (height // patch) * (width // patch) if isinstance(patch, int) else 1
     if max(tokens, full.get("video_length") or 1) * channels > MOST_POSITIONS:
         raise ValueError(f"sample_size: got {size}, whose {tokens} positions of {channels} channels are too many")
-    if full.get("hidden_size") and full["hidden_size"] % full["num_heads"]:
+    if "num_heads" in full and full["hidden_size"] % full["num_heads"]:
         raise ValueError(f"num_heads: got {full['num_heads']}, must divide hidden_size {full['hidden_size']}")
     return config
 
@@ -94,6 +94,8 @@ def _value(key: str, value: Any, hint: Any, default: Any) -> Any:
     kind = next(option for option in options if option is not type(None))
     items = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
+        if items[1:] == (...,) and isinstance(default, tuple):  # of any length, says the class: that of the default
+            items = (items[0],) * len(default)
         if not isinstance(value, list | tuple) or len(value) != len(items):
             raise ValueError(f"{key}: got {value!r:.200}, must be {len(items)} whole numbers")
         return tuple(_value(key, item, each, default) for item, each in zip(value, items, strict=True))

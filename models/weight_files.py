@@ -22,13 +22,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # in order of preference
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # in order of preference
 LISTED = 10  # keys of each kind that an error names before it only counts
 MOST_JSON = 2**26
 """Bytes of a JSON file; the index of the largest checkpoint has a few hundred thousand."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be, by safetensors' names."""
-WRAPPED = ("ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
+WRAPPED = ("ema", "ema_state_dict", "gen_model", "state_dict", "model_state_dict", "model", "module")
 """Where training scripts put the weights beside other things; the average over training is what they sample with."""
 PREFIXES = ("module.", "model.", "ema_model.", "transformer.")
 """What wrappers put before every name."""
@@ -107,9 +107,9 @@ def open_files(files: Iterable[Path], index: Path | None = None) -> dict[str, En
 
 
 def read_all(
-    entries: Mapping[str, Entry], expected: Iterable[str], dtype: torch.dtype, device: torch.device | str
+    entries: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype], device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Copies of the `expected` tensors on `device`, one at a time; values that are not finite are warned of.
+    """Copies of the tensors that `dtypes` names, on `device`, one at a time; values not finite are warned of.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def read_all(
         A tensor cannot be read.
     """
     state, strange = {}, []
-    for name in expected:
+    for name, dtype in dtypes.items():
         entry = entries[name]
         try:
             value = entry.read()
@@ -128,7 +128,8 @@ def read_all(
             strange.append(name)
     if strange:
         file = entries[strange[0]].file
-        warnings.warn(f"{file}: not all numbers are finite in {dtype}: {listed(strange)}", stacklevel=3)
+        kind = state[strange[0]].dtype
+        warnings.warn(f"{file}: not all numbers are finite in {kind}: {listed(strange)}", stacklevel=3)
     return state
 
 
@@ -257,6 +258,9 @@ def _tensors(document: Any, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} must hold a dictionary of tensors, but holds a {type(document).__name__}")
     if _is_state(document):
         return dict(document)
+    trained = document.get("state_dict")
+    if isinstance(trained, Mapping) and "gen_model" in trained:  # beside the discriminator that it was trained against
+        document = {**document, "gen_model": trained["gen_model"]}
     inside = [key for key in WRAPPED if _is_state(document.get(key))]
     if not inside:
         names = listed(key if isinstance(key, str) else repr(key)[:80] for key in document)

@@ -247,11 +247,11 @@ class PABConfig:
 
         Parameters
         ----------
-        family : {"open_sora", "open_sora_plan_v110", "open_sora_plan_v120", "latte"}
+        family : {"open_sora", "open_sora_plan_v110", "open_sora_plan_v120", "latte", "wan_2_1", "wan_2_2", "ltx"}
         variant : str, optional
             Three digits, the ranges of spatial, temporal and cross: "246", "357" or "579" for Open-Sora and
             Open-Sora-Plan 1.1, "235", "347" or "469" for Latte. By default the original's own settings: 2/4/6, for
-            Latte 2/3/6, for Open-Sora-Plan 1.2 2/-/6.
+            Latte 2/3/6, for Open-Sora-Plan 1.2 2/-/6. Wan's and LTX-Video's, 2/-/6, are this project's.
 
         Raises
         ------
@@ -294,6 +294,10 @@ _PRESETS: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {
     "open_sora_plan_v110": ((100, 850), "246", ("246", "357", "579")),
     "open_sora_plan_v120": ((100, 850), "2-6", ()),
     "latte": ((100, 800), "236", ("235", "236", "347", "469")),
+    # No paper's: the middle 70 % of the steps at the samplers' shift for 480p (Wan 2.2: 720p), attention that is full.
+    "wan_2_1": ((350, 945), "2-6", ()),
+    "wan_2_2": ((475, 967), "2-6", ()),
+    "ltx": ((730, 990), "2-6", ()),
 }
 PRESETS = tuple(_PRESETS)
 """Families that `PABConfig.preset` knows."""

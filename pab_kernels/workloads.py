@@ -1,41 +1,42 @@
-"""Named denoising runs of the four families at their real sizes, to time and to test; weights and inputs are random."""
+"""Named denoising runs of the families at their real sizes, to time and to test; weights and inputs are random."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pab_kernels.models.checkpoints import random_weights
-from pab_kernels.pipelines.samplers import family_timesteps, rflow_timesteps
-
-CHANNELS = 4
-"""Latent channels of all families."""
+from pab_kernels.models.checkpoints import SIZES, random_weights
+from pab_kernels.pipelines.samplers import family_timesteps, ltx_timesteps, rflow_timesteps, wan_timesteps
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a denoising loop starts from, all on the device.
 
-    `latents` [1, 4, T, H, W] float32; `timesteps`, one tensor [2] a call; `given` are the host's other arguments.
+    `latents` float32 [1, C, T, H, W], or packed [1, tokens, C] as LTX-Video takes them; `timesteps`, one tensor a step;
+    `given` are the host's other arguments, for both halves of guidance. Where a step calls the host once for each half,
+    `forwards` are their names and arguments, and `timesteps` have one row.
     """
 
     latents: Tensor
     timesteps: list[Tensor]
     given: dict[str, Any]
+    forwards: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One denoising run: a family, a size, a number of steps. Guidance makes every call a batch of 2.
+    """One denoising run: a family, a size, a number of steps. Guidance makes a call a batch of 2, or a step two calls.
 
-    `latent` is (T, H, W) before patches; `pixels` is (frames, height, width) of the video. The text has `text` tokens
-    of which `text_used` count; where both are equal there is no mask. `model` holds what differs from the released
-    model.
+    `latent` is (T, H, W) before patches of `patch` x `patch`; `pixels` is (frames, height, width) of the video. The
+    text has `text` tokens of which `text_used` count; where both are equal there is no mask. `model` holds what differs
+    from the released model. `shift` is that of Wan's sampler.
     """
 
     name: str
@@ -48,12 +49,25 @@ class Workload:
     guidance: float = 7.0
     text_channels: int = 4096
     model: dict[str, Any] = field(default_factory=dict)
+    channels: int = 4
+    patch: int = 2
+    shift: float = 3.0
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(T, S) after patches of 2x2 pixels of the latent."""
+        """(T, S) after patches of the latent."""
         frames, height, width = self.latent
-        return frames, -(-height // 2) * -(-width // 2)
+        return frames, -(-height // self.patch) * -(-width // self.patch)
+
+    @property
+    def forwards_per_step(self) -> int:
+        """How often a step calls the transformer: Wan's pipelines call it for each half of guidance."""
+        return 2 if self.family.startswith("wan") else 1
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether the runtime takes whole steps, sampler included: guidance in one call, on latents [B, C, T, H, W]."""
+        return self.forwards_per_step == 1 and self.family != "ltx"
 
     def timesteps(self, steps: int | None = None) -> list[float]:
         """The timestep of every call, one call a step.
@@ -66,6 +80,10 @@ class Workload:
             return rflow_timesteps(steps, *self.pixels[1:], self.latent[0])
         if self.family == "open_sora_plan_v110":
             return [1000 * (1 - i / steps) for i in range(steps)]
+        if self.family.startswith("wan"):
+            return wan_timesteps(steps, self.shift)
+        if self.family == "ltx":
+            return ltx_timesteps(steps, math.prod(self.grid))
         return family_timesteps(self.family, steps)
 
     def host(self, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -75,14 +93,28 @@ class Workload:
     def inputs(self, device: torch.device | str, dtype: torch.dtype, steps: int | None = None, seed: int = 0) -> Inputs:
         """Random noise and text; the noise is drawn on the CPU, so that every device starts alike."""
         generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(1, CHANNELS, *self.latent, generator=generator)
+        shape = (math.prod(self.grid), self.channels) if self.family == "ltx" else (self.channels, *self.latent)
+        latents = torch.randn(1, *shape, generator=generator)
         text = torch.randn(2, self.text, self.text_channels, generator=generator).to(device, dtype)
+        given = self._given(text, device)
+        forwards: tuple[tuple[str, dict[str, Any]], ...] = ()
+        if self.forwards_per_step == 2:
+            halves = [{**given, "encoder_hidden_states": half.clone()} for half in text.split(1)]
+            forwards = tuple(zip(("cond", "uncond"), halves, strict=True))
         return Inputs(
             latents=latents.to(device),
             # A tensor each: views into one would be misaligned inputs to a compiled host.
-            timesteps=[torch.full((2,), t, device=device) for t in self.timesteps(steps)],
-            given=self._given(text, device),
+            timesteps=[torch.full(self._timestep_shape, t, device=device) for t in self.timesteps(steps)],
+            given=given,
+            forwards=forwards,
         )
+
+    @property
+    def _timestep_shape(self) -> tuple[int, ...]:
+        """Wan 2.2 5B has a timestep a token."""
+        if self.forwards_per_step == 1:
+            return (2,)
+        return (1, math.prod(self.grid)) if self.channels == 48 else (1,)
 
     def _given(self, text: Tensor, device: torch.device | str) -> dict[str, Any]:
         mask = (torch.arange(self.text, device=device) < self.text_used).long()[None]
@@ -96,8 +128,16 @@ class Workload:
                 "height": height,
                 "width": width,
             }
-        if self.family == "latte":
+        if self.family == "latte" or self.family.startswith("wan"):
             return {"encoder_hidden_states": text, "return_dict": False}
+        if self.family == "ltx":
+            return {
+                "encoder_hidden_states": text,
+                "encoder_attention_mask": mask.repeat(2, 1),
+                **dict(zip(("num_frames", "height", "width"), self.latent, strict=True)),
+                "rope_interpolation_scale": (8 / 25, 32, 32),  # the VAE's compression; 25 frames a second
+                "return_dict": False,
+            }
         return {
             "encoder_hidden_states": text[:, None],
             "encoder_attention_mask": mask.repeat(2, 1)[:, None],
@@ -108,12 +148,26 @@ class Workload:
         """The same run with two narrow layers on a few tokens and steps, to try everything without a GPU."""
         small: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24}
         small |= {"num_layers": 2, "sample_size": (8, 8)}
+        wan: dict[str, Any] = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "ffn_dim": 40,
+            "text_dim": 16,
+        }
         model: dict[str, Any] = {
             "open_sora": {"depth": 2, "hidden_size": 24, "num_heads": 2},
             "latte": {**small, "sample_size": 8, "video_length": 5},
             "open_sora_plan_v110": {**small, "video_length": 5},
             "open_sora_plan_v120": {**small, "sample_size_t": 5},
+            "wan_2_1": wan,
+            "wan_2_2": wan,
+            "ltx": {**small, "attention_head_dim": 10, "cross_attention_dim": 20},
         }[self.family]
+        if not self.family.startswith("wan"):
+            model["caption_channels"] = 16
+        if self.family in ("wan_2_1", "wan_2_2", "ltx"):
+            model.pop("sample_size", None)
         return dataclasses.replace(
             self,
             name=f"{self.name} (tiny)",
@@ -122,7 +176,7 @@ class Workload:
             text=9,
             text_used=9 if self.text == self.text_used else 4,
             text_channels=16,
-            model={**model, "caption_channels": 16},
+            model=model,
         )
 
 
@@ -170,6 +224,30 @@ def _plan_v120(name: str, frames: int, latent_frames: int, steps: int) -> Worklo
     )
 
 
+def _wan(family: str, size: str, length: str, frames: int, height: int, width: int, shift: float) -> Workload:
+    channels, scale = (48, 16) if size == "5b" else (16, 8)
+    return Workload(
+        f"{family}-{size}-{length}",
+        family,
+        (frames, height, width),
+        ((frames - 1) // 4 + 1, height // scale, width // scale),
+        50,
+        512,
+        512,
+        guidance=5.0,
+        model=SIZES[family][size],
+        channels=channels,
+        shift=shift,
+    )
+
+
+def _ltx(name: str, frames: int, height: int, width: int) -> Workload:
+    latent = ((frames - 1) // 8 + 1, height // 32, width // 32)
+    return Workload(
+        f"ltx-{name}", "ltx", (frames, height, width), latent, 50, 128, 60, guidance=3.0, channels=128, patch=1
+    )
+
+
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
@@ -180,6 +258,12 @@ WORKLOADS: dict[str, Workload] = {
         _plan_v110("221x512", 221, 56, 150),
         _plan_v120("29x480p", 29, 8, 30),
         _plan_v120("93x480p", 93, 24, 100),
+        _wan("wan_2_1", "1.3b", "480p-5s", 81, 480, 832, 3.0),
+        _wan("wan_2_1", "14b", "480p-5s", 81, 480, 832, 3.0),
+        _wan("wan_2_1", "14b", "720p-5s", 81, 720, 1280, 5.0),
+        _wan("wan_2_2", "5b", "720p-5s", 121, 704, 1280, 5.0),
+        _ltx("480p-6s", 161, 480, 704),
+        _ltx("704p-5s", 121, 704, 1216),
     )
 }
 """All workloads by name."""

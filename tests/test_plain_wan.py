@@ -12,6 +12,7 @@ import torch
 from pab_kernels import PABConfig
 from pab_kernels.plain import PlainPAB
 from pab_kernels.schedule import Schedule
+from pab_kernels.tune.profile import Profiler
 from tests.wan_tools import PIPELINES, floats, forwards_per_step, generate, plain_runs, timesteps_of, transformers_of
 
 STEPS = 8
@@ -91,3 +92,24 @@ def test_one_state_for_both_forwards_is_another_result() -> None:
         plain.begin([t for t in timesteps for _ in range(2)])
         together = generate(pipe, STEPS)
     assert (apart - together).norm() > 1e-3 * apart.norm()
+
+
+@pytest.mark.parametrize("name", ["wan t2v", "ltx"])
+def test_profiles_compare_each_forward_with_its_like(name: str) -> None:
+    """A mean over the forwards; where both are one, as with the same prompt twice, that of either."""
+    pipe = PIPELINES[name]()
+    forwards = forwards_per_step(pipe)
+    (timesteps,) = timesteps_of(pipe, STEPS)
+    with Profiler(pipe.transformer, forwards) as profiler:
+        generate(pipe, STEPS, negative_prompt="a red cat runs", guidance_scale=1.5)
+        found = profiler.profile(timesteps)
+        with pytest.raises(ValueError, match=rf"timesteps: got 3, must be {STEPS}, one a step"):
+            profiler.profile(timesteps[:3])
+    assert found.kinds == ("spatial", "cross")
+    assert found.relative_l2["spatial"].shape == (2, STEPS)
+    if forwards == 2:
+        with Profiler(pipe.transformer) as profiler:
+            generate(pipe, STEPS, guidance_scale=1.0)
+            alone = profiler.profile(timesteps)
+        for kind in found.kinds:
+            assert found.relative_l2[kind][:, 1:] == pytest.approx(alone.relative_l2[kind][:, 1:], rel=1e-3)

@@ -221,7 +221,7 @@ class Config(NamedTuple):
 def default_config(rows: int, channels: int) -> Config:
     """The config for `rows` = G * N rows, from the tables above."""
     per_program = next(count for least, count in ROWS_PER_PROGRAM if rows >= least)
-    return Config(per_program, triton.next_power_of_2(triton.cdiv(channels, CHANNELS_PER_WARP)))
+    return Config(per_program, min(triton.next_power_of_2(triton.cdiv(channels, CHANNELS_PER_WARP)), 32))
 
 
 def residual_norm_modulate_triton(

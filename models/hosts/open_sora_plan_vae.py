@@ -5,7 +5,7 @@ Both are CausalVAEModel: the configuration names the blocks of each level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,9 +31,11 @@ from pab_kernels.models.hosts.plan_vae_blocks import (
     frame_conv,
     norm,
 )
-from pab_kernels.models.hosts.tiles import Tiling, over_space, over_time
+from pab_kernels.models.hosts.tiles import Tiling, chunks, over_space, over_time
 
 LATENT_SCALE = 0.18215
+MOST_LEVELS, MOST_BLOCKS = 8, 32
+"""Twice and more what released models have."""
 
 _BLOCKS: dict[str, Callable[..., nn.Module]] = {
     cls.__name__: cls
@@ -216,6 +218,11 @@ class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
             in_channels=(in_channels, 3),
             out_channels=(out_channels, 3),
         )
+        if not (1 <= len(hidden_size_mult) <= MOST_LEVELS and 1 <= num_res_blocks <= MOST_BLOCKS):
+            raise ValueError(
+                f"hidden_size_mult, num_res_blocks: got {len(hidden_size_mult)} levels of {num_res_blocks} blocks, "
+                f"must be 1 to {MOST_LEVELS} and 1 to {MOST_BLOCKS}"
+            )
         widths = [hidden_size * multiplier for multiplier in hidden_size_mult]
         for name in ("encoder_resnet_blocks", "encoder_spatial_downsample", "encoder_temporal_downsample"):
             for key in (name, name.replace("encoder", "decoder").replace("downsample", "upsample")):
@@ -237,13 +244,28 @@ class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def decode(self, latents: Tensor) -> Tensor:
         """Video [B, 3, 4 (T - 1) + 1, 8 H, 8 W], about [-1, 1], of the transformer's latents [B, 4, T, H, W]."""
         check_video("latents", latents, self.latent_channels)
-        z, tiling = latents / LATENT_SCALE, self.tiling
+        return torch.cat(list(self.decode_chunks(latents, self.tiling)), dim=2)
+
+    def decode_chunks(
+        self, latents: Tensor, tiling: Tiling | None, run: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """Chunks of the video of latents [B, 4, T, H, W], one after the other in time.
+
+        Parameters
+        ----------
+        run : callable, optional
+            Decodes a piece in the place of `decode_piece`.
+        """
+        run, z = self.decode_piece if run is None else run, latents / LATENT_SCALE
         if tiling is None or not tiling.exceeded(z, latent=True):
-            return self.decode_piece(z)
+            yield run(z)
+            return
         stride = int(tiling.tile_latent_min_size * (1 - tiling.tile_overlap_factor))
         blend = int(tiling.tile_sample_min_size * tiling.tile_overlap_factor)
         sizes = (tiling.tile_latent_min_size, stride, blend, tiling.tile_sample_min_size - blend)
-        return over_time(lambda chunk: over_space(self.decode_piece, chunk, *sizes), z, tiling.tile_latent_min_size_t)
+        for start, end in chunks(z.shape[2], tiling.tile_latent_min_size_t):
+            chunk = over_space(run, z[:, :, start:end], *sizes)
+            yield chunk if start == 0 else chunk[:, :, 1:]  # the frame that it shares with the one before
 
     def decode_piece(self, z: Tensor) -> Tensor:
         """Video of latents over 0.18215, all at once."""

@@ -6,7 +6,7 @@ five. Neither looks beyond its piece, so there is a seam after every 17 frames.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from pab_kernels.models.hosts.layers import check_fixed
 
 SPATIAL_SCALE = 0.18215
 """Of the spatial latents; the image autoencoder's own configuration says 0.13025, and the original ignores it."""
+
+MOST_BLOCKS = 32
+"""Of a level, or levels: many times what the released model has."""
 
 _SPATIAL: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -166,9 +169,9 @@ class TemporalVAE(nn.Module):
         """Moments of a piece; zero frames in front fill it up to a multiple of the factor."""
         return self.quant_conv(self.encoder(pad_front(x, -x.shape[2] % self.factor, "zeros")))
 
-    def decode(self, z: Tensor, frames: int) -> Tensor:
-        """A piece's frames: those that stand for what `frames` lacks to a multiple of the factor are dropped."""
-        return self.decoder(self.post_quant_conv(z))[:, :, -frames % self.factor :]
+    def decode(self, z: Tensor) -> Tensor:
+        """All frames of a piece, as many as the factor for each latent."""
+        return self.decoder(self.post_quant_conv(z))
 
 
 class SpatialVAE(nn.Module):
@@ -249,6 +252,12 @@ class OpenSoraVAE(nn.Module):
         )
         if unknown := set(temporal) - set(_TEMPORAL):
             raise ValueError(f"vae_temporal: got {', '.join(sorted(unknown))}, must be among {', '.join(_TEMPORAL)}")
+        for name, value in (
+            ("num_res_blocks", temporal.get("num_res_blocks", 4)),
+            ("levels", len(temporal.get("channel_multipliers", (1,)))),
+        ):
+            if not 1 <= value <= MOST_BLOCKS:
+                raise ValueError(f"vae_temporal: {name} is {value}, must be 1 to {MOST_BLOCKS}")
         plain = {key: value for key, value in (spatial or {}).items() if not key.startswith("_")}
         images_vae: Any = AutoencoderKL(**{**_SPATIAL, **plain})
         self.spatial_vae = SpatialVAE(images_vae, images["micro_batch_size"])
@@ -285,18 +294,46 @@ class OpenSoraVAE(nn.Module):
         """
         return self.spatial_vae.decode(self.decode_temporal(latents, num_frames) / SPATIAL_SCALE)
 
-    def decode_temporal(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
-        """Spatial latents [B, 4, F, H, W] of the transformer's."""
+    def dropped(self, latent_frames: int, num_frames: int) -> list[int]:
+        """How many frames each piece drops in front: those that fill what it stands for up to whole latents."""
+        if self.micro_frame_size is None:
+            return [-num_frames % self.temporal_vae.factor]
+        count = -(-latent_frames // self.latents_of(self.micro_frame_size))
+        left = (min(self.micro_frame_size, num_frames - i * self.micro_frame_size) for i in range(count))
+        return [-frames % self.temporal_vae.factor for frames in left]
+
+    def decode_temporal(
+        self,
+        latents: Tensor,
+        num_frames: int | None = None,
+        *,
+        run: Callable[[Tensor], Tensor] | None = None,
+        seamless: bool = False,
+    ) -> Tensor:
+        """Spatial latents [B, 4, F, H, W] of the transformer's.
+
+        Parameters
+        ----------
+        run : callable, optional
+            Decodes a piece in the place of the temporal autoencoder's own `decode`.
+        seamless : bool
+            Not what the original does: each piece is decoded a second time behind the one before it, and its frames
+            fade from that to what it is alone. It costs twice the time.
+        """
         check_video("latents", latents, self.latent_channels)
+        run = self.temporal_vae.decode if run is None else run
         z = latents * self.scale + self.shift
         frames = self.frames_of(z.shape[2]) if num_frames is None else num_frames
-        if self.micro_frame_size is None:
-            return self.temporal_vae.decode(z, frames)
-        pieces = z.split(self.latents_of(self.micro_frame_size), dim=2)
-        left = (min(self.micro_frame_size, frames - i * self.micro_frame_size) for i in range(len(pieces)))
-        return torch.cat(
-            [self.temporal_vae.decode(piece, each) for piece, each in zip(pieces, left, strict=True)], dim=2
-        )
+        pieces = z.split(self.latents_of(self.micro_frame_size) if self.micro_frame_size else z.shape[2], dim=2)
+        decoded = []
+        for i, (piece, drop) in enumerate(zip(pieces, self.dropped(z.shape[2], frames), strict=True)):
+            alone = run(piece)
+            if seamless and i > 0:
+                behind = run(torch.cat((pieces[i - 1], piece), dim=2))[:, :, -alone.shape[2] :]
+                share = torch.linspace(0, 1, alone.shape[2], device=z.device, dtype=z.dtype).view(-1, 1, 1)
+                alone = behind.lerp(alone, share)
+            decoded.append(alone[:, :, drop:])
+        return torch.cat(decoded, dim=2)
 
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The transformer's latents [B, 4, T, H / 8, W / 8] of a video [B, 3, F, H, W] in [-1, 1].

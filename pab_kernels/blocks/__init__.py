@@ -1,4 +1,4 @@
 """What a transformer is made of: the description that adapters fill in, and each branch as a function.
 
-No state, no slots, no schedule: a file here may import `ops` and the settings, nothing above.
+No state, no slots, no schedule. A file here may import `ops` and the settings, nothing above.
 """

@@ -71,18 +71,28 @@ def _print_memory(
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines import memory
     from pab_kernels.pipelines.loading import resolve_model
-    from pab_kernels.pipelines.sizes import family_size
+    from pab_kernels.pipelines.sizes import family_size, model_size
 
     family = resolve_model(model, size)
     video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
     if video is None:
-        raise ValueError(f"model: got {model!r}, must be latte, open_sora, open_sora_plan_v110 or open_sora_plan_v120")
+        raise ValueError(f"model: got {model!r}, must be one of {', '.join(memory.TEXT_LENGTHS)}")
     config = generation.pab_settings(pab or family, **small) or PABConfig()
     on_host = options.on_host(cache_device)
-    run = memory.PlannedRun(family, video, config, 2 * prompts, options.dtype_named(dtype), on_host)
-    need = memory.estimate(run)
+    run = memory.PlannedRun.of(
+        family,
+        video,
+        config,
+        prompts,
+        model_size(family, size),
+        dtype=options.dtype_named(dtype),
+        cache_on_host=on_host,
+    )
+    shape = memory.ModelShape.of(family, **run.model)
+    need = memory.estimate(run, shape)
     console = options.console()
-    console.print(f"{family} {video}, latents {video.latent}, batch of {2 * prompts} (guidance), {dtype}")
+    calls = f"batch of {run.rows}" if run.forwards == 1 else f"{run.forwards} calls a step, each a batch of {run.rows}"
+    console.print(f"{family} {video}, latents {video.latent}, {calls} (guidance), {dtype}")
     table = Table("", "GiB")
     table.add_row("weights", f"{memory.gib(need.weights):.1f}")
     slots = f"staging of {need.slot_count} slots" if on_host else f"{need.slot_count} slots"
@@ -94,6 +104,9 @@ def _print_memory(
         table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
     console.print("Without text encoder and VAE.")
+    others = [f"{name} {memory.gib(memory.estimate(each, shape).total):.1f}" for name, each in memory.smaller_runs(run)]
+    if others:
+        console.print(f"In all with less, GiB: {'; '.join(others)}", soft_wrap=True)
     if config.linear_precision is not None:
         _print_fp8(run)
 

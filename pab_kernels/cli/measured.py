@@ -91,8 +91,8 @@ def inputs(given: Mapping[str, Any]) -> list[str | None]:
 
 def load(given: Mapping[str, Any], compared: bool = True) -> tuple[Pipeline, Request]:
     """The pipeline and the videos that a command's parameters ask for; if they are to be `compared`, one by one."""
-    from pab_kernels.demo.captions import evaluation_prompts
     from pab_kernels.pipelines import generate as generation
+    from pab_kernels.pipelines.demo_captions import evaluation_prompts
     from pab_kernels.pipelines.loading import Source, load_pipeline, resolve_model
     from pab_kernels.pipelines.sizes import family_size
     from pab_kernels.tune.trials import split

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pab_kernels.demo.captions import VOCABULARY, WORD_ID
 from pab_kernels.demo.scenes import SceneBatch, render, sample_scenes
+from pab_kernels.pipelines.demo_captions import VOCABULARY, WORD_ID
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

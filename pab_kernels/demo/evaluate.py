@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from pab_kernels.demo.captions import EvaluationPrompt, evaluation_prompts
 from pab_kernels.demo.score import check, measure
 from pab_kernels.pipelines.demo import DemoPipeline
+from pab_kernels.pipelines.demo_captions import EvaluationPrompt, evaluation_prompts
 
 
 def generate(

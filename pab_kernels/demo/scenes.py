@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from pab_kernels.demo.captions import (
+from pab_kernels.pipelines.demo_captions import (
     COLOURS,
     DIRECTIONS,
     MOTIONS,

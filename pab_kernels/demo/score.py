@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pab_kernels.demo.captions import COLOURS
+from pab_kernels.pipelines.demo_captions import COLOURS
 
 _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items() if name != "white"}
 

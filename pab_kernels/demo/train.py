@@ -27,8 +27,8 @@ from pab_kernels.demo.curriculum import Curriculum, direction_gap, scene_stream
 from pab_kernels.demo.evaluate import evaluate
 from pab_kernels.demo.optimizer import FlatOptimizer
 from pab_kernels.demo.scenes import SceneBatch, render
-from pab_kernels.demo.text import TextEmbedding
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.demo_text import TextEmbedding
 
 
 class Denoiser(nn.Module):

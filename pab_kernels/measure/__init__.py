@@ -1,1 +1,4 @@
-"""What times and checks: contenders, floor, benchmark, report, recorded runs."""
+"""What times and checks: contenders, floor, benchmark, report, recorded runs, what is installed.
+
+It changes nothing that is measured. A file here may import all rooms but `tune` and `cli`.
+"""

@@ -23,7 +23,6 @@ from pab_kernels.runtime.handle import handle_of
 from pab_kernels.runtime.rectified_flow import euler_step, step_sizes
 from pab_kernels.runtime.report import Report
 from pab_kernels.schedule import Schedule, StepVariant
-from pab_kernels.workloads import CHANNELS
 
 
 @dataclass
@@ -51,12 +50,18 @@ class Timing:
 
 
 def predict(model: nn.Module, problem: Problem, latents: Tensor, call: int) -> Tensor:
-    """What the model predicts at a call, for both halves of guidance [2, C, T, H, W] float32."""
+    """What the model predicts at a step, for both halves of guidance, float32 [2, ...] as the latents."""
     inputs = problem.inputs
-    both = torch.cat([latents, latents]).to(problem.dtype)
-    out = model(both, timestep=inputs.timesteps[call], **inputs.given)
-    out = out if isinstance(out, Tensor) else out[0]
-    return out[:, :CHANNELS].float()
+    step = {"timestep": inputs.timesteps[call]}
+    if not inputs.forwards:
+        outputs = [model(torch.cat([latents, latents]).to(problem.dtype), **step, **inputs.given)]
+    else:
+        outputs = []
+        for name, given in inputs.forwards:
+            with model.cache_context(name):  # type: ignore[operator]
+                outputs.append(model(latents.to(problem.dtype), **step, **given))
+    halves = [out if isinstance(out, Tensor) else out[0] for out in outputs]
+    return torch.cat([half[:, : latents.shape[1]] for half in halves]).float()
 
 
 def advance(problem: Problem, latents: Tensor, prediction: Tensor, call: int) -> Tensor:
@@ -70,7 +75,7 @@ def denoise(
 ) -> Tensor:
     """The denoising loop, or its first `calls` calls: the latents in the end. This runtime takes whole steps."""
     latents, handle, take_step = problem.inputs.latents, handle_of(model), None
-    if handle is not None:
+    if handle is not None and problem.workload.whole_steps:
         take_step = handle.rectified_flow(latents, problem.workload.guidance, **problem.inputs.given)
     for call in range(len(problem.timesteps))[:calls]:
         if take_step is not None:

@@ -86,7 +86,7 @@ def _eager(problem: Problem, config: PABConfig) -> Iterator[Session]:
 def _compiled(problem: Problem, config: PABConfig) -> Iterator[Session]:
     modules = [problem.host]
     if problem.compile_scope == "blocks":
-        names = ("spatial_blocks", "temporal_blocks", "transformer_blocks", "temporal_transformer_blocks")
+        names = ("spatial_blocks", "temporal_blocks", "transformer_blocks", "temporal_transformer_blocks", "blocks")
         modules = [block for name in names for block in getattr(problem.host, name, ())]
     torch._dynamo.reset()
     try:
@@ -101,7 +101,7 @@ def _compiled(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 @contextmanager
 def _plain(problem: Problem, config: PABConfig) -> Iterator[Session]:
-    with PlainPAB(problem.host, config) as plain:
+    with PlainPAB(problem.host, config, problem.workload.forwards_per_step) as plain:
         yield Session(problem.host, plain.begin)
 
 
@@ -147,7 +147,8 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 @contextmanager
 def _runtime(problem: Problem, config: PABConfig, **options: Any) -> Iterator[Session]:
-    with accelerate(problem.host, config, cache_device=problem.cache_device, **options) as handle:
+    options |= {"cache_device": problem.cache_device, "forwards_per_step": problem.workload.forwards_per_step}
+    with accelerate(problem.host, config, **options) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 
 

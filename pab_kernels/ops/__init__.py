@@ -1,7 +1,7 @@
-"""The public ops: checks, choice of backend, and a fake for each, so that torch.compile can trace them.
+"""What a GPU does: the public ops with their checks, reference, fakes, and the one table of backends.
 
-The first backend of `backends.BACKENDS` that supports a call serves it. `backend=` forces one.
-"""
+The first backend of `backends.BACKENDS` that supports a call serves it. `backend=` forces one. The kernels are in
+`triton_ops/` and `csrc/`, which belong to this room. A file here may import nothing above it: it knows no block."""
 
 from pab_kernels.ops.dense_attention import attention, self_attention
 from pab_kernels.ops.query_key import key_scales, qk_norm_rope

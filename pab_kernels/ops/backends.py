@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 MAX_FRAMES = 128
 """Longest sequence along T that the temporal kernels take."""
-MAX_CHANNELS = 4608
-"""Widest row that the Triton pass takes."""
-MAX_HIDDEN = 16384
-"""Widest row that Triton's GELU and quantisation take."""
+MAX_CHANNELS = 32768
+"""Widest row that Triton holds: that of the pass between two GEMMs, and of GELU and quantisation."""
+MAX_PLANE_CHANNELS = 4608
+"""Most channels of a plane that Triton's group norm and growing take."""
 TRITON_HEAD_DIMS = (72,)
 """Head dimensions at which Triton attention was measured faster than the best of SDPA (H100, 144 to 1590 keys)."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
@@ -40,14 +40,27 @@ HOPPER_KEYS = {72: 144, 96: 2048}
 faster than every other backend from 144 keys on (72), and at 9,600 and 28,800 (96); fewer keys were not timed."""
 HOPPER_QUERIES = 144
 """Fewest queries for it: it takes 192 at a time, and fewer were not timed."""
-
-
 HOPPER_ROPE = (96, 16)
 """Head dimension and pair stride at which it rotates queries itself: then both channels of a pair are in one lane."""
 
 
 Refusal = Callable[..., str | None]
 """Why a backend does not serve a call with these tensors, None if it does."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is to be done to queries and keys before attention, with heads of `head_dim` channels.
+
+    `across_heads` says whether a norm or the rotation goes across all heads; `pair_stride` is the rotation's, None
+    where there is none.
+    """
+
+    head_dim: int
+    across_heads: bool
+    q_norm: bool
+    k_norm: bool
+    pair_stride: int | None
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,7 @@ def _no_triton_planes(x: Tensor) -> str | None:
     channels = x.shape[-1]
     if channels & (channels - 1):
         return f"triton takes channels that are a power of two, got {channels}"
-    return _no_triton_rows(MAX_CHANNELS)(x)
+    return _no_triton_rows(MAX_PLANE_CHANNELS)(x)
 
 
 def _no_triton_conv(x: Tensor, weight: Tensor) -> str | None:
@@ -202,13 +215,13 @@ def _no_cudnn(x: Tensor, weight: Tensor) -> str | None:
     return None if x.device.type == "cuda" else f"cudnn needs a CUDA tensor, got one on {x.device.type}"
 
 
-def _serves_all(*_: Tensor | None) -> str | None:
+def _serves_all(*_: object) -> str | None:
     return None
 
 
 BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
     "residual_norm_modulate": (("triton", _no_triton_rows(MAX_CHANNELS)), ("reference", _serves_all)),
-    "gelu_quantize": (("triton", _no_triton_rows(MAX_HIDDEN)), ("reference", _serves_all)),
+    "gelu_quantize": (("triton", _no_triton_rows(MAX_CHANNELS)), ("reference", _serves_all)),
     "scaled_linear_gelu": (
         ("triton", _no_triton_scaled),
         ("scaled_mm", _no_scaled_mm),
@@ -235,18 +248,52 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
 }
 
 
+def _no_norm_on_load(backend: str, work: Preparation) -> str | None:
+    if backend != "cuda" or work.across_heads:
+        return "only cuda norms queries as it loads them, each head by itself"
+    if work.pair_stride is not None or not (work.q_norm and work.k_norm):
+        return "cuda norms queries as it loads them where queries and keys are normed, and not rotated"
+    return None
+
+
+def _no_rotation_on_load(backend: str, work: Preparation) -> str | None:
+    if backend != "cuda" or work.across_heads:
+        return "only cuda rotates queries as it loads them, each head by itself"
+    if work.q_norm or (work.head_dim, work.pair_stride) != HOPPER_ROPE:
+        return f"cuda rotates queries as it loads them at head_dim and pair stride {HOPPER_ROPE}, if not normed"
+    return None
+
+
+PREPARATIONS: tuple[tuple[str, Refusal], ...] = (
+    ("norm on load", _no_norm_on_load),
+    ("rotate on load", _no_rotation_on_load),
+    ("pass", _serves_all),
+)
+"""How `self_attention` norms and rotates, best first: in the attention kernel, or in `qk_norm_rope` before it."""
+
+
 def choose(op: str, *tensors: Tensor | None) -> Choice:
     """The backend that serves `op` for tensors like these.
 
     The first argument; for attention q, k, v and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
     """
+    return _first(BACKENDS[op], *tensors)
+
+
+def choose_preparation(backend: str, work: Preparation) -> str:
+    """The name in `PREPARATIONS` for attention by `backend`."""
+    return _first(PREPARATIONS, backend, work).backend
+
+
+def _first(table: tuple[tuple[str, Refusal], ...], *arguments: Any) -> Choice:
+    """The first of a table that does not refuse."""
     refusals: list[str] = []
-    for name, refusal in BACKENDS[op]:
-        why_not = refusal(*tensors)
+    for name, refusal in table:
+        why_not = refusal(*arguments)
         if why_not is None:
             return Choice(name, "; ".join(refusals) or "first choice")
         refusals.append(why_not)
-    raise AssertionError(f"the last backend of {op} serves everything")
+    raise AssertionError("the last of a table serves everything")
 
 
 @functools.cache

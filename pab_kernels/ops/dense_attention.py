@@ -120,14 +120,23 @@ def self_attention(
         return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
     name = resolve("attention", backend, q, k, v, None)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    each_head = not across_heads(qkv, q_weight, k_weight, rope)
-    if name == "cuda" and each_head and rope is None and q_weight is not None and k_weight is not None:
+    form = backends.choose_preparation(
+        name,
+        backends.Preparation(
+            head_dim=q.shape[-1],
+            across_heads=across_heads(qkv, q_weight, k_weight, rope),
+            q_norm=q_weight is not None,
+            k_norm=k_weight is not None,
+            pair_stride=None if rope is None else pair_stride,
+        ),
+    )
+    if form == "norm on load":
         scales = key_scales(k, eps=eps)
         return torch.ops.pab.attention(
             q, k, v, None, scale, q_weight, k_weight, scales, float(eps), None, None, 1, name
         )
-    rotates = each_head and (q.shape[-1], pair_stride) == backends.HOPPER_ROPE
-    if name == "cuda" and rope is not None and q_weight is None and rotates:
+    if form == "rotate on load":
+        assert rope is not None
         qk_norm_rope(qkv, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps, queries=False)
         return torch.ops.pab.attention(q, k, v, None, scale, None, None, None, 0.0, *rope, int(pair_stride), name)
     qk_norm_rope(qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps)

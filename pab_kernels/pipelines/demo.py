@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialized
 from torch import nn
 
-from pab_kernels.demo.text import TextEmbedding
+from pab_kernels.files import replaced
+from pab_kernels.models import host_config, weight_files
 from pab_kernels.pipelines.arguments import Generators, NegativePrompt, Prompt, Prompts, Seed, check_guidance
+from pab_kernels.pipelines.demo_text import TextEmbedding
 from pab_kernels.pipelines.denoising import DenoisingPipeline, Progress, Run, StepCallback
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
@@ -80,6 +82,24 @@ def demo_transformer(
         caption_channels=caption_channels,
         video_length=frames,
     )
+
+
+def _parts(path: Path) -> tuple[LatteTransformer3DModel, TextEmbedding, DDIMScheduler]:
+    """The modules and the sampler that a config.json describes; ValueError naming it where it does not."""
+    config = weight_files.read_json(path)
+    try:
+        settings, text, scheduler = (dict(config[name]) for name in ("transformer", "text", "scheduler"))
+        settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+        transformer = LatteTransformer3DModel(**host_config.check(LatteTransformer3DModel, settings))
+        return transformer, TextEmbedding(**text), DDIMScheduler.from_config(scheduler)
+    except Exception as error:  # the sampler's settings are whatever diffusers takes
+        raise ValueError(f"{path} does not describe a demo model: {type(error).__name__}: {error}") from error
+
+
+def _state(transformer: nn.Module, text: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors by their names in the file."""
+    modules = {"transformer": transformer, "text": text}
+    return {f"{part}.{key}": value for part, module in modules.items() for key, value in module.state_dict().items()}
 
 
 class DemoPipeline(DenoisingPipeline):
@@ -157,18 +177,18 @@ class DemoPipeline(DenoisingPipeline):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"path must be a folder with {name}, got {folder}")
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        transformer = LatteTransformer3DModel.from_config(config["transformer"])
-        text = TextEmbedding(**config["text"])
-        tensors = load_file(folder / WEIGHTS_NAME)
-        modules: dict[str, nn.Module] = {"transformer": transformer, "text": text}
-        expected = {f"{part}.{key}" for part, module in modules.items() for key in module.state_dict()}
-        if wrong := sorted(expected ^ tensors.keys()):
-            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}, first difference: {wrong[0]}")
-        for part, module in modules.items():
-            module.load_state_dict({key: tensors[f"{part}.{key}"] for key in module.state_dict()})
+        entries = weight_files.open_files([folder / WEIGHTS_NAME])
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in _state(*_parts(folder / CONFIG_NAME)[:2]).items()}
+        if difference := weight_files.difference(expected, entries):
+            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}:\n{difference}")
+        transformer, text, scheduler = _parts(folder / CONFIG_NAME)  # nothing real is made before the two files fit
+        state = _state(transformer, text)
+        for key, value in weight_files.read_all(entries, dict.fromkeys(expected, torch.float32), "cpu").items():
+            state[key].copy_(value)
+        for module in (transformer, text):
             module.eval().requires_grad_(False)
-        return cls(transformer, DDIMScheduler.from_config(config["scheduler"]), text).to(device=device, dtype=dtype)
+        return cls(transformer, scheduler, text).to(device=device, dtype=dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `config.json` and `model.safetensors` (bfloat16) to a folder, which is made if need be.
@@ -186,18 +206,14 @@ class DemoPipeline(DenoisingPipeline):
                 "channels": self.text.channels,
             },
         }
-        modules: dict[str, nn.Module] = {"transformer": self.transformer, "text": self.text}
         tensors = {
-            f"{part}.{key}": value.detach().to("cpu", torch.bfloat16).contiguous().clone()
-            for part, module in modules.items()
-            for key, value in module.state_dict().items()
+            key: value.to("cpu", torch.bfloat16).contiguous().clone()
+            for key, value in _state(self.transformer, self.text).items()
         }
-        temporary = folder / f"{WEIGHTS_NAME}.tmp"
-        save_file(tensors, temporary)
-        temporary.replace(folder / WEIGHTS_NAME)
-        temporary = folder / f"{CONFIG_NAME}.tmp"
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        temporary.replace(folder / CONFIG_NAME)
+        with replaced(folder / WEIGHTS_NAME) as partial:
+            partial.write_bytes(serialized(tensors))
+        with replaced(folder / CONFIG_NAME) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(

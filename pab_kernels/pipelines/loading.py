@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.latte.pipeline_latte import LattePipeline
 from torch import nn
 
-from pab_kernels.models import checkpoints
+from pab_kernels.models import checkpoints, weight_files
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
@@ -26,7 +26,8 @@ PLAN_IDS = {
     "open_sora_plan_v110": "LanguageBind/Open-Sora-Plan-v1.1.0",
     "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0",
 }
-FAMILIES = tuple(checkpoints.CLASSES)
+FAMILIES = ("open_sora", "latte", "open_sora_plan_v110", "open_sora_plan_v120")
+"""Those that this package has pipelines for. Wan and LTX-Video run in diffusers' own."""
 
 Pipeline = DemoPipeline | LattePipeline | OpenSoraPipeline | OpenSoraPlanPipeline | LatteLatents
 
@@ -35,9 +36,15 @@ Pipeline = DemoPipeline | LattePipeline | OpenSoraPipeline | OpenSoraPlanPipelin
 class Source:
     """Where a pipeline comes from.
 
-    `model` is "demo", a family, or a folder or hub id of a Latte pipeline; `weights`, `text_encoder` and `vae` are
-    folders or hub ids, None for the official ones (no VAE: the result is latents). With `random_weights` there is
-    neither checkpoint nor text encoder.
+    `model` is "demo", a family, a folder or hub id of a Latte pipeline, or a folder of a demo model; `weights`,
+    `text_encoder` and `vae` are files, folders or hub ids, None for the official ones (no VAE: the result is latents).
+    Latte's weights are those of its transformer, or a whole pipeline. With `random_weights` there is neither checkpoint
+    nor text encoder.
+
+    Raises
+    ------
+    ValueError
+        Parts that do not go together, or a folder of something else; the message says which option takes it.
     """
 
     model: str
@@ -49,8 +56,14 @@ class Source:
     def __post_init__(self) -> None:
         if self.random_weights and (self.weights or self.text_encoder):
             raise ValueError("random_weights: got it with weights or a text encoder, must be given alone")
+        if self.model in checkpoints.CLASSES and self.model not in FAMILIES:
+            raise ValueError(f"model: got {self.model!r}, which runs in diffusers' own pipeline: accelerate that")
         if self.random_weights and self.model not in FAMILIES:
             raise ValueError(f"random_weights: got it for {self.model!r}, must be one of {', '.join(FAMILIES)}")
+        if self.model not in (*FAMILIES, "demo") and Path(self.model).exists():
+            _check_folder(Path(self.model))
+        if self.family == "demo" and self.weights is not None:
+            raise ValueError(f"weights: got {self.weights!r} for a demo model, whose folder must be given as the model")
         if self.family not in (*FAMILIES, "demo"):
             known = ", ".join(("demo", *FAMILIES))
             raise ValueError(f"model: got {self.model!r}, must be {known}, or a folder or hub id of a Latte pipeline")
@@ -116,7 +129,7 @@ def load_pipeline(
             return LatteLatents(transformer)
         return _assemble(source, transformer, RandomText(transformer.config.caption_channels))
     if family == "latte":
-        return _load_latte(source.weights or (LATTE_ID if source.model == "latte" else source.model), dtype, device)
+        return _load_latte(source, dtype, device)
     transformer = checkpoints.load(family, _weights(source, size), dtype=dtype, device=device)
     return _assemble(source, transformer, load_text(family, source.text_encoder, dtype=dtype, device=device))
 
@@ -146,7 +159,10 @@ def load_text(
         encoder = cls.from_pretrained(_part(source, "text_encoder"), **{key: dtype})
     except ImportError as error:
         raise ValueError(f"text_encoder: the tokenizer of {source} needs another package: {error}") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers lets through what its parsers raise
+        _check_memory(error)
+        if Path(source).exists():
+            raise ValueError(f"text_encoder: {source} cannot be loaded: {_first_line(error)}") from error
         folder = official.split("/")[1]
         raise FileNotFoundError(
             f"text_encoder: {source} is not in the local cache and could not be fetched. On a machine with a network "
@@ -164,14 +180,13 @@ def text_encoder_bytes(source: Source, dtype: torch.dtype) -> int:
         return 0
     official, cls = _t5(source.family)
     if source.family == "latte":
-        place = source.weights or (LATTE_ID if source.model == "latte" else source.model)
-        folder = {"subfolder": "text_encoder"}
+        place, folder = _latte_pipeline(source), {"subfolder": "text_encoder"}
     else:
         place, folder = _part(source.text_encoder or official, "text_encoder"), {}
     try:
         config = AutoConfig.from_pretrained(place, **folder)
-    except (OSError, ValueError):
-        return 0  # loading it will say what is missing
+    except Exception:
+        return 0  # loading it will say what is missing or wrong
     with torch.device("meta"):
         encoder = cls(config)
     cast_encoder(encoder, dtype)
@@ -227,22 +242,72 @@ def _plan_config(family: str, size: VideoSize | None) -> dict[str, Any]:
     return {frames: size.latent[0], "sample_size": size.latent[1:]}
 
 
+def _check_folder(path: Path) -> None:
+    """Raise ValueError unless `path` is a folder of a Latte pipeline or of a demo model, saying what it is."""
+    index = path / "model_index.json"
+    if index.is_file():
+        found = weight_files.read_json(index)
+        name = found.get("_class_name") if isinstance(found, dict) else None
+        if name != LattePipeline.__name__:
+            raise ValueError(f"model: {path} is a diffusers {name!r}, must be a {LattePipeline.__name__}")
+    elif not _is_demo(path):
+        try:
+            families = checkpoints.families_of(weight_files.open_files(*weight_files.weight_files(path)))
+        except FileNotFoundError:
+            families = ()
+        if not families:
+            raise ValueError(f"model: {path} holds no Latte pipeline of diffusers, demo model, or weights of a family")
+        ours = f"pass `--model {families[0]} --weights {path}`" if families[0] in FAMILIES else "which has no command"
+        raise ValueError(f"model: {path} is a checkpoint of {' or '.join(families)}: {ours}")
+
+
 def _is_demo(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() and not (folder / "model_index.json").is_file()
+    """Whether it holds a demo model: a config.json of transformer, text and scheduler."""
+    if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return False
+    config = weight_files.read_json(folder / "config.json")
+    return isinstance(config, dict) and "transformer" in config and "text" in config
 
 
-def _load_latte(source: str, dtype: torch.dtype, device: torch.device | str) -> LattePipeline:
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"model: {folder} holds neither a diffusers pipeline nor a demo model")
+def _latte_pipeline(source: Source) -> str:
+    """The folder or hub id of the whole pipeline."""
+    if source.weights is not None and not _is_transformer(source.weights):
+        return source.weights
+    return LATTE_ID if source.model == "latte" else source.model
+
+
+def _is_transformer(weights: str) -> bool:
+    """Whether Latte's weights are those of the transformer alone."""
+    path = Path(weights)
+    return path.exists() and not (path / "model_index.json").is_file()
+
+
+def _load_latte(source: Source, dtype: torch.dtype, device: torch.device | str) -> LattePipeline:
+    place, parts = _latte_pipeline(source), {}
+    if source.weights is not None and _is_transformer(source.weights):
+        parts["transformer"] = checkpoints.load("latte", source.weights, dtype=dtype, device=device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers say dtype, older ones only know this
-            pipe = LattePipeline.from_pretrained(source, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+            pipe = LattePipeline.from_pretrained(place, torch_dtype=dtype, **parts)
+    except Exception as error:  # diffusers lets through what its parts and parsers raise
+        _check_memory(error)
+        if Path(place).exists():
+            raise ValueError(f"model: {place} cannot be loaded by diffusers: {_first_line(error)}") from error
         raise FileNotFoundError(
-            f"model: {source!r} is not in the local cache and could not be fetched. On a machine with a network run "
+            f"model: {place!r} is not in the local cache and could not be fetched. On a machine with a network run "
             f"`hf download {LATTE_ID} --local-dir Latte-1`, copy the folder here, and pass "
             "`--model Latte-1`. `--model demo` needs no download."
         ) from error
     return pipe.to(device)
+
+
+def _check_memory(error: Exception) -> None:
+    """Raise the error itself where it is one of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        raise error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,17 @@ from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_sha
 from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.runtime.workspace import TEXT_PADDING
 
-TEXT_LENGTHS = {"open_sora": 300, "latte": 120, "open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
+TEXT_LENGTHS = {
+    "open_sora": 300,
+    "latte": 120,
+    "open_sora_plan_v110": 300,
+    "open_sora_plan_v120": 512,
+    "wan_2_1": 512,
+    "wan_2_2": 512,
+    "ltx": 128,
+}
+IMAGE_LENGTH = 257
+"""Tokens of a picture, for Wan 2.1 from an image."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,9 @@ class Memory:
 class PlannedRun:
     """A run, as far as its memory goes.
 
-    `rows` is the batch that the transformer sees, 2 a prompt with guidance. With `cache_on_host` slots lie in pinned
-    host memory.
+    `rows` is the batch that the transformer sees, 2 a prompt with guidance, and `forwards` how often a step calls it.
+    `model` are config values that differ from the released model, and `transformers` how many there are, of which one
+    runs at a time. With `cache_on_host` slots lie in pinned host memory.
     """
 
     family: str
@@ -59,6 +70,19 @@ class PlannedRun:
     rows: int = 2
     dtype: torch.dtype = torch.bfloat16
     cache_on_host: bool = False
+    forwards: int = 1
+    transformers: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, family: str, size: VideoSize, config: PABConfig, prompts: int = 1, model: str | None = None, **more: Any
+    ) -> PlannedRun:
+        """A run with guidance of `prompts` videos; `model` is the name of the model's size, `more` are other fields."""
+        if family.startswith("wan"):  # each half of guidance is a call of its own; 2.2 has a transformer for much noise
+            changes, pair = checkpoints.SIZES[family][model or "1.3b"], family == "wan_2_2" and model != "5b"
+            return cls(family, size, config, prompts, forwards=2, transformers=2 if pair else 1, model=changes, **more)
+        return cls(family, size, config, 2 * prompts, **more)
 
 
 @dataclass(frozen=True)
@@ -131,25 +155,26 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     ValueError
         Unknown family.
     """
-    model = ModelShape.of(run.family) if model is None else model
+    model = ModelShape.of(run.family, **run.model) if model is None else model
     item = run.dtype.itemsize
     slots = slot_places(model.stack, run.config)
     gated = sum(isinstance(slot.branch.gate, int) and not slot.branch.regate for slot in slots)
     gates = gated * run.rows * model.channels * item
     on_device = min(STAGES, len(slots)) if run.cache_on_host else len(slots)
+    weights = model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes)
     return Memory(
-        weights=model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes),
-        slots=on_device * model.slot(run) + gates,
-        text=_text(run, model),
-        activations=_activations(run, model),
-        slot_count=len(slots),
-        host=len(slots) * model.slot(run) if run.cache_on_host else 0,
+        weights=run.transformers * weights,
+        slots=run.forwards * (on_device * model.slot(run) + gates),
+        text=run.forwards * _text(run, model),
+        activations=run.forwards * _activations(run, model),
+        slot_count=run.forwards * len(slots),
+        host=run.forwards * len(slots) * model.slot(run) if run.cache_on_host else 0,
     )
 
 
 def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
     """What each shape of linear takes in the run's dtype and in fp8, measured here; or why none can run in fp8."""
-    model = ModelShape.of(run.family)
+    model = ModelShape.of(run.family, **run.model)
     batch, frames, tokens, _ = model.shape(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -162,8 +187,9 @@ def _text(run: PlannedRun, model: ModelShape) -> int:
     """K and V are each as wide as the stream; the length is padded as for graphs."""
     length = -(-TEXT_LENGTHS[run.family] // TEXT_PADDING) * TEXT_PADDING
     weights = [branch.weights for block in model.stack.blocks for branch in block.branches]
-    crossing = sum(isinstance(each, CrossAttention) for each in weights)
-    return crossing * run.rows * length * 2 * model.channels * run.dtype.itemsize
+    crossing = [each for each in weights if isinstance(each, CrossAttention)]
+    tokens = sum(length + (0 if each.image is None else IMAGE_LENGTH) for each in crossing)
+    return tokens * run.rows * 2 * model.channels * run.dtype.itemsize
 
 
 def _activations(run: PlannedRun, model: ModelShape) -> int:
@@ -203,7 +229,7 @@ def check_fits(run: PlannedRun, free: int, extra: int = 0, host_free: int | None
     ValueError
         The run needs more than there is; the message names its parts, and other runs that would fit.
     """
-    model = ModelShape.of(run.family)
+    model = ModelShape.of(run.family, **run.model)
     host_free = available_host_memory() if host_free is None else host_free
 
     def fits(memory: Memory) -> bool:
@@ -244,8 +270,8 @@ def smaller_runs(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
         yield "--cache-dtype fp8", _with(run, cache_dtype="fp8")
     if on:
         yield "--pab off", dataclasses.replace(run, config=PABConfig())
-    if run.rows > 2:
-        yield "one prompt at a time", dataclasses.replace(run, rows=2)
+    if run.rows * run.forwards > 2:
+        yield "one prompt at a time", dataclasses.replace(run, rows=2 // run.forwards)
     if run.family == "open_sora":
         yield from _smaller_sizes(run)
 

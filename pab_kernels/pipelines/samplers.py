@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from pab_kernels.pipelines.arguments import MAX_STEPS, check_steps
@@ -19,7 +25,7 @@ SCHEDULERS: dict[str, Any] = {
     "open_sora_plan_v110": PNDMScheduler,
     "open_sora_plan_v120": EulerAncestralDiscreteScheduler,
 }
-"""diffusers' scheduler of each family but Open-Sora, whose rectified flow is `rflow_timesteps`."""
+"""diffusers' scheduler of each family but Open-Sora, whose rectified flow is `rflow_timesteps`, Wan and LTX-Video."""
 
 _FLOW = {
     "FlowMatchEulerDiscreteScheduler",
@@ -55,6 +61,27 @@ def rflow_timesteps(steps: int, height: int, width: int, latent_frames: int) -> 
     ratio = math.sqrt(height * width / 512**2) * math.sqrt(max(latent_frames, 1))
     shares = [1 - i / steps for i in range(steps)]
     return [1000 * ratio * x / (1 + (ratio - 1) * x) for x in shares]
+
+
+def wan_timesteps(steps: int, shift: float = 3.0) -> list[float]:
+    """Timesteps of Wan's UniPC, integers; `shift` is 3 at 480p and 5 at 720p and for Wan 2.2 5B."""
+    scheduler: Any = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
+    scheduler.set_timesteps(steps)
+    return [float(t) for t in scheduler.timesteps]
+
+
+def ltx_timesteps(steps: int, tokens: int = 6930) -> list[float]:
+    """Timesteps of LTX-Video's Euler steps, shifted towards noise for more `tokens`; by default those of 480p, 6 s.
+
+    The settings are those of the released model's scheduler_config.json, the shift is that of diffusers' pipeline:
+    linear in the tokens, 0.95 at 1,024 and 2.05 at 4,096.
+    """
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    mu = 0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024)
+    scheduler.set_timesteps(sigmas=[1 - i * (1 - 1 / steps) / max(steps - 1, 1) for i in range(steps)], mu=mu)
+    return [float(t) for t in scheduler.timesteps]
 
 
 class RFlowScheduler:
@@ -220,7 +247,7 @@ def set_timesteps(scheduler: Any, steps: int, predictions: Sequence[str], name: 
 
 
 def family_timesteps(family: str, steps: int) -> list[float]:
-    """Timesteps of every transformer call of a run of `family` with `steps` steps; Open-Sora's for 480p, 2 s.
+    """Timesteps of every step of a run of `family` with `steps` steps; Open-Sora's, Wan's and LTX-Video's for 480p.
 
     PNDM calls the transformer more often than it steps (159 calls for 150 steps).
 
@@ -233,8 +260,13 @@ def family_timesteps(family: str, steps: int) -> list[float]:
         raise ValueError(f"steps: got {steps}, must be in [1, {MAX_STEPS}]")
     if family == "open_sora":
         return rflow_timesteps(steps, 480, 854, 15)
+    if family in ("wan_2_1", "wan_2_2"):
+        return wan_timesteps(steps, 3.0 if family == "wan_2_1" else 5.0)
+    if family == "ltx":
+        return ltx_timesteps(steps)
     if family not in SCHEDULERS:
-        raise ValueError(f"family: got {family!r}, must be one of open_sora, {', '.join(SCHEDULERS)}")
+        known = ", ".join(("open_sora", *SCHEDULERS, "wan_2_1", "wan_2_2", "ltx"))
+        raise ValueError(f"family: got {family!r}, must be one of {known}")
     scheduler = SCHEDULERS[family]()
     set_timesteps(scheduler, steps, ("epsilon",), "steps")
     return [float(t) for t in scheduler.timesteps]

@@ -30,6 +30,16 @@ PLAN_SIZES = {
 }
 """Frames, height and width of Open-Sora-Plan's checkpoints, the first of each version its default."""
 
+DIFFUSERS_SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
+    "wan_2_1": {"480p": (81, 480, 832), "720p": (81, 720, 1280)},
+    "wan_2_2": {"720p": (121, 704, 1280), "480p": (81, 480, 832)},
+    "ltx": {"480p": (161, 480, 704), "704p": (121, 704, 1216)},
+}
+"""Frames, height and width of the families that run in diffusers' pipelines, the first of each its default."""
+
+MODEL_SIZES = {"wan_2_1": ("1.3b", "14b", "i2v-14b"), "wan_2_2": ("5b", "14b", "i2v-14b")}
+"""The models of families that come in several sizes, the smallest first."""
+
 FPS = {"latte": 8, "open_sora": 24, "open_sora_plan_v110": 24, "open_sora_plan_v120": 24}
 
 
@@ -97,6 +107,31 @@ def plan_size(frames: int, height: int, width: int, patch: int = 2) -> VideoSize
     return VideoSize(frames, height, width, ((frames - 1) // 4 + 1, height // 8, width // 8))
 
 
+def _diffusers_size(family: str, resolution: str | None, size: str | None) -> VideoSize:
+    """Of Wan and LTX-Video, whose VAEs code the first frame alone and then several at a time; `size` is the model's."""
+    sizes = DIFFUSERS_SIZES[family]
+    model = model_size(family, size)
+    names = tuple(sizes)
+    if family == "wan_2_2" and model != "5b":
+        sizes = DIFFUSERS_SIZES["wan_2_1"]  # in the same VAE's latents
+    frames, height, width = sizes[_choice("resolution", resolution or names[0], names)]
+    in_time, in_space = (8, 32) if family == "ltx" else (4, 16 if model == "5b" else 8)
+    return VideoSize(frames, height, width, ((frames - 1) // in_time + 1, height // in_space, width // in_space))
+
+
+def model_size(family: str, size: str | None) -> str | None:
+    """Which of a family's models `size` means, the smallest if it is None; None for families that have one.
+
+    Raises
+    ------
+    ValueError
+        The family has no model of this size.
+    """
+    if family not in MODEL_SIZES:
+        return None
+    return _choice("size", size or MODEL_SIZES[family][0], MODEL_SIZES[family])
+
+
 def family_size(
     family: str,
     *,
@@ -115,7 +150,14 @@ def family_size(
         An option that the family does not have, or a value that it was not trained for.
     """
     given = {"resolution": resolution, "aspect": aspect, "duration": duration, "size": size}
-    taken = {"open_sora": ("resolution", "aspect", "duration"), "latte": (), "demo": ()}.get(family, ("size",))
+    taken = {
+        "open_sora": ("resolution", "aspect", "duration"),
+        "latte": (),
+        "demo": (),
+        "wan_2_1": ("size", "resolution"),
+        "wan_2_2": ("size", "resolution"),
+        "ltx": ("resolution",),
+    }.get(family, ("size",))
     for name, value in given.items():
         if value is not None and name not in taken:
             options = f"it takes {', '.join(f'--{option}' for option in taken)}" if taken else "its size is fixed"
@@ -126,7 +168,10 @@ def family_size(
         return open_sora_size(resolution or "480p", aspect or "9:16", duration or "2s")
     if family == "latte":
         return VideoSize(16, 512, 512, (16, 64, 64))
+    if family in DIFFUSERS_SIZES:
+        return _diffusers_size(family, resolution, size)
     if family not in PLAN_SIZES:
-        raise ValueError(f"family: got {family!r}, must be one of latte, open_sora, {', '.join(PLAN_SIZES)}")
+        known = ", ".join(("latte", "open_sora", *PLAN_SIZES, *DIFFUSERS_SIZES))
+        raise ValueError(f"family: got {family!r}, must be one of {known}")
     names = tuple(PLAN_SIZES[family])
     return plan_size(*PLAN_SIZES[family][_choice("size", size or names[0], names)])

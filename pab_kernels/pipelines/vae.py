@@ -37,16 +37,23 @@ def load_vae(source: str | Path, channels: int, *, dtype: torch.dtype, device: t
     try:
         # Any class of diffusers can read the configuration that names the right one.
         config: Any = AutoencoderKL.load_config(place)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers lets through what its parsers raise
+        if Path(place).exists():
+            raise ValueError(f"vae: {place} has no configuration of a diffusers autoencoder: {error}") from error
         raise FileNotFoundError(
             f"vae: {place!r} is not a diffusers autoencoder here, and could not be fetched. On a machine with a "
             f"network run `hf download {source} --local-dir DIR`, copy DIR here, and pass `--vae DIR`."
         ) from error
-    name = config.get("_class_name", "nothing")
+    name = str(config.get("_class_name", "nothing")) if isinstance(config, dict) else type(config).__name__
     cls = getattr(diffusers, name, None) if name.startswith("AutoencoderKL") else None
     if cls is None:
         raise ValueError(f"vae: {place} is a {name}, must be an AutoencoderKL of diffusers {diffusers.__version__}")
-    vae = cls.from_pretrained(place)
+    try:
+        vae = cls.from_pretrained(place)
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"vae: {place} cannot be loaded by diffusers: {error}") from error
     check_vae(vae, channels)
     return nn.Module.to(vae, device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -1,1 +1,7 @@
-"""What runs a denoising step: executor, slots, cache, graphs, workspace, fp8 choice, and the handle that owns them."""
+"""What runs a denoising step: slots, executor, graphs, and the handle that owns them.
+
+All state of a run is here: which slots there are and what they hold (`plan`, `slots`, `cache`), the vectors, the stream
+and the loop over branches (`vectors`, `stream`, `executor`), which linears run in fp8 (`precision`), what is allocated
+for a shape of call (`workspace`, `graphs`, `rectified_flow`), and `accelerate` (`handle`). A file here may import
+`models`, `blocks`, `ops` and the settings; none of them names a family.
+"""

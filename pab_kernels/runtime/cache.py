@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pab_kernels.runtime.slots import DeviceSlots, HostSlots, SlotKey, SlotLayout, SlotStore
+
+
+class SlotPool:
+    """Slots that caches use in turn, such as those of the two transformers of Wan 2.2, of which one runs at a time.
+
+    Caches with the same slots get the same store, which lives as long as one of them. What it holds belongs to the
+    cache that wrote last: to the others it is as if they had written nothing.
+    """
+
+    def __init__(self) -> None:
+        self._stores: weakref.WeakValueDictionary[Hashable, SlotStore] = weakref.WeakValueDictionary()
+        self._owners: weakref.WeakKeyDictionary[SlotStore, weakref.ref[BroadcastCache]] = weakref.WeakKeyDictionary()
+
+    def store(self, key: Hashable, make: Callable[[], SlotStore]) -> SlotStore:
+        """The store that is known by `key`, made if there is none."""
+        found = self._stores.get(key)
+        if found is None:
+            found = self._stores[key] = make()
+        return found
+
+    def owns(self, cache: BroadcastCache) -> bool:
+        """Whether the store's content is what `cache` wrote."""
+        owner = self._owners.get(cache.slots)
+        return owner is not None and owner() is cache
+
+    def take(self, cache: BroadcastCache) -> None:
+        """From here on it is."""
+        self._owners[cache.slots] = weakref.ref(cache)
 
 
 class BroadcastCache:
@@ -29,6 +58,10 @@ class BroadcastCache:
     gate_shape : (G, C)
         Of such a gate.
     gate_dtype : torch.dtype, optional
+    pool : SlotPool, optional
+        Where caches that are not used at the same time find their slots.
+    forward : hashable
+        The forward of a step that the slots are for: those of another are never shared.
 
     Attributes
     ----------
@@ -54,15 +87,23 @@ class BroadcastCache:
         gated: Sequence[SlotKey] = (),
         gate_shape: tuple[int, int] = (0, 0),
         gate_dtype: torch.dtype | None = None,
+        pool: SlotPool | None = None,
+        forward: Hashable = None,
     ) -> None:
         self.storage = dict(storage)
+        self._pool = pool
         self.gated = tuple(gated)
         self._holds: dict[int, SlotKey] = {}
         """For each tensor the slot that the current run last wrote to it."""
-        store = DeviceSlots if cache_device.type == device.type else HostSlots
+        cls = DeviceSlots if cache_device.type == device.type else HostSlots
+
+        def make() -> SlotStore:
+            return cls(storage, layout, device)
+
         try:
             self.gates = torch.empty(len(self.gated), *gate_shape, dtype=gate_dtype, device=device)
-            self.slots: SlotStore = store(storage, layout, device)
+            key = (forward, cls, tuple(storage.items()), layout, device)
+            self.slots: SlotStore = make() if pool is None else pool.store(key, make)
         except torch.cuda.OutOfMemoryError as error:
             self.gates = torch.empty(0)
             count = len(set(storage.values()))
@@ -104,14 +145,20 @@ class BroadcastCache:
 
         A change is one only where the output was there before.
         """
-        held = {self.storage[key]: key for key in keys if not key.change or self._has(replace(key, change=False))}
-        self._holds |= held
+        keys = frozenset(keys)
+        if keys and self._pool is not None and not self._pool.owns(self):
+            self._holds.clear()
+            self._pool.take(self)
+        self._holds |= {
+            self.storage[key]: key for key in keys if not key.change or self._has(replace(key, change=False))
+        }
 
     def _has(self, key: SlotKey) -> bool:
         return self._holds.get(self.storage[key]) == key
 
     def require(self, keys: Iterable[SlotKey]) -> None:
         """Raise ValueError if a slot about to be read does not hold what this run has written."""
+        mine = self._pool is None or self._pool.owns(self)
         for key in keys:
-            if not self._has(key):
+            if not mine or not self._has(key):
                 raise ValueError(f"{key}: read before this run has written it")

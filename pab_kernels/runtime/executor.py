@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import groupby
 
 import torch
@@ -12,7 +13,7 @@ from pab_kernels.blocks.branches import CrossAttention, Inputs, Rope, TextKV, te
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Fp8Linear
 from pab_kernels.ops.quantized import DTYPES
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.forecast import Part, Reach, parts
 from pab_kernels.runtime.plan import Traffic, places, stack_span, storage
 from pab_kernels.runtime.slots import SlotKey, SlotLayout
@@ -37,6 +38,8 @@ class Executor:
     halves : tuple of int
         The halves of guidance that the batch is made of, in order: 0 is the conditional one, 1 the other. Of two, a
         variant with `guidance` runs the conditional one alone.
+    pool, forward : optional
+        Whom the slots are shared with; see `BroadcastCache`.
 
     Raises
     ------
@@ -54,6 +57,8 @@ class Executor:
         layout: Layout,
         cache_device: torch.device,
         halves: tuple[int, ...] = (0,),
+        pool: SlotPool | None = None,
+        forward: Hashable = None,
     ) -> None:
         self.stack = stack
         self.layout = layout
@@ -77,6 +82,8 @@ class Executor:
             gated=tuple(sorted(kept, key=lambda key: key.kind)),
             gate_shape=(layout.modulations, layout.channels),
             gate_dtype=self._vectors.dtype,
+            pool=pool,
+            forward=forward,
         )
         self._traffic: dict[StepVariant, Traffic] = {}
         self._gate_copies: dict[StepVariant, list[tuple[Tensor, Tensor]]] = {}

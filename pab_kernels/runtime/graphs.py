@@ -33,8 +33,6 @@ class StepGraphs:
 
     Attributes
     ----------
-    failure : str or None
-        Why a capture failed, if one did; its variant then runs eagerly.
     captured : int
         How many graphs were captured.
     """
@@ -46,11 +44,16 @@ class StepGraphs:
         self._seen: set[Hashable] = set()
         self._failed: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.failure: str | None = None
+        self._failures: dict[Hashable, str] = {}
         self.captured = 0
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def failure(self) -> str | None:
+        """Why a variant could not be captured, if there is one; it runs eagerly."""
+        return next(iter(self._failures.values()), None)
 
     def fit(self, inputs: dict[str, Tensor]) -> bool:
         """Whether `inputs` have the names, shapes and dtypes of the fixed ones."""
@@ -60,7 +63,7 @@ class StepGraphs:
         )
 
     def run(self, key: Hashable, step: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        """The result of ``step(inputs)``, a tensor of the caller's own.
+        """The result of ``step(inputs)``, which the next run may overwrite.
 
         `step` must read nothing that changes between calls but its inputs and what lies at fixed addresses.
         """
@@ -72,23 +75,21 @@ class StepGraphs:
                 return step(self._inputs)
             try:
                 self._graphs[key] = self._capture(step)
-                self.captured += 1
-                return self._graphs[key][1].clone()
             except RuntimeError as error:
                 self._failed[key] += 1
-                self.failure = f"capture failed: {error}"
-                last = self._failed[key] >= TRIES
-                log.warning(
-                    "%s: %s", "steps run eagerly, without CUDA graphs" if last else "trying again", self.failure
-                )
+                self._failures[key] = f"capture failed: {error}"
+                then = "its steps run eagerly" if self._failed[key] >= TRIES else "it is tried again"
+                log.warning("%s; %s", self._failures[key], then)
                 if not self._graphs:
                     self._pool = torch.cuda.graph_pool_handle()  # what the failed capture took stays in the old one
                 torch.cuda.empty_cache()
                 return step(self._inputs)
+            self.captured += 1
+            self._failures.pop(key, None)
+            return self._graphs[key][1]
         graph, output = self._graphs[key]
         graph.replay()
-        # The next replay overwrites the graph's output.
-        return output.clone()
+        return output
 
     def _capture(self, step: Callable[[dict[str, Tensor]], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._lane.device)

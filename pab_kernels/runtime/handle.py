@@ -79,10 +79,10 @@ class PABHandle:
         self._forwards = forwards_per_step
         self._lock = threading.RLock()
         self._identity = Identity(transformer)
-        first = next(transformer.parameters())
-        self._dtype, self._lane = first.dtype, Lane(first.device)
-        self._cache_device = _cache_device(cache_device, first.device)
-        self._doubts = Doubts(first.device)
+        device = next(transformer.parameters()).device
+        self._lane = Lane(device)
+        self._cache_device = _cache_device(cache_device, device)
+        self._doubts = Doubts(device)
         self._shapes = Shapes(keep_shapes)
         self._halves = Halves(config.guidance_broadcast, pipeline, conditional)
         self._pairs = Pairs(config.guidance_order)
@@ -239,7 +239,9 @@ class PABHandle:
                 if self._checked_run() is not run:
                     raise ValueError("another run has begun: call rectified_flow again for its steps")
                 step, forward = run.place(None, None)
-                return self._step(run, step, forward, inputs.call, inputs.at(step, latents), inputs.seen.doubts())
+                flow = inputs.at(step, latents)
+                result = self._step(run, step, forward, inputs.call, flow, inputs.seen.doubts())
+            return self._lane.hand_out(result)
 
         return step
 
@@ -249,10 +251,14 @@ class PABHandle:
             call = self._adapter.bind(*args, **kwargs)
             self._check_like_weights(call.tensors["latents"])
             timestep = call.tensors["timestep"]
+            if call.layout.indexed:  # those that occur; given frames have 0
+                timestep = timestep.amax()
             run, step, forward, unchecked = self._runs.place(name, timestep)
             self._doubts.check()
             doubts = [self._doubts.of_timestep(timestep, run.roundings[step])] if unchecked else []
-            return self._adapter.wrap(self._step(run, step, forward, call, None, (*doubts, *call.doubts)), call)
+            result = self._step(run, step, forward, call, None, (*doubts, *call.doubts))
+            adapter = self._adapter
+        return adapter.wrap(self._lane.hand_out(result), call)
 
     def _step(
         self,
@@ -296,7 +302,7 @@ class PABHandle:
         run.clock.append((variant, start, clock.mark(self._lane.device)))
         run.done(forward, step, latents.shape)
         run.broken = False
-        return self._lane.hand_out(result)
+        return result
 
     def _workspace(self, run: Run, forward: Forward, call: Call, halves: tuple[int, ...]) -> Workspace:
         """The workspace of a call, with the slots of this run."""
@@ -319,6 +325,7 @@ class PABHandle:
         self._identity.check()
         self._identity.note_versions()
         self._pairs = Pairs(self.config.guidance_order)
+        self._adapter.refresh()
         if self._fp8 is not None and self._fp8.refresh():
             self._shapes.clear()  # graphs know the scales
         self._doubts.begin()
@@ -335,10 +342,10 @@ class PABHandle:
         """`_mode`, of an open handle."""
         if not self.is_open:
             raise ValueError("the handle is closed: accelerate the transformer again")
-        kind = self._lane.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self._dtype:
+        kind, dtype = self._lane.device.type, self._adapter.stack.dtype
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
             raise ValueError(
-                f"autocast: to {torch.get_autocast_dtype(kind)} over weights of {self._dtype}, must be off, or the "
+                f"autocast: to {torch.get_autocast_dtype(kind)} over weights of {dtype}, must be off, or the "
                 "transformer in that dtype: the runtime computes in the dtype of the weights"
             )
         with self._mode():
@@ -351,11 +358,12 @@ class PABHandle:
         return run
 
     def _check_like_weights(self, latents: Tensor) -> None:
-        """Raise ValueError for another dtype or device than the weights have."""
-        if latents.dtype != self._dtype or latents.device != self._lane.device:
+        """Raise ValueError for another dtype or device than the blocks have."""
+        stack = self._adapter.stack
+        if latents.dtype != stack.dtype or latents.device != stack.device:
             raise ValueError(
                 f"hidden_states: is {latents.dtype} on {latents.device}, "
-                f"must be {self._dtype} on {self._lane.device} as the transformer"
+                f"must be {stack.dtype} on {stack.device} as the transformer's blocks"
             )
 
 

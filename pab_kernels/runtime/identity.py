@@ -174,10 +174,9 @@ class Identity:
             if path and (problem := _hooked(module)):
                 raise TypeError(f"{name}: has {problem}, must have none")
             if path and not f"{type(module).__module__}.".startswith(packages):
-                found = f"{type(module).__module__}.{type(module).__name__}"
-                raise TypeError(
-                    f"{name}: is a {type(module).__name__} ({found}), must be a plain module of the host's own"
-                )
+                own = (cls.__name__ for cls in type(module).__mro__ if f"{cls.__module__}.".startswith(packages))
+                plain = next((f"plain {cls}" for cls in own if cls != "Module"), "module of the host's own")
+                raise TypeError(f"{name}: is a {type(module).__name__}, must be a {plain}")
             if module.training and (key := _drops(vars(module))):
                 raise TypeError(f"{name}.{key}: is {vars(module)[key]} in training mode, must be 0: call eval()")
             for key, tensor in chain(module._parameters.items(), module._buffers.items()):

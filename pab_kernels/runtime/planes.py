@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pab_kernels.ops.planes import channel_sums, conv_planes, group_norm_silu, pack_upsampled, pack_weight
+from pab_kernels.ops.planes import (
+    channel_sums,
+    conv_planes,
+    group_norm_silu,
+    grow_planes,
+    pack_upsampled,
+    pack_weight,
+)
 
 SCORE_BYTES = 2**30
 """Of attention scores at a time."""
+
+Shape = tuple[int, int, int, int]
+"""Frames, height and width without the zeros, channels."""
 
 
 @dataclass
@@ -22,6 +32,12 @@ class Stream:
 
     planes: Tensor
     sums: Tensor | None = None
+
+
+def plane_elements(shape: Shape, channels: int | None = None) -> int:
+    """Elements of planes, their zeros among them; of so many channels where they are given."""
+    frames, height, width, own = shape
+    return frames * (height + 1) * (width + 1) * (own if channels is None else channels)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,15 @@ class Conv:
         packed = pack_weight(conv.weight)[0].unflatten(0, (-1, 2)).transpose(0, 1).contiguous()
         return cls(packed, conv.bias.unflatten(0, (-1, 2)).T.flatten(), times=2)
 
+    def shape(self, shape: Shape) -> Shape:
+        """Of the result."""
+        frames, height, width, _ = shape
+        return frames * self.times, height * self.space, width * self.space, self.weight.shape[1]
+
+    def live(self, shape: Shape) -> int:
+        """Elements that are alive at once: what it reads and what it writes."""
+        return plane_elements(shape) + plane_elements(self.shape(shape))
+
     def __call__(self, x: Tensor, residual: Tensor | None = None, sums: bool = True) -> Stream:
         planes, found = conv_planes(
             x,
@@ -104,12 +129,20 @@ class ResBlock:
     conv2: Conv
     shortcut: Conv | None
 
+    def shape(self, shape: Shape) -> Shape:
+        """Of the result."""
+        return self.conv1.shape(shape)
+
+    def live(self, shape: Shape) -> int:
+        """Elements that are alive at once, at the worst of three moments."""
+        old, new = plane_elements(shape), plane_elements(self.shape(shape))
+        return old + max(old + new, 2 * new, (3 if self.shortcut is not None else 2) * new)
+
     def __call__(self, x: Stream) -> Stream:
-        h = self.conv1(self.norm1(x))
-        h = Stream(self.norm2(h))
-        # What is no longer read is let go of at once: this is the largest moment of a decoder.
+        # What is no longer read is let go of at once: these are a decoder's largest tensors.
+        h = self.norm2(self.conv1(self.norm1(x)))
         residual = x.planes if self.shortcut is None else self.shortcut(x.planes, sums=False).planes
-        return self.conv2(h.planes, residual)
+        return self.conv2(h, residual)
 
 
 @dataclass(frozen=True)
@@ -130,6 +163,16 @@ class FrameAttention:
         qkv, qkv_bias = (torch.cat([pair[i] for pair in weights[:3]]) for i in range(2))
         return cls(norm, qkv, qkv_bias, *weights[3])
 
+    def shape(self, shape: Shape) -> Shape:
+        """Of the result."""
+        return shape
+
+    def live(self, shape: Shape) -> int:
+        """Elements that are alive at once, scores counted in elements of two bytes."""
+        frames, height, width, _ = shape
+        pixels = height * width
+        return 6 * plane_elements(shape) + 3 * pixels**2 * min(frames, max(1, SCORE_BYTES // (6 * pixels**2)))
+
     def __call__(self, x: Stream) -> Stream:
         frames, height, width, channels = x.planes.shape
         tokens = self.norm(x, silu=False)[:, :-1, :-1].reshape(frames, -1, channels)
@@ -149,11 +192,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
 
 
+@dataclass(frozen=True)
+class Upsample:
+    """Frames or pixels doubled by a convolution alone, or linearly before it, which may be mixed with what it reads."""
+
+    conv: Conv
+    times: int = 1
+    space: int = 1
+    mixed: bool = False
+
+    def shape(self, shape: Shape) -> Shape:
+        """Of the result."""
+        return self.conv.shape(self._grown(shape))
+
+    def live(self, shape: Shape) -> int:
+        """Elements that are alive at once."""
+        grown = self._grown(shape)
+        return (0 if grown == shape else plane_elements(shape)) + self.conv.live(grown)
+
+    def _grown(self, shape: Shape) -> Shape:
+        frames, height, width, channels = shape
+        return self.times * (frames - 1) + 1, height * self.space, width * self.space, channels
+
+    def __call__(self, x: Stream) -> Stream:
+        planes = x.planes if self.times == self.space == 1 else grow_planes(x.planes, self.times, self.space)
+        return self.conv(planes, planes if self.mixed else None)
+
+
+def run(layers: Iterable[Any], x: Stream) -> Stream:
+    """Layers, one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def most_live(layers: Iterable[Any], shape: Shape) -> tuple[int, Shape]:
+    """Most elements alive at once in layers that begin with planes of `shape`, and the shape of what they give."""
+    most = 0
+    for layer in layers:
+        most, shape = max(most, layer.live(shape)), layer.shape(shape)
+    return most, shape
+
+
 def padded_channels(channels: int) -> int:
     """Channels that a convolution's tiles want."""
     return -(-channels // 64) * 64
-
-
-def packed_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters."""
-    return sum(parameter.nbytes for parameter in module.parameters())

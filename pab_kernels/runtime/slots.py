@@ -19,8 +19,8 @@ from pab_kernels.ops import MAX_BRANCHES
 from pab_kernels.ops.quantized import LIMITS, Quantized
 
 STAGES = MAX_BRANCHES + 1
-"""Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs; where one of them is new, it may also read
-what its slot held, and write its change."""
+"""Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs; where one of them is new, it may also
+read what its slot held, and write its change."""
 
 Shape = tuple[int, int, int, int]
 

@@ -156,7 +156,7 @@ class Workspace:
     def step(
         self, call: Call, schedule: Schedule, step: int, flow: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One denoising call, in a tensor of the caller's own.
+        """One denoising call.
 
         Parameters
         ----------
@@ -171,7 +171,8 @@ class Workspace:
         Returns
         -------
         result : Tensor
-            The host's prediction [B, C_out, T, H, W], or with `flow` the latents after the step.
+            The host's prediction [B, C_out, T, H, W], or with `flow` the latents after the step; the next call may
+            overwrite it.
         doubts : tuple of Tensor
             Bools on the device: the result is wrong where one is True.
 
@@ -277,9 +278,10 @@ class Workspace:
             return self._text
         tokens, kv_len = _pack(call.text, call.text_mask)
         if self._eager is None:
-            if kv_len is None:
+            missing = -tokens.shape[1] % TEXT_PADDING
+            if kv_len is None and missing:
                 kv_len = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32, device=tokens.device)
-            tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % TEXT_PADDING))
+            tokens = F.pad(tokens, (0, 0, 0, missing))
         key = (tokens.shape, kv_len is None, None if call.image is None else call.image.shape)
         old = self._texts.get(key)
         if old is not None and old.kv_len is not None and kv_len is not None:

@@ -114,10 +114,14 @@ class Profiler(TappedBlocks):
     ----------
     host : nn.Module
         As for `TappedBlocks`.
+    forwards_per_step : int
+        How often a step calls the host: 2 in Wan's pipelines. Each of these calls is compared with its like at the step
+        before, and the measures are the mean of all.
     """
 
-    def __init__(self, host: nn.Module) -> None:
-        self._before: dict[tuple[str, int, str], Tensor] = {}
+    def __init__(self, host: nn.Module, forwards_per_step: int = 1) -> None:
+        self._forwards = forwards_per_step
+        self._before: dict[tuple[str, int, str, int], Tensor] = {}
         self._norms: dict[tuple[str, int, str], list[Tensor]] = {}
         self._numel = 0
         super().__init__(host)
@@ -140,14 +144,15 @@ class Profiler(TappedBlocks):
         if name != "mlp":
             # Open-Sora's temporal blocks have cross-attention too.
             key = ("cross" if name == "cross" else kind, index, kind)
-            before = self._before.get(key)
+            own = (*key, self.call % self._forwards)
+            before = self._before.get(own)
             if before is not None:
                 norms = [
                     torch.linalg.vector_norm(x, dtype=torch.float32) for x in (value - before, value, stream + value)
                 ]
                 self._norms.setdefault(key, []).append(torch.stack(norms))
                 self._numel = value.numel()
-            self._before[key] = value
+            self._before[own] = value
         return value
 
     def profile(self, timesteps: Sequence[float]) -> Profile:
@@ -158,13 +163,17 @@ class Profiler(TappedBlocks):
         ValueError
             The host was called another number of times.
         """
-        if self.call + 1 != len(timesteps):
-            raise ValueError(f"timesteps: got {len(timesteps)}, must be {self.call + 1}, one a call of the transformer")
+        if self.call + 1 != self._forwards * len(timesteps):
+            raise ValueError(
+                f"timesteps: got {len(timesteps)}, must be {(self.call + 1) / self._forwards:g}, one a step: the "
+                f"transformer was called {self.call + 1} times"
+            )
         relative, mse, impact = {}, {}, {}
         for kind in KINDS:
             blocks = sorted(key for key in self._norms if key[0] == kind)
             if blocks:
                 norms = np.stack([torch.stack(self._norms[key]).double().cpu().numpy() for key in blocks])
+                norms = norms.reshape(len(blocks), -1, self._forwards, 3).mean(axis=2)
                 first = np.full((len(blocks), 1, 3), np.nan)
                 difference, output, stream = np.moveaxis(np.concatenate([first, norms], axis=1), -1, 0)
                 relative[kind] = difference / output

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pab_kernels.demo.text import TextEmbedding
 from pab_kernels.models import checkpoints
 from pab_kernels.pipelines import sizes
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.demo_text import TextEmbedding
 from tests.pipeline_tools import TINY
 
 

@@ -6,74 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pab_kernels import ops
 from pab_kernels.ops.quantized import Quantized
 from pab_kernels.triton_ops import residual_norm_modulate as kernels
-from tests.quantized_tools import DTYPES, check_rows, interpret_e4m3, poisoned
-
-EPS = 1e-6
-TOLERANCES = [
-    pytest.param(torch.float32, 2e-5, 1e-5, id="float32"),
-    pytest.param(torch.float16, 2e-3, 2e-3, id="float16"),
-    pytest.param(torch.bfloat16, 2e-2, 1.6e-2, id="bfloat16"),
-]
-needs_interpreter = pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-WHERE = [
-    pytest.param("reference", "cpu", id="reference"),
-    pytest.param("triton", "cpu", id="triton-interpreted", marks=needs_interpreter),
-    pytest.param("triton", "cuda", id="triton-compiled", marks=[pytest.mark.gpu, needs_gpu]),
-]
-SIZES = [(2, 1, 8), (1, 3, 72), (2, 63, 144), (1, 63, 1152), (2, 3, 2304), (1, 3, 4608), (3, 5, 100), (2, 3, 1)]
-
-
-def expected(x, branches=(), gates=(), shift=None, scale=None, embed=None, eps=EPS) -> tuple[Tensor, Tensor | None]:
-    """The new x and the modulated rows, in float64."""
-    total = x.double()
-    for branch, gate in zip(branches, gates, strict=True):
-        total = torch.addcmul(total, branch.double(), torch.ones(()) if gate is None else gate.double().unsqueeze(1))
-    if embed is not None:
-        rows = torch.arange(x.shape[1], device=x.device) * embed.shape[0] // x.shape[1]
-        total = total + embed.double()[rows]
-    if shift is None:
-        return total, None
-    normed = F.layer_norm(total, total.shape[-1:], eps=eps)
-    return total, torch.addcmul(shift.double().unsqueeze(1), normed, 1 + scale.double().unsqueeze(1))
-
-
-class Case:
-    """Inputs of one call. Made on the CPU, so that all backends see the same numbers."""
-
-    def __init__(self, size, gated=(True, False), *, modulated=True, periods=None, dtype=torch.float32, device="cpu"):
-        groups, rows, channels = size
-        torch.manual_seed(groups * rows + channels)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape).to(dtype).to(device)
-
-        self.x = draw(*size)
-        self.branches = [draw(*size) for _ in gated]
-        self.gates = [draw(groups, channels) if gate else None for gate in gated]
-        self.shift: Any = draw(groups, channels) if modulated else None
-        self.scale: Any = draw(groups, channels) if modulated else None
-        self.embed = None if periods is None else draw(periods, channels)
-        self.out: Any = torch.full(size, float("nan"), dtype=dtype, device=device) if modulated else None
-
-    def check(self, backend: str, atol: float, rtol: float) -> None:
-        args = (self.x, self.branches, self.gates, self.shift, self.scale)
-        new_x, y = expected(*args, embed=self.embed)
-        result = ops.residual_norm_modulate(*args, embed=self.embed, eps=EPS, out=self.out, backend=backend)
-        torch.testing.assert_close(self.x.double(), new_x, atol=atol, rtol=rtol)
-        if y is None:
-            assert result is self.x
-        else:
-            assert result is self.out
-            torch.testing.assert_close(result.double(), y, atol=atol, rtol=rtol)
+from tests.residual_tools import EPS, SIZES, TOLERANCES, WHERE, Case, expected, needs_gpu, needs_interpreter
 
 
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), TOLERANCES)
@@ -200,94 +139,6 @@ def test_nothing_to_do(backend):
 def test_new_output_is_contiguous():
     x, vector = torch.randn(3, 2, 8).transpose(0, 1), torch.zeros(2, 8)
     assert ops.residual_norm_modulate(x, shift=vector, scale=vector).is_contiguous()
-
-
-# Rows of one byte an element
-
-
-@pytest.fixture
-def _e4m3(monkeypatch):
-    if kernels.INTERPRETED:
-        interpret_e4m3(monkeypatch)
-
-
-@pytest.mark.usefixtures("_e4m3")
-@pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
-@pytest.mark.parametrize("byte", DTYPES)
-@pytest.mark.parametrize("size", [(2, 1, 8), (1, 3, 72), (2, 3, 1152), (3, 5, 100), (2, 3, 1)], ids=str)
-@pytest.mark.parametrize(("backend", "device"), WHERE)
-def test_quantized_output(backend, device, size, byte, modulated):
-    """Modulated rows, or a copy of the stream, in one byte an element; x itself as ever."""
-    case = Case(size, modulated=modulated, device=device)
-    case.x[..., 0] += 4  # rows of few nearly equal channels make any norm ill-conditioned
-    args = (case.x, case.branches, case.gates, case.shift, case.scale)
-    new_x, y = expected(*args)
-    out = poisoned(size, byte, device)
-    assert ops.residual_norm_modulate(*args, eps=EPS, out=out, backend=backend) is out
-    torch.testing.assert_close(case.x.double(), new_x, atol=2e-5, rtol=1e-5)
-    check_rows(out, new_x if y is None else y, atol=5e-5)
-
-
-@pytest.mark.usefixtures("_e4m3")
-@pytest.mark.parametrize("byte", DTYPES)
-@pytest.mark.parametrize("gated", [(True,), (False, True), (True, True, False, True)], ids=str)
-@pytest.mark.parametrize(("backend", "device"), WHERE)
-def test_saved_and_read_back(backend, device, gated, byte):
-    """The first branch is saved without its gate; as a branch of another call it stands for what was saved."""
-    size = (2, 5, 72)
-    case = Case(size, gated, device=device)
-    args = (case.x, case.branches, case.gates, case.shift, case.scale)
-    new_x, y = expected(*args)
-    saved = poisoned(size, byte, device)
-    result = ops.residual_norm_modulate(*args, eps=EPS, out=case.out, saved=saved, backend=backend)
-    torch.testing.assert_close(case.x.double(), new_x, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(result.double(), y, atol=2e-5, rtol=1e-5)
-    check_rows(saved, case.branches[0], atol=0)
-
-    wide = saved.values.double() * saved.row_scale.double()[..., None]
-    for place in range(len(gated)):
-        branches: list[Tensor | Quantized] = list(case.branches)
-        exact = [branch.double() for branch in case.branches]
-        branches[place], exact[place] = saved, wide
-        x = torch.randn(size, device=device)
-        new_x, y = expected(x, exact, case.gates, case.shift, case.scale)
-        result = ops.residual_norm_modulate(x, branches, case.gates, case.shift, case.scale, eps=EPS, backend=backend)
-        torch.testing.assert_close(x.double(), new_x, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(result.double(), y, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("_e4m3")
-@pytest.mark.parametrize("byte", DTYPES)
-@pytest.mark.parametrize(("backend", "device"), WHERE)
-def test_quantized_rows_hide_nothing(backend, device, byte):
-    """A row of zeros stays one, and a NaN makes its whole row NaN, but no other."""
-    case = Case((1, 3, 72), (False,), modulated=False, device=device)
-    case.x.zero_()
-    case.branches[0][0, 0] = 0
-    case.branches[0][0, 2, 70] = float("nan")
-    saved, out = (poisoned((1, 3, 72), byte, device) for _ in range(2))
-    ops.residual_norm_modulate(case.x, case.branches, out=out, saved=saved, backend=backend)
-    for rows in (saved, out):
-        wide = rows.values.float() * rows.row_scale[..., None]
-        assert (wide[0, 0] == 0).all()
-        check_rows(Quantized(rows.values[:, 1], rows.row_scale[:, 1]), case.branches[0][:, 1])
-        assert wide[0, 2].isnan().all()
-
-
-@pytest.mark.usefixtures("_e4m3")
-@pytest.mark.parametrize(("backend", "device"), WHERE)
-def test_quantized_strides(backend, device):
-    """Values cut out of wider tensors; nothing is written beyond them."""
-    case = Case((3, 5, 72), (False,), device=device)
-    wide = torch.full((2, 5, 3, 80), 7, dtype=torch.int8, device=device)
-    out, saved = (Quantized(w.transpose(0, 1)[..., :72], torch.empty(3, 5, device=device)) for w in wide)
-    args = (case.x, case.branches, case.gates, case.shift, case.scale)
-    _, y = expected(*args)
-    ops.residual_norm_modulate(*args, eps=EPS, out=out, saved=saved, backend=backend)
-    assert y is not None
-    check_rows(out, y, atol=5e-5)
-    check_rows(saved, case.branches[0], atol=0)
-    assert (wide[..., 72:] == 7).all()
 
 
 X, BRANCH, VECTOR = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8), torch.zeros(2, 8)

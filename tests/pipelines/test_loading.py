@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, LattePipeline
+from pab_kernels.demo.text import TextEmbedding
 from safetensors.torch import save_file
 
+from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
 from pab_kernels.pipelines.loading import Source, load_pipeline, load_text, resolve_model, text_encoder_bytes
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
 from pab_kernels.pipelines.vae import load_vae
@@ -141,3 +143,122 @@ def test_decoders_that_do_not_fit_are_refused(tmp_path):
         load_vae(tmp_path / "vae", 4, dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match="vae: got None"):
         tiny_pipeline("open_sora").decode(torch.zeros(1, 4, 5, 24, 24), open_sora_size("144p", "1:1", 17))
+
+
+# What is given where something else is wanted
+
+
+def _pipeline_of(name: str, folder) -> str:
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    return str(folder)
+
+
+def _demo(folder) -> str:
+    DemoPipeline(demo_transformer(1, 1, 16, 5), demo_scheduler(), TextEmbedding()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_of_weights_given_as_the_model_is_named(family, tmp_path):
+    weights = _checkpoint(family, tmp_path / "weights")
+    for given in (weights, f"{weights}/model.safetensors", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"is a checkpoint of {family}: pass `--model {family} --weights {given}`"):
+            Source(given)
+
+
+def test_other_folders_given_as_the_model_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="is a diffusers 'WanPipeline', must be a LattePipeline"):
+        Source(_pipeline_of("WanPipeline", tmp_path / "wan"))
+    with pytest.raises(ValueError, match="empty holds no Latte pipeline of diffusers, demo model, or weights"):
+        Source(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"notes\.txt must end in one of"):
+        Source(str(tmp_path / "notes.txt"))
+    (tmp_path / "wan" / "model_index.json").write_text("[")
+    with pytest.raises(ValueError, match=r"model_index\.json cannot be read as JSON"):
+        Source(str(tmp_path / "wan"))
+
+
+def test_weights_that_the_model_does_not_take_are_refused(tmp_path):
+    weights, demo = _checkpoint("open_sora", tmp_path / "weights"), _demo(tmp_path / "demo")
+    for model in ("demo", demo):
+        with pytest.raises(ValueError, match=r"weights: got .* for a demo model, whose folder must be given"):
+            Source(model, weights=demo)
+    for given in (weights, f"{weights}/model.safetensors"):
+        with pytest.raises(ValueError, match="is a checkpoint of family 'open_sora', not 'latte'"):
+            load_pipeline(Source("latte", given), None, dtype=torch.float32, device="cpu")
+
+
+def test_latte_takes_a_transformer_from_elsewhere(tmp_path, monkeypatch):
+    seen: dict[str, Any] = {}
+
+    def from_pretrained(place, torch_dtype, transformer):
+        seen.update(place=place, transformer=transformer)
+        raise OSError("not here")
+
+    monkeypatch.setattr(LattePipeline, "from_pretrained", from_pretrained)
+    weights = _checkpoint("latte", tmp_path / "weights")
+    with pytest.raises(FileNotFoundError, match="model: 'maxin-cn/Latte-1' is not in the local cache"):
+        load_pipeline(Source("latte", weights), None, dtype=torch.float32, device="cpu")
+    expected = tiny_transformer("latte").state_dict()
+    found = seen["transformer"].state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    pipeline = _pipeline_of("LattePipeline", tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="cannot be loaded by diffusers: OSError: not here"):
+        load_pipeline(Source(pipeline, weights), None, dtype=torch.float32, device="cpu")
+    assert seen["place"] == pipeline
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", bytes(100), b'{"transformer": {}, "text": {}}'])
+def test_a_damaged_demo_model_is_refused_with_the_file(file, content, tmp_path):
+    folder = _demo(tmp_path / "demo")
+    (tmp_path / "demo" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=file.replace(".", r"\.") + "|demo holds no Latte pipeline"):
+        load_pipeline(Source(folder), None, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("transformer", {"num_layers": 10**9}),
+        ("transformer", {"num_attention_heads": 1.5}),
+        ("transformer", {"unknown": 1}),
+        ("transformer", {"sample_size": 20}),
+        ("text", {"length": 10**9}),
+        ("text", {"channels": "64"}),
+        ("text", {"vocabulary": "abc"}),
+        ("text", {"unknown": 1}),
+        ("scheduler", {"num_train_timesteps": "x"}),
+        ("scheduler", {"beta_schedule": "none"}),
+    ],
+)
+def test_a_demo_models_settings_are_checked(part, changes, tmp_path):
+    folder = tmp_path / "demo"
+    _demo(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config[part] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    if changes == {"sample_size": 20}:  # a table of positions, which is in no file
+        load_pipeline(Source(str(folder)), None, dtype=torch.float32, device="cpu")
+        return
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_pipeline(Source(str(folder)), None, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"model_type": 3}'])
+def test_damaged_parts_are_named_and_not_called_missing(content, tmp_path):
+    weights = _checkpoint("open_sora", tmp_path / "weights")
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"text_encoder: {part} cannot be loaded: "):
+        load_pipeline(Source("open_sora", weights, str(part)), None, dtype=torch.float32, device="cpu")
+    assert text_encoder_bytes(Source("open_sora", weights, str(part)), torch.float32) == 0
+    with pytest.raises(ValueError, match=f"vae: {part}"):
+        load_vae(part, 4, dtype=torch.float32, device="cpu")
+    (part / "model_index.json").write_text(json.dumps({"_class_name": "LattePipeline", "vae": 3}))
+    with pytest.raises(ValueError, match=f"model: {part} cannot be loaded by diffusers: "):
+        load_pipeline(Source(str(part)), None, dtype=torch.float32, device="cpu")

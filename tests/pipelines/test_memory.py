@@ -7,7 +7,7 @@ import torch
 
 from pab_kernels import PABConfig, accelerate
 from pab_kernels.pipelines.memory import ModelShape, PlannedRun, check_fits, estimate, gib, smaller_runs
-from pab_kernels.pipelines.sizes import family_size, open_sora_size
+from pab_kernels.pipelines.sizes import family_size, model_size, open_sora_size
 from pab_kernels.runtime import cache
 from pab_kernels.runtime.slots import STAGES, HostSlots
 from tests.pipeline_tools import SMALLEST, TINY, tiny_pipeline
@@ -16,7 +16,8 @@ from tests.pipeline_tools import SMALLEST, TINY, tiny_pipeline
 def planned(family: str, *, rows: int = 2, config: PABConfig | None = None, **size: str) -> PlannedRun:
     video = family_size(family, **size)
     assert video is not None
-    return PlannedRun(family, video, PABConfig.preset(family) if config is None else config, rows)
+    config = PABConfig.preset(family) if config is None else config
+    return PlannedRun.of(family, video, config, rows // 2, model_size(family, size.get("size")))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,12 @@ def planned(family: str, *, rows: int = 2, config: PABConfig | None = None, **si
         ("open_sora_plan_v110", {"size": "65x512x512"}, 6.3),
         ("open_sora_plan_v120", {"size": "29x480p"}, 5.3),
         ("open_sora_plan_v120", {"size": "93x480p"}, 15.8),
+        # Computed: blocks x 2 branches x 2 forwards x tokens x channels x 2 bytes; for LTX-Video one forward of 2 rows.
+        ("wan_2_1", {}, 30 * 2 * 2 * 32760 * 1536 * 2 / 2**30),
+        ("wan_2_1", {"size": "14b", "resolution": "720p"}, 40 * 2 * 2 * 75600 * 5120 * 2 / 2**30),
+        ("wan_2_2", {}, 30 * 2 * 2 * 27280 * 3072 * 2 / 2**30),
+        ("wan_2_2", {"size": "14b", "resolution": "480p"}, 40 * 2 * 2 * 32760 * 5120 * 2 / 2**30),
+        ("ltx", {}, 28 * 2 * 2 * 6930 * 2048 * 2 / 2**30),
     ],
 )
 def test_slots_have_the_known_sizes(family, size, expected):
@@ -40,10 +47,65 @@ def test_slots_have_the_known_sizes(family, size, expected):
 
 @pytest.mark.parametrize(
     ("family", "billions"),
-    [("open_sora", 1.208), ("latte", 1.057), ("open_sora_plan_v110", 1.057), ("open_sora_plan_v120", 2.772)],
+    [
+        ("open_sora", 1.208),
+        ("latte", 1.057),
+        ("open_sora_plan_v110", 1.057),
+        ("open_sora_plan_v120", 2.772),
+        ("wan_2_1", 1.419),
+        ("wan_2_2", 5.0),
+        ("ltx", 1.923),
+    ],
 )
 def test_weights_have_the_size_of_the_released_models(family, billions):
     assert estimate(planned(family)).weights / 2e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_fp8_slots_are_what_makes_14b_at_720p_fit():
+    """An H200 has 139 GiB. Wan 2.2's two transformers lie there together, and one has slots at a time."""
+    h200 = 139 * 2**30
+    large = planned("wan_2_1", size="14b", resolution="720p")
+    with pytest.raises(ValueError, match=r"needs 152\.\d GiB .*; --cache-dtype fp8 \(95\.\d GiB\)"):
+        check_fits(large, h200)
+    check_fits(dataclasses.replace(large, config=dataclasses.replace(large.config, cache_dtype="fp8")), h200)
+    pair = estimate(planned("wan_2_2", size="14b", resolution="720p"))
+    assert pair.weights == pytest.approx(2 * estimate(large).weights, rel=1e-3)
+    assert pair.slots == estimate(large).slots
+
+
+def test_an_image_has_keys_and_values_too():
+    text, image = (estimate(planned("wan_2_1", size=size)).text for size in ("14b", "i2v-14b"))
+    assert image / text == pytest.approx((512 + 257) / 512)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "latent"),
+    [
+        ("wan_2_1", {}, (21, 60, 104)),
+        ("wan_2_1", {"size": "i2v-14b", "resolution": "720p"}, (21, 90, 160)),
+        ("wan_2_2", {}, (31, 44, 80)),
+        ("wan_2_2", {"size": "14b"}, (21, 90, 160)),
+        ("ltx", {}, (21, 15, 22)),
+        ("ltx", {"resolution": "704p"}, (16, 22, 38)),
+    ],
+)
+def test_latents_of_diffusers_families(family, options, latent):
+    size = family_size(family, **options)
+    assert size is not None
+    assert size.latent == latent
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("wan_2_1", {"size": "5b"}, "size: got '5b', must be one of 1.3b, 14b, i2v-14b"),
+        ("wan_2_1", {"resolution": "144p"}, "resolution: got '144p', must be one of 480p, 720p"),
+        ("ltx", {"size": "2b"}, "size: got '2b' for ltx, which does not take it: it takes --resolution"),
+    ],
+)
+def test_sizes_that_diffusers_families_do_not_have(family, options, message):
+    with pytest.raises(ValueError, match=message):
+        family_size(family, **options)
 
 
 def test_kinds_and_blocks_that_never_broadcast_have_no_slots():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from pab_kernels import PABConfig, Schedule, accelerate
 from pab_kernels.plain import PlainPAB
 from pab_kernels.runtime import cache, slots
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.slots import STAGES, HostSlots, SlotKey, SlotLayout
 from tests.latte_tools import call, inputs, tiny_latte
@@ -215,6 +217,46 @@ def test_a_slot_overwritten_by_its_sharer_is_not_read():
     shared.invalidate()
     with pytest.raises(ValueError, match="slot mlp_spatial of block 1: read before"):
         shared.require([two])
+
+
+def test_caches_of_a_pool_use_the_same_slots_in_turn():
+    pool, device, key = SlotPool(), torch.device("cpu"), SlotKey("spatial", 0)
+
+    def cache(forward: str, channels: int = 4) -> BroadcastCache:
+        layout = SlotLayout((1, 1, 2, channels), torch.float32)
+        return BroadcastCache({key: 0}, layout, device, device, pool=pool, forward=forward)
+
+    first, second, other, wider = cache("cond"), cache("cond"), cache("uncond"), cache("cond", 8)
+    assert first.slots is second.slots
+    assert len({id(each.slots) for each in (first, other, wider)}) == 3
+    first.mark_written([key])
+    first.require([key])
+    other.mark_written([key])
+    first.require([key])
+    with pytest.raises(ValueError, match="slot spatial of block 0: read before"):
+        second.require([key])
+    second.mark_written([key])
+    second.require([key])
+    with pytest.raises(ValueError, match="slot spatial of block 0: read before"):
+        first.require([key])
+    first.mark_written([])  # a step that writes nothing takes nothing away
+    second.require([key])
+    first.mark_written([key])
+    first.require([key])
+
+
+def test_slots_of_a_pool_go_with_the_last_cache_that_has_them():
+    pool, device, key = SlotPool(), torch.device("cpu"), SlotKey("spatial", 0)
+    caches = [
+        BroadcastCache({key: 0}, SlotLayout((1, 1, 2, 4), torch.float32), device, device, pool=pool) for _ in range(2)
+    ]
+    slots = weakref.ref(caches[0].slots)
+    caches.pop()
+    gc.collect()
+    assert slots() is not None
+    caches.pop()
+    gc.collect()
+    assert slots() is None
 
 
 # On a GPU

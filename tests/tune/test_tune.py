@@ -11,8 +11,8 @@ import torch
 
 from pab_kernels import PABConfig, accelerate, quality
 from pab_kernels.config import MlpWindow, named_settings
-from pab_kernels.demo.text import TextEmbedding
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.demo_text import TextEmbedding
 from pab_kernels.pipelines.generate import Request, generate
 from pab_kernels.quality import Quality
 from pab_kernels.schedule import Schedule

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pab_kernels.demo.captions import PAD, TEXT_LENGTH, VOCABULARY
+from pab_kernels.pipelines.demo_captions import PAD, TEXT_LENGTH, VOCABULARY
+
+MOST = 2**14
+"""Words of a prompt, and channels."""
 
 
 class TextEmbedding(nn.Module):
@@ -22,10 +25,20 @@ class TextEmbedding(nn.Module):
         Words a prompt may have, L.
     channels : int
         Size of an embedding, C.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter, its value and what is allowed.
     """
 
     def __init__(self, vocabulary: Sequence[str] = VOCABULARY, length: int = TEXT_LENGTH, channels: int = 64) -> None:
         super().__init__()
+        if isinstance(vocabulary, str) or not vocabulary or not all(isinstance(word, str) for word in vocabulary):
+            raise ValueError(f"vocabulary: got {vocabulary!r:.80}, must be words")
+        for name, size in (("length", length), ("channels", channels)):
+            if not isinstance(size, int) or not 1 <= size <= MOST:
+                raise ValueError(f"{name}: got {size!r:.80}, must be a whole number from 1 to {MOST}")
         self.vocabulary = tuple(vocabulary)
         self.length = length
         self.channels = channels

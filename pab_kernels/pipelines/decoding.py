@@ -1,0 +1,297 @@
+"""Decodes latents of Open-Sora and Open-Sora-Plan by the piece: in half precision on a GPU on planes, else by the host.
+
+Pieces are the originals' unless something else is asked for. While one is decoded, the frames of the one before are on
+their way to the host's memory, so that a video file can be written beside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pab_kernels.models.hosts.open_sora_vae import SPATIAL_SCALE, OpenSoraVAE
+from pab_kernels.models.hosts.tiles import Tiling
+from pab_kernels.ops.checks import check_shape
+from pab_kernels.ops.planes import from_planes
+from pab_kernels.quality import Frames
+from pab_kernels.runtime.decoders import PlaneDecoder, plan_decoder, spatial_decoder, temporal_decoder
+from pab_kernels.runtime.graphs import StepGraphs
+from pab_kernels.runtime.lane import Lane
+
+MEMORY = 4 * 2**30
+"""Bytes for pieces where no bound is given and their size changes nothing in the numbers."""
+MOST_FRAMES = 17
+"""Of Open-Sora at a time: more of them would not keep a GPU busier, and the first ones would come later."""
+MOST_GRAPHS = 8
+"""Shapes of pieces that keep a graph."""
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """ "4GiB", "500 MB" or a number of bytes.
+
+    Raises
+    ------
+    ValueError
+        Something else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    if match is None or match[2].lower() not in units or float(match[1]) == 0:
+        raise ValueError(f"decode_memory: got {text!r}, must be a size such as 4GiB, 800MiB or 4GB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frames that are done: uint8 [n, H, W, 3], and whether all numbers of them were finite."""
+
+    frames: Frames
+    finite: bool
+
+
+class VideoDecoder:
+    """A video autoencoder with how it is to decode.
+
+    Parameters
+    ----------
+    vae : OpenSoraVAE or CausalVAE
+        Its weights are packed once: where they change, make another decoder.
+    memory : int, optional
+        Bytes that a piece may take beside the weights. It picks how many frames of Open-Sora are decoded at a time,
+        which changes nothing else, 4 GiB by default; and the tiles of Open-Sora-Plan, which are the original script's
+        by default and blend where they meet.
+    seamless : bool
+        Not the original's pieces: Open-Sora's chunks of 17 frames see the chunk before and fade over from it;
+        Open-Sora-Plan's frames are decoded whole, so that norms span them, in chunks of time as `memory` allows.
+
+    Raises
+    ------
+    ValueError
+        `memory` is not positive.
+    """
+
+    def __init__(self, vae: Any, *, memory: int | None = None, seamless: bool = False) -> None:
+        if memory is not None and memory < 1:
+            raise ValueError(f"decode_memory: got {memory}, must be at least 1 byte")
+        self.vae = vae
+        self.memory = memory
+        self.seamless = seamless
+        self.is_open_sora = isinstance(vae, OpenSoraVAE)
+        self._packed: dict[str, PlaneDecoder] = {}
+        self._graphs: dict[tuple[str | int, ...], StepGraphs] = {}
+        self._lanes: dict[torch.device, Lane] = {}
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.vae.latent_channels
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """One of the weights: all have its dtype and device."""
+        return next(self.vae.parameters())
+
+    def to(self, *args: Any, **kwargs: Any) -> VideoDecoder:
+        """Move or cast the weights as `torch.nn.Module.to` does; returns the decoder."""
+        nn.Module.to(self.vae, *args, **kwargs)
+        self._packed, self._graphs = {}, {}
+        return self
+
+    @property
+    def on_planes(self) -> bool:
+        """Whether this decoder's kernels serve: on a GPU in half precision."""
+        return self.parameter.is_cuda and self.parameter.dtype in (torch.float16, torch.bfloat16)
+
+    def size(self, latents: tuple[int, ...], frames: int) -> tuple[int, int, int]:
+        """Frames, height and width of the video of latents (T, H, W) for a video of `frames`."""
+        made = frames if self.is_open_sora else 4 * (latents[0] - 1) + 1
+        return made, 8 * latents[1], 8 * latents[2]
+
+    def check(self, latents: Tensor, frames: int) -> None:
+        """Raise ValueError unless `latents` [C, T, H, W] can be those of a video of `frames`."""
+        check_shape("latents", latents, (self.latent_channels, "T", "H", "W"))
+        made = self._frames_of(latents.shape[1], frames)
+        if made != frames or latents.numel() == 0:
+            raise ValueError(f"latents: shape is {list(latents.shape)}, which gives {made} frames, must give {frames}")
+
+    def _frames_of(self, latents: int, frames: int) -> int:
+        if not self.is_open_sora:
+            return 4 * (latents - 1) + 1
+        return latents * self.vae.temporal_vae.factor - sum(self.vae.dropped(latents, frames))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, frames: int) -> Piece:
+        """All frames [B, F, H, W, 3] of the transformer's latents [B, C, T, H, W]."""
+        videos = [list(self.pieces(video, frames)) for video in latents]
+        stacked = np.stack([np.concatenate([piece.frames for piece in pieces]) for pieces in videos])
+        return Piece(stacked, all(piece.finite for pieces in videos for piece in pieces))
+
+    @torch.no_grad()
+    def pieces(self, latents: Tensor, frames: int) -> Iterator[Piece]:
+        """The frames of a video [C, T, H, W] in order, as they are done; one piece is always under way.
+
+        Parameters
+        ----------
+        latents : Tensor
+            As the transformer gives them.
+        frames : int
+            Of the video.
+
+        Raises
+        ------
+        ValueError
+            Latents of another shape or length, or a memory bound that no piece fits.
+        """
+        self.check(latents, frames)
+        parameter = self.parameter
+        z = latents[None].to(parameter.device, parameter.dtype)
+        before: Callable[[], Piece] | None = None
+        for video in self._videos(z, frames):
+            done = self._to_host(video)
+            if before is not None:
+                yield before()
+            before = done
+        if before is not None:
+            yield before()
+
+    def _to_host(self, video: Tensor) -> Callable[[], Piece]:
+        """Start to bring frames [n, H, W, 3], about [-1, 1], to the host as bytes; the function waits for them."""
+        finite = video.isfinite().all()
+        pixels = video.float().nan_to_num(-1.0).clamp_(-1, 1).add_(1).mul_(127.5)
+        # Open-Sora rounds, Open-Sora-Plan cuts off.
+        pixels = (pixels.add_(0.5) if self.is_open_sora else pixels).to(torch.uint8)
+        if not pixels.is_cuda:
+            return lambda: Piece(pixels.numpy(), bool(finite))
+        host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        host.copy_(pixels, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> Piece:
+            done.synchronize()
+            return Piece(host.numpy(), bool(finite))
+
+        return wait
+
+    def _videos(self, z: Tensor, frames: int) -> Iterator[Tensor]:
+        """Pieces [n, H, W, 3] of the video of latents [1, C, T, H, W]."""
+        if self.is_open_sora:
+            spatial = self._temporal(z, frames)
+            count = -(-spatial.shape[2] // self.frames_at_once(z.shape[3], z.shape[4]))
+            yield from (self._spatial(piece) for piece in spatial.tensor_split(count, dim=2))
+            return
+        for chunk in self.vae.decode_chunks(z, self.tiling(z.shape[2:]), self._plan_piece):
+            yield chunk[0].permute(1, 2, 3, 0)
+
+    # Open-Sora
+
+    def _temporal(self, z: Tensor, frames: int) -> Tensor:
+        """Spatial latents [1, C, F, H, W], over their scale."""
+        run = None
+        if self.on_planes:
+            run = lambda piece: from_planes(self._run("temporal", piece[0]))[None]  # noqa: E731
+        return self.vae.decode_temporal(z, frames, run=run, seamless=self.seamless) / SPATIAL_SCALE
+
+    def frames_at_once(self, height: int, width: int) -> int:
+        """Frames of latents of this size that the memory bound allows.
+
+        Raises
+        ------
+        ValueError
+            Not even one.
+        """
+        if not self.on_planes:
+            return self.vae.spatial_vae.frames_at_once or 2**30
+        each = self._decoder("spatial").nbytes(1, height, width)
+        memory = MEMORY if self.memory is None else self.memory
+        if each > memory:
+            raise ValueError(
+                f"decode_memory: got {memory / 2**20:.0f} MiB, must be at least {-(-each // 2**20)} MiB: a frame of "
+                f"{8 * height}x{8 * width} takes that"
+            )
+        return min(memory // each, MOST_FRAMES)
+
+    def _spatial(self, z: Tensor) -> Tensor:
+        if not self.on_planes:
+            return self.vae.spatial_vae.decode(z)[0].permute(1, 2, 3, 0)
+        return self._run("spatial", z[0])[:, :-1, :-1]
+
+    # Open-Sora-Plan
+
+    def tiling(self, latents: tuple[int, ...]) -> Tiling | None:
+        """The pieces for latents (T, H, W).
+
+        Raises
+        ------
+        ValueError
+            The smallest ones do not fit the memory bound.
+        """
+        own: Tiling | None = self.vae.tiling
+        if self.memory is None and not self.seamless:
+            return own
+        base = own or Tiling()
+        frames, height, width = latents
+        chunks = sorted({max(frames, 2), *(n for n in (17, 8, 5, 3, 2) if n < frames)}, reverse=True)
+        whole = [(max(height, width), n) for n in chunks]
+        smaller = [(side, n) for side in (64, 32, 16) if side < max(height, width) for n in chunks if n <= 17]
+        needed = 0
+        for side, n in whole if self.seamless else whole + smaller:
+            needed = self._piece_bytes(min(n, frames), min(side, height), min(side, width))
+            if needed <= (MEMORY if self.memory is None else self.memory):
+                return dataclasses.replace(
+                    base,
+                    tile_sample_min_size=8 * side,
+                    tile_latent_min_size=side,
+                    tile_sample_min_size_t=4 * (n - 1) + 1,
+                    tile_latent_min_size_t=n,
+                    tile_overlap_factor=base.tile_overlap_factor if side < max(height, width) else 0.0,
+                )
+        bound = MEMORY if self.memory is None else self.memory
+        raise ValueError(
+            f"decode_memory: got {bound / 2**20:.0f} MiB, must be at least {-(-needed // 2**20)} MiB: the smallest "
+            f"piece takes that"
+        )
+
+    def _piece_bytes(self, frames: int, height: int, width: int) -> int:
+        return self._decoder("plan").nbytes(frames, height, width)
+
+    def _plan_piece(self, z: Tensor) -> Tensor:
+        if not self.on_planes:
+            return self.vae.decode_piece(z)
+        return from_planes(self._run("plan", z[0]))[None]
+
+    # Kernels
+
+    def _decoder(self, name: str) -> PlaneDecoder:
+        """A part on planes, its weights packed when it is first asked for."""
+        if name not in self._packed:
+            if name == "plan":
+                self._packed[name] = plan_decoder(self.vae)
+            elif name == "spatial":
+                self._packed[name] = spatial_decoder(self.vae.spatial_vae.module)
+            else:
+                self._packed[name] = temporal_decoder(self.vae.temporal_vae)
+        return self._packed[name]
+
+    def _run(self, name: str, z: Tensor) -> Tensor:
+        """Planes of a piece [C, T, H, W]; small ones, which would wait for their launches, from a CUDA graph."""
+        decoder = self._decoder(name)
+        memory = MEMORY if self.memory is None else self.memory
+        if 2 * decoder.nbytes(*z.shape[1:]) > memory:  # a graph keeps memory of its own
+            return decoder(z)
+        lane = self._lanes.get(z.device) or self._lanes.setdefault(z.device, Lane(z.device))
+        key = (name, str(z.device), *z.shape)
+        if key not in self._graphs:
+            self._graphs = {} if len(self._graphs) >= MOST_GRAPHS else self._graphs
+            self._graphs[key] = StepGraphs({"z": z}, lane)
+        with lane:
+            planes = self._graphs[key].run("piece", lambda inputs: decoder(inputs["z"]), {"z": z})
+        return lane.hand_out(planes)
