@@ -182,7 +182,8 @@ class PABHandle:
         for variant, start, end in done:
             count, total = seconds.get(str(variant), (0, 0.0))
             seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
-        kinds = self._adapter.stack.kinds
+        more = [kind for kind in ("stack", "guidance") if getattr(self.config, f"{kind}_broadcast")]
+        kinds = (*self._adapter.stack.kinds, *more)
         broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
         workspaces = self._shapes.latest
         return Report(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pab_kernels import clock, quality
-from pab_kernels.config import PABConfig
+from pab_kernels.config import SWITCHES, PABConfig
 from pab_kernels.measure.floor import Ceilings, step_work
 from pab_kernels.models import adapter_for
 from pab_kernels.pipelines.generate import Generated, Request, generate
@@ -150,10 +150,14 @@ def split(request: Request) -> list[Request]:
 
 
 def first_call(schedule: Schedule) -> int:
-    """The call before the first broadcast, which writes every slot that may be read; the end where there is none."""
+    """The last call that must run so that every slot is written that may be read; the end where none is.
+
+    That is the call before the first broadcast, and where there are forecasts the one before it, for the change.
+    """
     broadcasting = (call for call, step in enumerate(schedule) if step.broadcasting)
     first = next(broadcasting, None)
-    return len(schedule) if first is None else max(first - 1, 0)
+    orders = max(map(schedule.config.order, SWITCHES))
+    return len(schedule) if first is None else max(first - 1 - orders, 0)
 
 
 def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[Any, Any]]]) -> float:
