@@ -98,8 +98,8 @@ def step_work(
     stack: BlockStack, schedule: Schedule, variant: StepVariant, shape: tuple[int, int, int, int], text: int
 ) -> Work:
     """What one call must do; parameters as in `run_work`. Guidance that is broadcast leaves half of B."""
-    batch, *rest = shape
-    shape = (-(-batch // 2) if variant.guidance else batch, *rest)
+    if variant.guidance:
+        shape = (-(-shape[0] // 2), *shape[1:])
     span = stack_span(stack, schedule.config)
     total = Work()
     if span and variant.stack:
