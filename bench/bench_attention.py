@@ -1,4 +1,4 @@
-"""Attention in CUDA C++ and Triton against each SDPA backend, in useful TFLOP/s; `--sweep`: every Triton config."""
+"""Attention in CUDA C++ and Triton against SDPA's backends and FlashAttention-3; `--sweep`: every Triton config."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ SHAPES = {
     "cross-masked": Shape(2, 23850, 320, 16, 72, (300, 17)),
     "full": Shape(2, 9600, 9600, 24, 96),
     "full-long": Shape(2, 28800, 28800, 24, 96),
+    "wan-1.3b": Shape(1, 32760, 32760, 12, 128),
+    "wan-14b": Shape(1, 32760, 32760, 40, 128),
+    "wan-text": Shape(1, 32760, 512, 12, 128),
+    "wan-image": Shape(1, 32760, 257, 40, 128),
 }
 SWEPT = ("spatial-144p", "spatial-480p", "cross", "cross-masked", "full")
 
@@ -120,12 +124,23 @@ def run_sdpa(i: Inputs, backend: SDPBackend) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
+def run_fa3(i: Inputs) -> Tensor:
+    """FlashAttention-3 as `pip install fa3-fwd` brings it; without a mask, like SDPA."""
+    try:
+        from fa3_fwd_interface import flash_attn_func
+    except ImportError as error:
+        raise RuntimeError("fa3-fwd is not installed") from error
+    y = flash_attn_func(i.q, i.k, i.v)
+    return (y[0] if isinstance(y, tuple) else y).flatten(2)
+
+
 BACKENDS: dict[str, Callable[[Inputs], Tensor]] = {
     "cuda": run_cuda,
     "triton": run_triton,
     "flash": functools.partial(run_sdpa, backend=SDPBackend.FLASH_ATTENTION),
     "cudnn": functools.partial(run_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
     "efficient": functools.partial(run_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "fa3": run_fa3,
 }
 
 

@@ -26,8 +26,8 @@ void check_operand(const char* name, const AttentionOperand& x, int batch, int t
 
 void check_arguments(const AttentionParams& p, const std::string& dtype) {
     check_half_precision(dtype);
-    check(p.head_dim == 72 || p.head_dim == 96, "shape",
-          "head_dim is " + std::to_string(p.head_dim) + ", must be 72 or 96");
+    check(p.head_dim == 72 || p.head_dim == 96 || p.head_dim == 128, "shape",
+          "head_dim is " + std::to_string(p.head_dim) + ", must be 72, 96 or 128");
     check(p.batch >= 1 && p.queries >= 1 && p.keys >= 1 && p.heads >= 1, "shape", "all sizes must be at least 1");
     check(static_cast<double>(p.batch) * p.heads * (p.queries / 64 + 1) < INT32_MAX, "shape",
           "B * H * Lq is too large for 32-bit tile numbers");
@@ -148,14 +148,16 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
     check(cudaGetLastError(), "attention: launch");
 }
 
-// Of the plans that were timed on an H100, the best. At head_dim 72 two boxes of v in 64 columns, the second mostly
-// padding, came faster than three in 32, and products in two parts would spill registers; at 96 they gained 8%.
+// Of the plans that were timed, the best. At head_dim 72 two boxes of v in 64 columns, the second mostly padding, came
+// faster than three in 32, and three consumers than two with overlap; at 96 and 128 it is the other way round.
 template <typename Elem, bool kNorm>
 void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
     if (p.head_dim == 72) {
-        launch<Plan<Elem, 72, 128, 2, 64, 1, kNorm>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 72, 3, 64, false, kNorm>>(p, multiprocessors, stream);
+    } else if (p.head_dim == 96) {
+        launch<Plan<Elem, 96, 2, 32, true, kNorm>>(p, multiprocessors, stream);
     } else {
-        launch<Plan<Elem, 96, 96, 3, 32, 2, kNorm>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 128, 2, 64, true, kNorm>>(p, multiprocessors, stream);
     }
 }
 

@@ -1,26 +1,36 @@
 // What producer and consumers of attention on Hopper agree on: sizes, arguments, shared memory, the ring, the tiles.
 #pragma once
 
+#include <cuda_bf16.h>
+
+#include <type_traits>
+
 #include "hopper.cuh"
 
-// What the kernel is compiled for. `parts`: in how many products a step multiplies its weights with the values. `norm`:
+// Words of bits for the tiles of a block that are to be computed again.
+constexpr int again_words = 32;
+
+// What the kernel is compiled for. `overlapped`: a warpgroup's softmax runs beside its own products too. `norm`:
 // RMSNorm of queries and keys, these by a factor for each, which the scores are multiplied by.
-template <typename Elem_, int D_, int kKeys, int kStages, int kValueWidth, int kParts, bool kNorm>
+template <typename Elem_, int D_, int kConsumers, int kValueWidth, bool kOverlapped, bool kNorm>
 struct Plan {
     using Elem = Elem_;
-    static constexpr int D = D_, keys = kKeys, stages = kStages, parts = kParts;
-    static constexpr bool norm = kNorm;
+    static constexpr int D = D_, keys = 128, stages = 2, consumers = kConsumers;
+    static constexpr bool overlapped = kOverlapped, norm = kNorm;
+    // The first step's offset of the softmax for all; bfloat16 has the range of float32.
+    static constexpr bool fixed_offset = std::is_same_v<Elem, __nv_bfloat16>;
 
-    static constexpr int consumers = 3;
     static constexpr int threads = 128 * (consumers + 1);
-    static constexpr int consumer_registers = 160, producer_registers = 32;  // together the 64 Ki of a multiprocessor
+    static_assert(consumers == 2 || consumers == 3);
+    static constexpr int consumer_registers = consumers == 2 ? 240 : 160;  // together with the producer's,
+    static constexpr int producer_registers = consumers == 2 ? 24 : 32;    // the 64 Ki of a multiprocessor
 
     static constexpr int group_rows = 64;  // queries of a consumer: the height of wgmma
     static constexpr int rows = group_rows * consumers;
     static constexpr int half = keys / 2;            // keys of one box
     static constexpr int k_steps = (D + 15) / 16;    // of q @ k^T
     static constexpr int tail = 16 * (k_steps - 4);  // columns of the second box of a row of q or k
-    static_assert(D % 8 == 0 && (tail == 16 || tail == 32) && keys % 32 == 0);
+    static_assert(D % 8 == 0 && (tail == 16 || tail == 32 || tail == 64) && keys % 32 == 0);
     // Rotary embedding pairs columns so far apart, in each group of twice as many; then both are in one lane.
     static constexpr int pair_stride = D == 96 ? 16 : 0;  // 0: not supported
     static constexpr int value_width = kValueWidth;       // columns of a box of v
@@ -35,7 +45,7 @@ struct Plan {
                   "swizzle repeats every 1024 bytes");
     static constexpr int factors_bytes = norm ? 4 * keys : 0;
     static constexpr int shared_bytes =
-        1024 + q_bytes + stages * (k_bytes + v_bytes + factors_bytes) + 8 * (2 + 4 * stages);
+        1024 + q_bytes + stages * (k_bytes + v_bytes + factors_bytes) + 8 * (2 + 4 * stages) + 4 * again_words;
 };
 
 struct AttentionArgs {
@@ -53,7 +63,7 @@ struct AttentionArgs {
     uint32_t flip;     // sign bits of two elements, for a negative softmax scale
 };
 
-// Shared memory: queries, the stages of keys, of values, of the keys' factors, barriers.
+// Shared memory: queries, the stages of keys, of values, of the keys' factors, barriers, bits of tiles.
 template <typename P>
 struct Shared {
     uint32_t q;
@@ -84,6 +94,10 @@ struct Shared {
     }
     __device__ __forceinline__ uint32_t v_empty(int stage) const {
         return k_full(stage) + 24;
+    }
+    // The word with the bit of a block's n-th tile; tiles share bits where there are many.
+    __device__ __forceinline__ uint32_t again(int n) const {
+        return k_full(P::stages) + n / 32 % again_words * 4;
     }
 };
 
@@ -118,4 +132,15 @@ __device__ __forceinline__ Tile tile_at(const AttentionArgs& args, int index) {
     if (args.kv_len != nullptr) tile.keys = uniform(max(0, min(args.kv_len[tile.batch], args.keys)));
     tile.steps = (tile.keys + P::keys - 1) / P::keys;
     return tile;
+}
+
+// All tiles of this block in turn, or only those whose bit is set: f(tile, number).
+template <typename P, typename F>
+__device__ __forceinline__ void for_tiles(const AttentionArgs& args, const Shared<P>& shared, bool again, const F& f) {
+    if (again && !__any_sync(0xffffffffu, load_shared<uint32_t>(shared.again(32 * (threadIdx.x % 32))))) return;
+    int number = 0;
+    for (int index = blockIdx.x; index < args.tiles; index += gridDim.x, ++number) {
+        if (again && !(uniform(load_shared<int>(shared.again(number))) >> number % 32 & 1)) continue;
+        f(tile_at<P>(args, index), number);
+    }
 }

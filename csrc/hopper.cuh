@@ -95,3 +95,11 @@ template <typename Vector>
 __device__ __forceinline__ Vector load_shared(uint32_t address) {
     return *static_cast<const Vector*>(__cvta_shared_to_generic(address));
 }
+
+__device__ __forceinline__ void or_shared(uint32_t address, uint32_t bits) {
+    asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}

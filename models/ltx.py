@@ -114,7 +114,7 @@ class LTXAdapter(AcrossHeadsAdapter):
             return {"timestep": timestep.flatten()}, Layout.video(shape)
         check_shape("timestep", timestep, (batch, tokens))
         values, index = distinct_timesteps(timestep)
-        return {"timestep": values, MODULATION_INDEX: index}, Layout.video(shape, len(values), indexed=True)
+        return {"timestep": values[None], MODULATION_INDEX: index}, Layout.video(shape, len(values), indexed=True)
 
     def tables(self, call: Call) -> dict[str, Tensor]:
         """The rotary tables of this size; over the full width, so that each head has its own."""
@@ -133,7 +133,7 @@ class LTXAdapter(AcrossHeadsAdapter):
 
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""
-        timestep = call.tensors["timestep"]
+        timestep = call.tensors["timestep"].flatten()
         vectors, embedded = self.host.time_embed(timestep, batch_size=len(timestep), hidden_dtype=self.stack.dtype)
         shift, scale = (self.host.scale_shift_table + embedded[:, None]).unbind(1)
         return Modulation(vectors.unflatten(1, (6, -1)), shift, scale)

@@ -158,7 +158,7 @@ class WanAdapter(AcrossHeadsAdapter):
             return {"timestep": timestep.expand(batch)}, Layout.video(shape)
         check_shape("timestep", timestep, (batch, frames * tokens))
         values, index = distinct_timesteps(timestep)
-        return {"timestep": values, MODULATION_INDEX: index}, Layout.video(shape, len(values), indexed=True)
+        return {"timestep": values[None], MODULATION_INDEX: index}, Layout.video(shape, len(values), indexed=True)
 
     def tables(self, call: Call) -> dict[str, Tensor]:
         """The rotary tables of this grid of patches."""
@@ -178,7 +178,7 @@ class WanAdapter(AcrossHeadsAdapter):
     def modulate(self, call: Call) -> Modulation:
         """The timestep's share of every block's modulation and of the final one."""
         embedder = self.host.condition_embedder
-        frequencies = embedder.timesteps_proj(call.tensors["timestep"])
+        frequencies = embedder.timesteps_proj(call.tensors["timestep"].flatten())
         embedded = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype))
         embedded = embedded.to(self.stack.dtype)
         vectors = embedder.time_proj(embedder.act_fn(embedded)).unflatten(1, (6, -1))

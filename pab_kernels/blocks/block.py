@@ -43,7 +43,7 @@ class Branch:
     kind : {"spatial", "temporal", "cross", "mlp_spatial", "mlp_temporal"}
         The settings that broadcast it, and so the name of its slot. Full attention over a video counts as spatial; an
         MLP goes with the attention of its block.
-    weights : SelfAttention, CrossAttention or Mlp
+    weights : SelfAttention, CrossAttention, Mlp or other Weights
         What runs.
     norm : Norm, optional
         None reads the stream itself.
@@ -108,7 +108,7 @@ class Block:
             return 0
         if isinstance(self.modulation, Tensor):
             return self.modulation.shape[0]
-        return self.modulation.weight.shape[0] // self.branches[0].weights.last.weight.shape[0]
+        return self.modulation.weight.shape[0] // self.branches[0].weights.linears[-1].weight.shape[0]
 
     @property
     def name(self) -> str:
@@ -140,7 +140,7 @@ class BlockStack:
 
     @property
     def _projection(self) -> Linear | Fp8Linear:
-        return self.blocks[0].branches[0].weights.last
+        return self.blocks[0].branches[0].weights.linears[-1]
 
     @property
     def channels(self) -> int:

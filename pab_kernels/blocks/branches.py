@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,29 @@ class Inputs:
     rope: Rope | None = None
 
 
+class Weights(Protocol):
+    """What a branch runs: `SelfAttention`, `CrossAttention`, `Mlp`, or a frozen dataclass of a family's own.
+
+    `layer` is what settings call the part that may run in fp8, and `fp8` names the linears of that part, those whose
+    input is written by a pass that sees whole rows, so that it knows their scales; () where none may.
+    """
+
+    layer: ClassVar[str]
+    fp8: ClassVar[tuple[str, ...]]
+
+    @property
+    def linears(self) -> tuple[Linear | Fp8Linear, ...]:
+        """The GEMMs on every row of the stream, in order: the first reads the pass, the last writes the branch."""
+
+    def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
+        """How many keys each row of a stream of `shape` attends to; `text` tokens count. 0 without attention."""
+
+    def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
+        """The branch of the rows h [B, T, S, C], into `out`, which is returned."""
+
+
 @dataclass(frozen=True)
-class SelfAttention:
+class SelfAttention(Weights):
     """Weights of self-attention along one kind of sequence.
 
     `sequence` says which tokens see each other: those of a frame, those of a position, or all of them.
@@ -74,11 +95,6 @@ class SelfAttention:
         """The GEMMs on every row of the stream, in order."""
         return self.qkv, self.proj
 
-    @property
-    def last(self) -> Linear | Fp8Linear:
-        """The linear that writes the branch."""
-        return self.proj
-
     def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
         """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
         _, frames, tokens, _ = shape
@@ -98,7 +114,7 @@ class ImageKV:
 
 
 @dataclass(frozen=True)
-class CrossAttention:
+class CrossAttention(Weights):
     """Weights of attention on the text.
 
     `q_norm` and `k_norm` are RMSNorm weights, [D] or [H * D] as of `SelfAttention`. With `image` the same queries
@@ -122,11 +138,6 @@ class CrossAttention:
         """The GEMMs on every row of the stream, in order."""
         return self.q, self.proj
 
-    @property
-    def last(self) -> Linear | Fp8Linear:
-        """The linear that writes the branch."""
-        return self.proj
-
     def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
         """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
         return text
@@ -139,7 +150,7 @@ class CrossAttention:
 
 
 @dataclass(frozen=True)
-class Mlp:
+class Mlp(Weights):
     """Weights of ``down(gelu_tanh(up(x)))``: both in fp8 or neither."""
 
     up: Linear | Fp8Linear  # [4C, C]
@@ -157,11 +168,6 @@ class Mlp:
         """The GEMMs on every row of the stream, in order."""
         return self.up, self.down
 
-    @property
-    def last(self) -> Linear | Fp8Linear:
-        """The linear that writes the branch."""
-        return self.down
-
     def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
         """It attends to nothing."""
         return 0
@@ -169,14 +175,6 @@ class Mlp:
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
         return mlp(h, self, out)
-
-
-Weights = SelfAttention | CrossAttention | Mlp
-"""What a branch runs.
-
-`layer` is what settings call the part that may run in fp8, and `fp8` names the linears of that part: those whose input
-is written by a pass that sees whole rows, so that it knows their scales.
-"""
 
 
 def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:

@@ -22,8 +22,9 @@ def report(
     pab report latte.json open_sora.json --output reports/h100
     """
     from pab_kernels.measure import report as pages
+    from pab_kernels.measure import result_files
 
     with options.clean_errors():
         check_outputs({"output": [output / name for name in pages.FILES]}, inputs=files)
-        results = [pages.load(file) for file in files]
+        results = [result_files.load(file) for file in files]
         options.console().print(f"wrote {pages.write(results, output)[0]}", soft_wrap=True)

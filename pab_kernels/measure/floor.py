@@ -138,7 +138,7 @@ def _branch_work(
         tensors += 2 if branch.norm is None else 3
         if isinstance(weights, SelfAttention) and weights.sequence == "temporal":
             tensors += 4  # so short that it is bound by memory: read query, key and value, write the result
-    return Work(gemms, products, tensors * rows * channels * weights.last.bias.dtype.itemsize)
+    return Work(gemms, products, tensors * rows * channels * weights.linears[-1].bias.dtype.itemsize)
 
 
 def measure_gemms(stack: BlockStack, rows: int, seconds: float = 0.1, *, fp8: bool = False) -> float:

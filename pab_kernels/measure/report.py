@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,27 +40,10 @@ code { overflow-wrap: anywhere }"""
 
 FILES = ("report.html", "report.md")
 """What is written beside the pictures."""
+MARKUP = re.compile(r"[\\`*_{}\[\]<>!|~#&$@]")
+"""Characters with a meaning within a line of Markdown."""
 Grid = tuple[list[str], list[list[str]]]
 """A header and rows, all as wide; the first column names the row."""
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What `pab bench --json` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such file.
-    ValueError
-        It is something else, or of another version.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(result, dict) or not {"command", "machine", "contenders"} <= result.keys():
-        raise ValueError(f"{path}: not a result that this version of `pab bench --json` wrote")
-    return result
 
 
 def write(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -84,7 +67,9 @@ def write(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         As `replaced`.
     """
     pictures: dict[str, bytes] = {}
-    markdown = "\n\n".join(["# PAB benchmark", *(_section(result, pictures) for result in results), EXPLAINED, ""])
+    named = zip(results, _slugs([result["workload"] for result in results]), strict=True)
+    sections = [_section(result, pictures, slug) for result, slug in named]
+    markdown = "\n\n".join(["# PAB benchmark", *sections, EXPLAINED, ""])
     files = {"report.html": page(markdown, pictures).encode(), "report.md": markdown.encode(), **pictures}
     for name, content in files.items():
         with replaced(folder / name) as partial:
@@ -105,8 +90,8 @@ def page(markdown: str, pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def _section(result: Mapping[str, Any], pictures: dict[str, bytes]) -> str:
-    """One workload; its pictures go to `pictures` by file name."""
+def _section(result: Mapping[str, Any], pictures: dict[str, bytes], slug: str) -> str:
+    """One result; its pictures go to `pictures` by file name, which begins with `slug`."""
     contenders = result["contenders"]
     config = PABConfig.from_dict(result["pab"])
     plans = {pab: Schedule(config if pab else PABConfig(), result["timesteps"]) for pab in (False, True)}
@@ -114,13 +99,13 @@ def _section(result: Mapping[str, Any], pictures: dict[str, bytes]) -> str:
     def picture(name: str, text: str, figure: Figure | None) -> str:
         if figure is None:
             return ""
-        file = f"{_slug(result['workload'])}-{name}.svg"
-        pictures[file] = _svg(figure, file)
+        file = f"{slug}-{name}.svg"
+        pictures[file] = _svg(figure, name)
         return f"![{text}]({file})"
 
     ran = bench_figures.ran(contenders)
     parts = [f"## {_escape(result['workload'])}", _headline(result), "### Runs", table(*runs_grid(contenders))]
-    parts += [f"{row['label']} failed: {_escape(row['error'])}" for row in contenders if row["error"]]
+    parts += [f"{_escape(row['label'])} failed: {_escape(row['error'])}" for row in contenders if row["error"]]
     if "check" in result:
         parts.append(check_line(result["check"]))
     if ran:
@@ -158,11 +143,13 @@ def _section(result: Mapping[str, Any], pictures: dict[str, bytes]) -> str:
 
 def _headline(result: Mapping[str, Any]) -> str:
     frames, height, width = result["video"]
+    dtype, device, commit = (_escape(result[key]) for key in ("dtype", "device", "commit"))
+    date = _escape(result["date"][:10])
     batch, latent_frames, tokens, channels = result["shape"]
     text = (
         f"{frames} frames of {height} x {width}, {len(result['timesteps'])} calls of a batch of {batch} (guidance), "
-        f"{latent_frames} x {tokens} tokens of {channels} channels, {result['dtype']}, random weights, on "
-        f"{result['device']}; {result['date'][:10]}, commit {result['commit']}."
+        f"{latent_frames} x {tokens} tokens of {channels} channels, {dtype}, random weights, on "
+        f"{device}; {date}, commit {commit}."
     )
     ours = next((row for row in bench_figures.ran(result["contenders"]) if row["name"] == "runtime+pab"), None)
     if ours is not None:
@@ -255,16 +242,26 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
+    """Text that Markdown shows as it is, on one line: no markup, no picture, no link, also none of a bare address."""
+    line = MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+    return line.replace("://", ":\\//").replace("www.", "www\\.")
 
 
 def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text.strip()}\n```"
+    """A block of code, between more backticks than it has itself."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
 
 
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "" for letter in name.replace(" ", "-"))
+def _slugs(names: Iterable[str]) -> list[str]:
+    """A part of a file's name for each, no two the same."""
+    found: list[str] = []
+    for name in names:
+        plain = "".join(c for c in name.replace(" ", "-") if c.isascii() and (c.isalnum() or c in "-_"))[:80]
+        number = next(n for n in itertools.count(1) if (plain if n == 1 else f"{plain}-{n}") not in found)
+        found.append(plain if number == 1 else f"{plain}-{number}")
+    return found
 
 
 def _svg(figure: Figure, salt: str) -> bytes:

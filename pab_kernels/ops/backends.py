@@ -35,11 +35,11 @@ TRITON_HEAD_DIMS = (72,)
 """Head dimensions at which Triton attention was measured faster than the best of SDPA (H100, 144 to 1590 keys)."""
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
 """Head dimensions compiled into the CUDA temporal kernel."""
-HOPPER_KEYS = {72: 144, 96: 2048}
-"""Head dimensions compiled into the Hopper attention kernel, and from how many keys on it serves. On an H100 it was
-faster than every other backend from 144 keys on (72), and at 9,600 and 28,800 (96); fewer keys were not timed."""
+HOPPER_KEYS = {72: 144, 96: 257, 128: 257}
+"""Head dimensions compiled into the Hopper attention kernel, and from how many keys on it serves. It was faster than
+the best of SDPA from 144 keys on at 72 (H100), and on an H200 at 257, 512, 9,600 and more keys at 96 and 128."""
 HOPPER_QUERIES = 144
-"""Fewest queries for it: it takes 192 at a time, and fewer were not timed."""
+"""Fewest queries for it: it takes 128 or 192 at a time, and fewer were not timed."""
 HOPPER_ROPE = (96, 16)
 """Head dimension and pair stride at which it rotates queries itself: then both channels of a pair are in one lane."""
 
@@ -82,11 +82,14 @@ def _no_triton(x: Tensor) -> str | None:
 
 
 def _no_triton_rows(most: int) -> Refusal:
-    """Refusal of a kernel that holds a whole row, of at most so many channels."""
+    """Refusal of a kernel that holds a whole row, of at most so many channels; `others` are rows of other dtypes."""
 
-    def refusal(x: Tensor) -> str | None:
+    def refusal(x: Tensor, *others: Tensor | None) -> str | None:
         if x.shape[-1] > most:
             return f"triton takes at most {most} channels, got {x.shape[-1]}"
+        e4m3 = any(other is not None and other.dtype == torch.float8_e4m3fn for other in others)
+        if e4m3 and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
+            return "triton has no e4m3 below compute capability 8.9"
         return _no_triton(x)
 
     return refusal
@@ -275,7 +278,8 @@ PREPARATIONS: tuple[tuple[str, Refusal], ...] = (
 def choose(op: str, *tensors: Tensor | None) -> Choice:
     """The backend that serves `op` for tensors like these.
 
-    The first argument; for attention q, k, v and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
+    The first argument; for residual_norm_modulate and gelu_quantize also rows of one byte an element, read or
+    written; for attention q, k, v and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
     """
     return _first(BACKENDS[op], *tensors)
 

@@ -50,7 +50,7 @@ def gelu_quantize(x: Tensor, *, backend: str | None = None) -> Quantized:
     check_last_contiguous("x", x)
     out = Quantized.empty(tuple(x.shape), E4M3, x.device)
     if x.numel() > 0:
-        torch.ops.pab.gelu_quantize(x, out.values, out.row_scale, resolve("gelu_quantize", backend, x))
+        torch.ops.pab.gelu_quantize(x, out.values, out.row_scale, resolve("gelu_quantize", backend, x, out.values))
     return out
 
 
@@ -137,7 +137,7 @@ def _scaled_linear_gelu(
     elif backend == "scaled_mm":
         up = bias.new_empty(out.shape)
         _scaled_linear(values, row_scale, weight, weight_scale, bias, up, backend)
-        _gelu_quantize(up, out, out_scale, resolve("gelu_quantize", None, up))
+        _gelu_quantize(up, out, out_scale, resolve("gelu_quantize", None, up, out))
     else:
         pair = Quantized(values, row_scale), Quantized(weight, weight_scale)
         reference.scaled_linear_gelu_ref(*pair, bias, weight_sum, bias_max, Quantized(out, out_scale))

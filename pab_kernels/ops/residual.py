@@ -200,7 +200,8 @@ def residual_norm_modulate(
     if x.numel() > 0:
         parts = [split(branch) for branch in branches]
         values, row_scales = [value for value, _ in parts], [row_scale for _, row_scale in parts]
-        name = resolve("residual_norm_modulate", backend, x)
+        small = (value.values for _, value in rows_like if isinstance(value, Quantized))
+        name = resolve("residual_norm_modulate", backend, x, *small)
         torch.ops.pab.residual_norm_modulate(
             x,
             values,

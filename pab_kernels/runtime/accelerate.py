@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from pab_kernels.config import PABConfig
+from pab_kernels.runtime.cache import SlotPool
 from pab_kernels.runtime.guidance import Conditional
 from pab_kernels.runtime.handle import PABHandle
+from pab_kernels.runtime.pair import PABHandles
 
 
 def accelerate(
@@ -24,14 +26,14 @@ def accelerate(
     forwards_per_step: int = 1,
     keep_shapes: int = 4,
     conditional: Conditional | None = None,
-) -> PABHandle:
+) -> Any:
     """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
 
     Parameters
     ----------
     target : diffusers pipeline or nn.Module
         A pipeline with `.transformer` and `.scheduler`: its runs are noticed by themselves. Or a transformer: announce
-        each run with ``handle.begin(timesteps)``.
+        each run with ``handle.begin(timesteps)``. Of a pipeline with a `transformer_2` both are accelerated.
     config : PABConfig
     linear_precision : {"fp8", "fp8-all"}, optional
         Instead of the config's.
@@ -58,8 +60,9 @@ def accelerate(
 
     Returns
     -------
-    PABHandle
-        A context manager; leaving it (or ``close()``) restores the transformer bit for bit.
+    PABHandle or PABHandles
+        A context manager; leaving it (or ``close()``) restores the transformer bit for bit. For a pipeline with two
+        transformers one that holds both handles.
 
     Raises
     ------
@@ -72,21 +75,31 @@ def accelerate(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if changes and isinstance(config, PABConfig):
         config = dataclasses.replace(config, **changes)
-    if isinstance(target, nn.Module):
-        pipeline, transformer = None, target
-    elif isinstance(getattr(target, "transformer", None), nn.Module) and hasattr(target, "scheduler"):
-        pipeline, transformer = target, target.transformer
-    else:
-        raise TypeError(
-            f"target: got {type(target).__name__}, must be a transformer or a pipeline with one and a scheduler"
-        )
-    return PABHandle(
-        transformer,
-        config,
-        pipeline,
-        cuda_graphs=cuda_graphs,
-        forwards_per_step=forwards_per_step,
-        cache_device=cache_device,
-        keep_shapes=keep_shapes,
-        conditional=conditional,
-    )
+    transformers: list[Any] = [target]
+    if not isinstance(target, nn.Module):
+        transformers = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
+        transformers = [each for each in transformers if isinstance(each, nn.Module)]
+        if not transformers or not hasattr(target, "scheduler"):
+            raise TypeError(
+                f"target: got {type(target).__name__}, must be a transformer or a pipeline with one and a scheduler"
+            )
+    options: dict[str, Any] = {
+        "pipeline": None if isinstance(target, nn.Module) else target,
+        "cuda_graphs": cuda_graphs,
+        "forwards_per_step": forwards_per_step,
+        "cache_device": cache_device,
+        "keep_shapes": keep_shapes,
+        "conditional": conditional,
+    }
+    if len(transformers) == 1:
+        return PABHandle(transformers[0], config, **options)
+    pool = SlotPool()
+    handles: list[PABHandle] = []
+    try:
+        for transformer in transformers:
+            handles.append(PABHandle(transformer, config, pool=pool, **options))
+    except BaseException:
+        for handle in handles:
+            handle.close()
+        raise
+    return PABHandles(handles)

@@ -1,4 +1,7 @@
-"""Runs the blocks of one denoising call for one `StepVariant`, with the fused ops."""
+"""Runs the blocks of one denoising call for one `StepVariant`, with the fused ops: one loop over branches.
+
+Whether that happens now or when a graph is replayed is the business of `workspace` and `graphs`.
+"""
 
 from __future__ import annotations
 

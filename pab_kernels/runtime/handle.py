@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,12 +17,12 @@ from pab_kernels import clock
 from pab_kernels.config import PABConfig
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Adapter, Call
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.doubt import Doubts
 from pab_kernels.runtime.guidance import Conditional, Halves, Pairs
 from pab_kernels.runtime.identity import Identity
 from pab_kernels.runtime.lane import CAPTURES, Lane
-from pab_kernels.runtime.precision import Fp8Linears, count_fp8
+from pab_kernels.runtime.precision import Fp8Linears
 from pab_kernels.runtime.rectified_flow import FlowInputs
 from pab_kernels.runtime.report import Report
 from pab_kernels.runtime.run import Forward, Run
@@ -60,6 +59,7 @@ class PABHandle:
         cache_device: torch.device | str | None = None,
         keep_shapes: int = 4,
         conditional: Conditional | None = None,
+        pool: SlotPool | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
             raise TypeError(f"config: got {type(config).__name__}, must be a PABConfig")
@@ -77,6 +77,7 @@ class PABHandle:
         self.transformer = transformer
         self._cuda_graphs = cuda_graphs
         self._forwards = forwards_per_step
+        self._pool = pool
         self._lock = threading.RLock()
         self._identity = Identity(transformer)
         device = next(transformer.parameters()).device
@@ -98,8 +99,8 @@ class PABHandle:
                 if config.linear_precision is not None:
                     measure = config.linear_precision == "fp8"
                     self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure)
-                self._identity.record()  # fused weights lie elsewhere now
                 stand_in.put(compiled)
+                self._identity.record()  # fused weights lie elsewhere now
             except BaseException:
                 self.close()
                 raise
@@ -176,30 +177,9 @@ class PABHandle:
             return self._report or self._reported()
 
     def _reported(self) -> Report:
-        run = self._runs.current
-        done = [] if run is None else run.clock
-        seconds: dict[str, tuple[int, float]] = {}
-        for variant, start, end in done:
-            count, total = seconds.get(str(variant), (0, 0.0))
-            seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
-        more = [kind for kind in ("stack", "guidance") if getattr(self.config, f"{kind}_broadcast")]
-        kinds = (*self._adapter.stack.kinds, *more)
-        broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
-        workspaces = self._shapes.latest
-        return Report(
-            calls=len(done),
-            computed={kind: len(done) - broadcast[kind] for kind in kinds},
-            broadcast=dict(broadcast),
-            slots=sum(map(len, self.caches)),
-            cache_bytes=sum(cache.nbytes for cache in self.caches),
-            host_bytes=sum(cache.host_bytes for cache in self.caches),
-            fp8=next((count_fp8(workspace.stack) for workspace in workspaces), {}),
-            graphs=sum(workspace.graphs for workspace in workspaces),
-            captured=self._shapes.captured,
-            shapes=len(self._shapes),
-            eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
-            seconds=seconds,
-        )
+        run, more = self._runs.current, ("stack", "guidance")
+        kinds = [*self._adapter.stack.kinds, *(kind for kind in more if getattr(self.config, f"{kind}_broadcast"))]
+        return Report.of([] if run is None else run.clock, kinds, self._shapes)
 
     def rectified_flow(self, latents: Tensor, guidance_scale: float, **arguments: Any) -> Callable[[Tensor], Tensor]:
         """The steps of a loop of rectified flow over the run that `begin` announced.
@@ -314,7 +294,7 @@ class PABHandle:
             if self._fp8 is not None:
                 with CAPTURES:  # it may measure with graphs
                     stack = self._fp8.at(call.layout.rows)
-            options = (self._lane, self._cuda_graphs, self._cache_device)
+            options = (self._lane, self._cuda_graphs, self._cache_device, self._pool, forward)
             found = Workspace(self._adapter, stack, run.schedule, call, *options, halves)
             self._shapes.add(key, forward, found)
         if found.run is not run:
@@ -384,7 +364,8 @@ def handle_of(transformer: nn.Module) -> PABHandle | None:
     """
     forward = vars(transformer).get("forward")
     hooked = transformer._forward_hooks or transformer._forward_pre_hooks
-    return forward.handle if isinstance(forward, StandIn) and not hooked else None
+    handle = forward.handle if isinstance(forward, StandIn) and not hooked else None
+    return handle if isinstance(handle, PABHandle) else None
 
 
 def _give_back(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from pab_kernels.models.seen import version_of
+
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module()))
 """What every module has in its `__dict__`."""
@@ -68,7 +70,7 @@ class Identity:
         named_tensors = dict(chain(self._host.named_parameters(), self._host.named_buffers()))
         self._names, self._tensors = list(named_tensors), list(named_tensors.values())
         self._where = self._read_where()
-        self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._tracked = [tensor for tensor in self._tensors if version_of(tensor) is not None]
         self.note_versions()
 
     def note_versions(self) -> None:

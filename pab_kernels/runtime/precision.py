@@ -83,7 +83,8 @@ class Fp8Linears:
             raise ValueError(f"linear_precision: got fp8, must be None here: {why_not}")
         if stack.dtype != torch.bfloat16:
             raise ValueError(f"linear_precision: got fp8 for weights of {stack.dtype}, must be None, or torch.bfloat16")
-        names = [layer_name(block, branch) for block in stack.blocks for branch in block.branches]
+        branches = [(block, branch) for block in stack.blocks for branch in block.branches]
+        names = [layer_name(*each) for each in branches if each[1].weights.fp8]
         for pattern in exclude:
             if not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
@@ -102,7 +103,7 @@ class Fp8Linears:
 
         def chosen(block: Block, branch: Branch, place: tuple[int, int]) -> Branch:
             name, weights = layer_name(block, branch), branch.weights
-            if any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
+            if not weights.fp8 or any(fnmatch.fnmatch(name, pattern) for pattern in self._exclude):
                 return branch
             if self._measure and not (fits_fp8(weights) and self._trial(branch, rows).pays):
                 return branch
@@ -166,7 +167,7 @@ def quantize_layer(weights: Weights) -> Weights:
         name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
         for name, part in layer_linears(weights).items()
     }
-    return dataclasses.replace(weights, **parts)
+    return replaced(weights, parts)
 
 
 def bit_sums(weights: Weights) -> Tensor:
@@ -177,6 +178,12 @@ def bit_sums(weights: Weights) -> Tensor:
     parts = layer_linears(weights).values()
     tensors = [tensor for part in parts for tensor in (part.weight, part.bias) if isinstance(tensor, Tensor)]
     return torch.cat([tensor.view(torch.int16).sum(-1, dtype=torch.int64).flatten() for tensor in tensors])
+
+
+def replaced(weights: Weights, parts: dict[str, Any]) -> Weights:
+    """The weights with other parts."""
+    dataclass: Any = weights  # as `Weights` asks
+    return dataclasses.replace(dataclass, **parts)
 
 
 def layer_bytes(weights: Weights) -> int:
@@ -221,8 +228,7 @@ def _random_block(block: Block, options: dict[str, Any]) -> Block:
         return Linear(torch.randn(features, channels, **options) * channels**-0.5, torch.zeros(features, **options))
 
     def random(weights: Weights) -> Weights:
-        parts: dict[str, Any] = {field.name: of(getattr(weights, field.name)) for field in dataclasses.fields(weights)}
-        return dataclasses.replace(weights, **parts)
+        return replaced(weights, {name: of(part) for name, part in vars(weights).items()})
 
     branches = tuple(dataclasses.replace(branch, weights=random(branch.weights)) for branch in block.branches)
     return dataclasses.replace(block, branches=branches)

@@ -9,17 +9,23 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from pab_kernels.runtime.handle import PABHandle
-
 log = logging.getLogger(__name__)
 
 _COMPILED = "_compiled_call_impl"
+
+
+class Handle(Protocol):
+    """What it knows of a `PABHandle`, whose file imports this one."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+    def forward(self, name: str | None, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class StandIn:
@@ -35,7 +41,7 @@ class StandIn:
     handle : PABHandle, optional
     """
 
-    def __init__(self, host: nn.Module, handle: PABHandle | None = None) -> None:
+    def __init__(self, host: nn.Module, handle: Handle | None = None) -> None:
         self._host = weakref.ref(host) if handle is not None else (lambda: host)
         self._handle = weakref.ref(handle) if handle is not None else (lambda: None)
         self._context = threading.local()  # whose `name` is that of the forward that comes, inside ``cache_context``
@@ -45,7 +51,7 @@ class StandIn:
         self.__signature__ = inspect.signature(type(host).forward.__get__(host))
 
     @property
-    def handle(self) -> PABHandle | None:
+    def handle(self) -> Handle | None:
         """The open handle, if there is one."""
         handle = self._handle()
         return handle if handle is not None and handle.is_open else None

@@ -1,4 +1,7 @@
-"""The residual stream, with the branch outputs not added yet, so that each addition rides on the next pass."""
+"""The residual stream, with the branch outputs not added yet, so that each addition rides on the next pass.
+
+The pass itself, between two GEMMs, is `ops.residual_norm_modulate`.
+"""
 
 from __future__ import annotations
 

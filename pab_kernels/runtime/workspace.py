@@ -16,7 +16,7 @@ from pab_kernels.blocks.branches import TextKV
 from pab_kernels.config import SWITCHES
 from pab_kernels.models.adapter import MODULATION_INDEX, Adapter, Call
 from pab_kernels.models.seen import Seen
-from pab_kernels.runtime.cache import BroadcastCache
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.executor import Executor
 from pab_kernels.runtime.forecast import AHEAD, ahead_table
 from pab_kernels.runtime.graphs import StepGraphs
@@ -24,7 +24,7 @@ from pab_kernels.runtime.guidance import Difference
 from pab_kernels.runtime.lane import Lane
 from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
-from pab_kernels.runtime.run import Run
+from pab_kernels.runtime.run import Forward, Run
 from pab_kernels.schedule import Schedule, StepVariant
 
 TEXT_PADDING = 64
@@ -61,6 +61,8 @@ class Workspace:
         Replay steps from graphs where the device allows it.
     cache_device : torch.device
         Where the slots lie; see `BroadcastCache`.
+    pool, forward : optional
+        Whom the slots are shared with; see `BroadcastCache`.
     halves : tuple of int
         Of guidance, in the batch; see `Executor`.
 
@@ -79,13 +81,15 @@ class Workspace:
         lane: Lane,
         cuda_graphs: bool,
         cache_device: torch.device,
+        pool: SlotPool | None = None,
+        forward: Forward = 0,
         halves: tuple[int, ...] = (0,),
     ) -> None:
         self._adapter = adapter
         self._lane = lane
         self._halves = halves
         self._guidance_order = schedule.config.guidance_order
-        self._executor = Executor(stack, schedule, call.layout, cache_device, halves)
+        self._executor = Executor(stack, schedule, call.layout, cache_device, halves, pool, forward)
         self._difference: Difference | None = None
         self._kept_difference = False
         """Whether this run has."""

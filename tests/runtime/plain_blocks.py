@@ -89,6 +89,7 @@ class PlainBlocks:
             return _linear(F.gelu(_linear(h, weights.up), approximate="tanh"), weights.down)
         if isinstance(weights, CrossAttention):
             return self._cross(h, weights)
+        assert isinstance(weights, SelfAttention)
         return self._self(h, weights)
 
     def _cross(self, h: Tensor, weights: CrossAttention) -> Tensor:

@@ -42,6 +42,8 @@ def check(
     tolerance: float = 2e-5,
 ) -> Executor:
     """Run the schedule's calls, each on a stream of its own, both ways."""
+    if d.device != "cpu" and d.dtype == torch.float32:
+        tolerance *= 10  # attention of float32 is made of three products of less there
     layout = Layout.video((B, T, S, d.c), rows, indexed=index is not None)
     stack = BlockStack(tuple(blocks), embed_before, Norm("rms", 1e-5))
     config = broadcast_all()
@@ -117,7 +119,7 @@ def test_float32_tables_are_not_rounded_to_the_streams_dtype():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_wide_streams(channels, dtype, device):
     d = Draw(channels, dtype, device)
-    check(few_rows(d), d, tolerance=2e-4 if dtype == torch.float32 else 8e-2)
+    check(few_rows(d), d, tolerance=1e-4 if dtype == torch.float32 else 8e-2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
