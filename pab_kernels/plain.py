@@ -130,7 +130,7 @@ class PlainPAB(TappedBlocks):
         """The branch's gated output, computed or kept from before."""
         branch = {"attention": kind, "cross": "cross", "mlp": f"mlp_{kind}"}[name]
         has_slot = index in self.config.blocks(branch)
-        key = name, kind, index
+        key = name, kind, index, self._variant.lane(branch, index)
         if has_slot and self._variant.reads(branch, index):
             return self._read(key, branch, inside=index in self.config.blocks("stack"))
         value = compute()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -14,10 +14,15 @@ from pab_kernels.config import ALL_BLOCKS, KINDS, MLP_KINDS, NO_BLOCKS, SWITCHES
 
 @dataclass(frozen=True)
 class MlpVariant:
-    """For the MLPs of one block kind: which blocks read their slot, and which write it."""
+    """For the MLPs of one block kind: which blocks read their slot, and which write it.
+
+    A block has a second slot where two windows hand its outputs on at the same time. `lanes` are pairs of a block and
+    the number of the slot that it reads or writes, for those where it is not the first, 0.
+    """
 
     broadcast: Blocks = NO_BLOCKS
     keep: Blocks = NO_BLOCKS
+    lanes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class StepVariant:
     def forecasts(self, kind: str) -> bool:
         """Whether a broadcast of `kind`, one of `SWITCHES` and of `MLP_KINDS`, adds a change to what is kept."""
         return ("mlp" if kind in MLP_KINDS else kind) in self.forecast
+
+    def lane(self, kind: str, index: int) -> int:
+        """Which of its slots that is: 0 but for the second one of an MLP, see `MlpVariant`."""
+        decision: bool | MlpVariant = getattr(self, kind)
+        return 0 if isinstance(decision, bool) or not decision.lanes else dict(decision.lanes).get(index, 0)
 
     @property
     def broadcasting(self) -> tuple[str, ...]:
@@ -154,8 +164,8 @@ class Schedule(Sequence[StepVariant]):
         """
         return self._ahead[call].get(("mlp" if kind in MLP_KINDS else kind, inside, half), 0.0)
 
-    def alive(self, kind: str, index: int) -> Collection[int]:
-        """The calls at which the slot of a branch is in use; `kind` (of `BRANCHES`, or "stack") and `index` name it.
+    def alive(self, kind: str, index: int, lane: int = 0) -> Collection[int]:
+        """The calls at which a slot is in use; `kind` (one of `BRANCHES`, or "stack"), `index` and `lane` name it.
 
         Attention's is written by every call that computes it, so always. An MLP's from the call that writes it to the
         last that reads it.
@@ -165,12 +175,18 @@ class Schedule(Sequence[StepVariant]):
         alive: set[int] = set()
         written = 0
         for call, step in enumerate(self._steps):
+            if step.lane(kind, index) != lane:
+                continue
             if step.writes(kind, index):
                 written = call
                 alive.add(call)
             elif step.reads(kind, index):
                 alive.update(range(written, call + 1))
         return frozenset(alive)
+
+    def lanes(self, kind: str, index: int) -> int:
+        """How many slots a branch has."""
+        return 1 + max(step.lane(kind, index) for step in self._steps)
 
     def broadcast_count(self, kind: str) -> int:
         """Number of calls on which attention of `kind` is broadcast."""
@@ -256,8 +272,8 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
 def _keyed_mlp_variants(windows: Sequence[MlpWindow], timesteps: Sequence[int]) -> list[MlpVariant]:
     """The original's rule: the first window, in the order given, whose steps include a timestep decides for it.
 
-    A block listed under the timestep itself is computed all the same, and kept only if a later step reads it: inside
-    another, earlier window it must not overwrite what that one still hands on.
+    Outputs are kept by timestep and block. A block listed under the timestep itself is computed all the same, and kept
+    if a later step reads it: in a slot of its own where an earlier window still hands on what it kept of this block.
     """
     computed = [{index for window in windows if window.timestep == t for index in window.block} for t in timesteps]
     sources = [_source(windows, timesteps, t) for t in timesteps]
@@ -265,16 +281,33 @@ def _keyed_mlp_variants(windows: Sequence[MlpWindow], timesteps: Sequence[int]) 
         frozenset() if source is None else frozenset(source.block) - now
         for source, now in zip(sources, computed, strict=True)
     ]
-    read = {
-        (source.timestep, index)
-        for source, blocks in zip(sources, broadcast, strict=True)
+    last_read = {
+        (source.timestep, index): call
+        for call, (source, blocks) in enumerate(zip(sources, broadcast, strict=True))
         if source is not None
         for index in blocks
     }
-    return [
-        MlpVariant(broadcast=blocks, keep=frozenset(index for index in now if (t, index) in read))
-        for t, blocks, now in zip(timesteps, broadcast, computed, strict=True)
-    ]
+    lane = _lanes(last_read, timesteps)
+    variants = []
+    for t, source, blocks, now in zip(timesteps, sources, broadcast, computed, strict=True):
+        keep = frozenset(index for index in now if (t, index) in last_read)
+        used = {index: lane[t, index] for index in keep}
+        used |= {index: lane[source.timestep, index] for index in blocks if source is not None}
+        variants.append(MlpVariant(blocks, keep, tuple(sorted((i, number) for i, number in used.items() if number))))
+    return variants
+
+
+def _lanes(last_read: Mapping[tuple[int, int], int], timesteps: Sequence[int]) -> dict[tuple[int, int], int]:
+    """For each kept output, by timestep and block, the first slot that is free from then to its last use."""
+    lanes: dict[tuple[int, int], int] = {}
+    free_after: dict[int, list[int]] = {}  # of each block, the call that uses each of its slots last
+    for (timestep, index), end in sorted(last_read.items(), key=lambda item: timesteps.index(item[0][0])):
+        ends = free_after.setdefault(index, [])
+        start = timesteps.index(timestep)
+        number = next((i for i, before in enumerate(ends) if before < start), len(ends))
+        ends[number : number + 1] = [end]
+        lanes[timestep, index] = number
+    return lanes
 
 
 def _source(windows: Sequence[MlpWindow], timesteps: Sequence[int], timestep: int) -> MlpWindow | None:

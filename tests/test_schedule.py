@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,78 @@ def test_a_resumed_plan_drops_the_windows_that_had_begun(recwarn):
     ).resumed(3)
     assert [sorted(step.mlp_spatial.broadcast) for step in schedule] == [[], [], [0], [], [], [1]]
     assert not recwarn
+
+
+OVERLAPPING = {700: {"block": [0, 1], "skip_count": 3}, 680: {"block": [1, 2], "skip_count": 4}}
+
+
+def test_windows_that_overlap_keep_a_block_twice():
+    schedule = Schedule(keyed(OVERLAPPING), range(720, 560, -20))
+    keep, broadcast = ([sorted(getattr(step.mlp_spatial, name)) for step in schedule] for name in ("keep", "broadcast"))
+    assert keep == [[], [0, 1], [1, 2], [], [], [], [], []]
+    assert broadcast == [[], [], [0], [0, 1], [0, 1], [1, 2], [1, 2], []]
+    assert [step.lane("mlp_spatial", 1) for step in schedule] == [0, 0, 1, 0, 0, 1, 1, 0]
+    assert [schedule.lanes("mlp_spatial", index) for index in range(4)] == [1, 2, 1, 1]
+    assert sorted(schedule.alive("mlp_spatial", 1)) == [1, 2, 3, 4]
+    assert sorted(schedule.alive("mlp_spatial", 1, 1)) == [2, 3, 4, 5, 6]
+    assert len(set(schedule)) == len({(str(step), step) for step in schedule})
+
+
+def sources_of_the_original(windows, timesteps, blocks):
+    """The call that computed what each call and block uses, after VideoSys's PABManager, which keys by (t, block)."""
+    outputs, found = {}, []
+    for call, t in enumerate(timesteps):
+        window = next(
+            (
+                key
+                for key in windows
+                if key in timesteps
+                and t in timesteps[timesteps.index(key) : timesteps.index(key) + 1 + windows[key]["skip_count"]]
+            ),
+            None,
+        )
+        row = []
+        for block in range(blocks):
+            if t in windows and block in windows[t]["block"]:
+                outputs[t, block] = call
+                row.append(call)
+            elif window is not None and block in windows[window]["block"]:
+                row.append(outputs[window, block])
+            else:
+                row.append(call)
+        found.append(row)
+    return found
+
+
+def sources_of_the_schedule(schedule, kind, blocks):
+    slots, found = {}, []
+    for call, step in enumerate(schedule):
+        row = []
+        for block in range(blocks):
+            slot = block, step.lane(kind, block)
+            if step.writes(kind, block):
+                slots[slot] = call
+            row.append(slots[slot] if step.reads(kind, block) else call)
+            assert not (step.reads(kind, block) and step.writes(kind, block))
+            assert slot[1] < schedule.lanes(kind, block)
+            if step.reads(kind, block):
+                assert {slots[slot], call} <= set(schedule.alive(kind, block, slot[1]))
+        found.append(row)
+    return found
+
+
+def test_two_thousand_keyed_settings_use_what_the_original_uses():
+    draw = random.Random(0)
+    overlapping = 0
+    for _ in range(2000):
+        timesteps = sorted(draw.sample(range(0, 1000, 20), draw.randint(2, 14)), reverse=True)
+        keys = draw.sample(timesteps, draw.randint(1, min(6, len(timesteps))))
+        windows = {
+            key: {"block": draw.sample(range(5), draw.randint(1, 4)), "skip_count": draw.randint(1, 6)} for key in keys
+        }
+        schedule = Schedule(keyed(windows), timesteps)
+        expected = sources_of_the_original(windows, timesteps, 5)
+        for kind in ("mlp_spatial", "mlp_temporal"):
+            assert sources_of_the_schedule(schedule, kind, 5) == expected, (windows, timesteps)
+        overlapping += any(schedule.lanes("mlp_spatial", block) > 1 for block in range(5))
+    assert overlapping > 50

@@ -71,11 +71,10 @@ class Executor:
         self._vectors = VectorBank(stack, layout.modulations)
         self._places = list(zip(places(stack), self._vectors.branches, strict=True))
         numbers = storage(stack, schedule)
-        kept = {
-            place.key: vectors.gate
-            for place, vectors in self._places
-            if place.key in numbers and isinstance(place.branch.gate, int) and not place.branch.regate
+        gated = {
+            place.key for place, _ in self._places if isinstance(place.branch.gate, int) and not place.branch.regate
         }
+        kept = [key for key in numbers if key.at(0) in gated]
         small = schedule.config.cache_dtype
         self.cache = BroadcastCache(
             numbers,
@@ -137,7 +136,7 @@ class Executor:
     def _copies(self, traffic: Traffic) -> list[tuple[Tensor, Tensor]]:
         """The gates that a step keeps: numbers of vectors, and where they go, neighbours in one launch."""
         numbers = {place.key: vectors.gate for place, vectors in self._places}
-        rows = [(row, numbers[key]) for row, key in enumerate(self.cache.gated) if key in traffic.writes]
+        rows = [(row, numbers[key.at(0)]) for row, key in enumerate(self.cache.gated) if key in traffic.writes]
         copies = []
         for _, stretch in groupby(enumerate(rows), key=lambda each: each[1][0] - each[0]):
             found = [row for _, row in stretch]
@@ -217,7 +216,7 @@ class Executor:
         position = -1
         with cache.slots.step(traffic.reads | traffic.updates, part.batch):
             for (place, vectors), branch_text in zip(self._places, text, strict=True):
-                key, branch = place.key, place.branch
+                key, branch = place.key.at(variant.lane(place.key.kind, place.block.index)), place.branch
                 if key.position != position:
                     position = key.position
                     if self._span and position == self._span.start:

@@ -82,14 +82,16 @@ def storage(stack: BlockStack, schedule: Schedule) -> dict[SlotKey, int]:
     numbers: dict[SlotKey, int] = {}
     in_use: list[set[int]] = []  # for each tensor, the calls at which one of its slots is alive
     for key in slot_keys(stack, schedule.config):
-        alive = schedule.alive(key.kind, stack.blocks[key.position].index)
-        if not alive:
-            continue  # an MLP that this run never broadcasts
-        number = next((i for i, calls in enumerate(in_use) if calls.isdisjoint(alive)), len(in_use))
-        if number == len(in_use):
-            in_use.append(set())
-        in_use[number].update(alive)
-        numbers[key] = number
+        index = stack.blocks[key.position].index
+        for lane in range(schedule.lanes(key.kind, index)):
+            alive = schedule.alive(key.kind, index, lane)
+            if not alive:
+                continue  # an MLP that this run never broadcasts
+            number = next((i for i, calls in enumerate(in_use) if calls.isdisjoint(alive)), len(in_use))
+            if number == len(in_use):
+                in_use.append(set())
+            in_use[number].update(alive)
+            numbers[key.at(lane)] = number
     return numbers
 
 
@@ -113,7 +115,7 @@ class Traffic:
             index = stack.blocks[key.position].index
             if key.kind == "stack":
                 broadcast, computed = variant.stack, not variant.stack
-            elif variant.stack and key.position in span:
+            elif (variant.stack and key.position in span) or variant.lane(key.kind, index) != key.lane:
                 continue
             else:
                 broadcast, computed = variant.reads(key.kind, index), variant.writes(key.kind, index)

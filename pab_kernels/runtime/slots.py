@@ -30,14 +30,20 @@ class SlotKey:
     """The slot of a branch: its kind, its block's position in the model, and its number among those of its kind there.
 
     `kind` is one of `config.BRANCHES`; all but unusual blocks have one branch of each kind, number 0. Or it is "stack":
-    what several blocks added to the stream, the last of them at `position`. With `change` it is not the slot of the
-    output but that of its change between the last two calls that computed it.
+    what several blocks added to the stream, the last of them at `position`. `lane` tells the slots of one branch apart,
+    where it has more than one: see `schedule.MlpVariant`. With `change` it is not the slot of the output but that of
+    its change between the last two calls that computed it.
     """
 
     kind: str
     position: int
     number: int = 0
+    lane: int = 0
     change: bool = False
+
+    def at(self, lane: int) -> SlotKey:
+        """The slot of the same branch in another lane."""
+        return self if lane == self.lane else replace(self, lane=lane)
 
     @property
     def changed(self) -> SlotKey:
@@ -46,7 +52,8 @@ class SlotKey:
 
     def __str__(self) -> str:
         number = f" ({self.number})" if self.number else ""
-        return f"slot {self.kind} of block {self.position}{number}{', change' if self.change else ''}"
+        lane = f", slot {self.lane}" if self.lane else ""
+        return f"slot {self.kind} of block {self.position}{number}{lane}{', change' if self.change else ''}"
 
 
 @dataclass(frozen=True)

@@ -150,14 +150,20 @@ def split(request: Request) -> list[Request]:
 
 
 def first_call(schedule: Schedule) -> int:
-    """The last call that must run so that every slot is written that may be read; the end where none is.
+    """The last call from which on every slot that is read is written before; the end where there is no broadcast.
 
-    That is the call before the first broadcast, and where there are forecasts the one before it, for the change.
+    That is the call before the first broadcast, and where there are forecasts the one before it, for the change; or an
+    earlier one that keeps an MLP by its timestep.
     """
     broadcasting = (call for call, step in enumerate(schedule) if step.broadcasting)
     first = next(broadcasting, None)
-    orders = max(map(schedule.config.order, SWITCHES))
-    return len(schedule) if first is None else max(first - 1 - orders, 0)
+    if first is None:
+        return len(schedule)
+    start = max(first - 1 - max(map(schedule.config.order, SWITCHES)), 0)
+    if not schedule.config.mlp_broadcast or schedule.config.mlp_range is not None:
+        return start
+    keeping = (call for call, step in enumerate(schedule) if step.mlp_spatial.keep or step.mlp_temporal.keep)
+    return min(start, next(keeping, first))
 
 
 def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[Any, Any]]]) -> float:
