@@ -177,8 +177,9 @@ class PABHandle:
             return self._report or self._reported()
 
     def _reported(self) -> Report:
-        run, more = self._runs.current, ("stack", "guidance")
-        kinds = [*self._adapter.stack.kinds, *(kind for kind in more if getattr(self.config, f"{kind}_broadcast"))]
+        run, more, workspaces = self._runs.current, ("stack", "guidance"), self._shapes.latest
+        kinds = (workspaces[0].stack if workspaces else self._adapter.stack).kinds
+        kinds += tuple(kind for kind in more if getattr(self.config, f"{kind}_broadcast"))
         return Report.of([] if run is None else run.clock, kinds, self._shapes)
 
     def rectified_flow(self, latents: Tensor, guidance_scale: float, **arguments: Any) -> Callable[[Tensor], Tensor]:
@@ -252,10 +253,13 @@ class PABHandle:
     ) -> Tensor:
         """A call of the run; see `Workspace.step`."""
         latents = call.tensors["latents"]
-        if latents.shape != run.shapes.get(forward, latents.shape):
+        before = run.shapes.get(forward, latents.shape)
+        if latents.shape[1:] == before[1:] and len(latents) < before[0]:
+            run.resume(step)  # guidance has ended
+        elif latents.shape != before:
             raise ValueError(
                 f"hidden_states: shape is {list(latents.shape)}, but this run began with "
-                f"{list(run.shapes[forward])}: call begin(timesteps) for a new one"
+                f"{list(before)}: call begin(timesteps) for a new one"
             )
         self._identity.check_addresses()
         self._identity.check_versions()

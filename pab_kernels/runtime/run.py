@@ -121,6 +121,19 @@ class Run:
         else:
             self._calls += 1
 
+    def resume(self, step: int) -> None:
+        """From `step` on another batch comes, as where guidance ends: nothing that was kept may be read by it.
+
+        Raises
+        ------
+        Mismatch
+            Another forward of this step is done already.
+        """
+        if self._last >= step:
+            raise Mismatch(f"step {step}: its forwards differ in their batches: call begin(timesteps) for a new run")
+        self.schedule = self.schedule.resumed(step)
+        self.shapes.clear()
+
     def goes_back(self, timestep: float) -> bool:
         """Whether a step before the last one has this timestep: the loop has started over."""
         return any(self.fits(step, timestep) for step in range(self.first_call, self._last)) and not self.fits(

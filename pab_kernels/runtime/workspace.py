@@ -89,6 +89,7 @@ class Workspace:
         self._lane = lane
         self._halves = halves
         self._guidance_order = schedule.config.guidance_order
+        stack = stack if call.temporal else stack.without_temporal()
         self._executor = Executor(stack, schedule, call.layout, cache_device, halves, pool, forward)
         self._difference: Difference | None = None
         self._kept_difference = False
@@ -113,7 +114,8 @@ class Workspace:
     @staticmethod
     def key(call: Call, halves: tuple[int, ...] = (0,)) -> Hashable:
         """What calls of one workspace have in common."""
-        return call.layout, call.tensors["latents"].shape, frozenset(call.tensors), halves if len(halves) == 2 else ()
+        own = halves if len(halves) == 2 else ()
+        return call.layout, call.tensors["latents"].shape, call.temporal, frozenset(call.tensors), own
 
     @property
     def cache(self) -> BroadcastCache:
