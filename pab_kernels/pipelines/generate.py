@@ -228,7 +228,7 @@ def generate(
     if isinstance(pipe, TextToVideoPipeline):
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
-        frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
+        frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:
         hidden = hidden.cpu()  # waits for the GPU
@@ -304,8 +304,11 @@ def _bytes(frames: np.ndarray) -> np.ndarray:
     return (np.nan_to_num(frames, nan=0.0) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _run(
-    pipe: Pipeline, request: Request, after_step: _Steps | None, given: tuple[Tensor, Tensor] | None
+def denoise(
+    pipe: Pipeline,
+    request: Request,
+    after_step: _Steps | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[np.ndarray | None, Tensor | None]:
     """Frames [B, T, H, W, 3] in [0, 1] of pipelines that decode themselves, or latents."""
     arguments: dict[str, Any] = {

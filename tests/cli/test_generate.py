@@ -340,8 +340,7 @@ def test_generate_decodes_a_single_image_and_compares_two(tiny, tmp_path):
 def test_generate_makes_several_videos_of_each_prompt(tiny, tmp_path):
     common = ("generate", "--model", "open_sora_plan_v120", "--size", "17x64", "--random-weights", "--steps", 4)
     prompts = ("--prompt", "a cat", "--prompt", "a dog", "--seed", 5, "--device", "cpu", "--pab", "off")
-    prompts = (*prompts, "--latents-only")
-    pab(*common, *prompts, "--videos", 2, "--output", tmp_path / "v.mp4")
+    pab(*common, *prompts, "--latents-only", "--videos", 2, "--output", tmp_path / "v.mp4")
     found = [latents.load(tmp_path / f"v-{i}.safetensors") for i in range(4)]
     assert [(metadata["prompt"], metadata["seed"]) for _, metadata in found] == [
         ("a cat", 5),
