@@ -1,6 +1,6 @@
 """One whole accelerated run of each family at its smallest, eager and from graphs, to be watched by a memory checker.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.memcheck
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.memcheck [WORKLOAD ...]
 
 Heads have the head_dim of the real models (72, 96), so that the kernels are those of real runs; prints a line a run.
 """
@@ -64,7 +64,7 @@ def run(name: str, graphs: bool) -> Tensor:
 def main() -> int:
     """Exit code 1 where a run failed or is not finite."""
     failed = 0
-    for name in NAMES:
+    for name in sys.argv[1:] or NAMES:
         for graphs in (False, True):
             start = time.perf_counter()
             try:
