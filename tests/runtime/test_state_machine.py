@@ -55,6 +55,10 @@ class Side:
         """Whether something has happened after which a call may be refused until a run begins."""
         self.dead = False
         """Whether something has happened that refuses every run."""
+        self.unknown = False
+        """Whether nobody can say what the rest of this run would give."""
+        self.owner: threading.Thread | None = None
+        self.ended: set[threading.Thread] = set()
 
     def open(self, config: PABConfig, inference: bool) -> None:
         self.close(False)
@@ -62,7 +66,8 @@ class Side:
         with torch.inference_mode(inference):
             self.handle = accelerate(self.made.model, config)
         self.plain = PlainPAB(self.twin.model, config)
-        self.plan, self.dead = (), False
+        self.plan, self.dead, self.unknown, self.owner = (), False, False, None
+        self.ended.clear()
 
     def close(self, inference: bool) -> None:
         if self.handle is not None:
@@ -86,15 +91,22 @@ class Side:
             for name, parameter in self.made.model.named_parameters():
                 state[name].copy_(parameter)
         self.plain.begin(plan)
-        self.plan, self.step, self.stale = plan, 0, False
+        me = threading.current_thread()
+        if self.owner is not None and self.step < len(self.plan):
+            self.ended.add(self.owner)
+        self.ended.discard(me)
+        self.plan, self.step, self.stale, self.unknown, self.owner = plan, 0, False, False, None
 
     def call(self, timestep: float, batch: int, scale: float, inference: bool) -> None:
         """One call of both; the runtime may refuse what the plan does not have."""
+        if self.unknown:
+            return
         generator = torch.Generator().manual_seed(self.step)
         shape = (batch, *self.made.shape[1:])
         latents = torch.randn(shape, generator=generator)
         given = {key: _rows(key, value, batch, scale) for key, value in self.made.given.items()}
-        fits = self.step < len(self.plan) and timestep == self.plan[self.step]
+        fits, me = self.step < len(self.plan) and timestep == self.plan[self.step], threading.current_thread()
+        fits = fits and self.owner in (None, me) and me not in self.ended
         try:
             with torch.inference_mode(inference):
                 got = prediction(self.made.model(latents, timestep=torch.full((batch,), timestep), **given))
@@ -108,7 +120,7 @@ class Side:
             want = prediction(self.twin.model(latents, timestep=torch.full((batch,), timestep), **given))
         assert relative_error(got, want) < 2e-5, f"{self.family}: off by {relative_error(got, want):.1e}"
         self.step += 1
-        self.batch = batch
+        self.batch, self.owner = batch, me
 
     batch = 2
 
@@ -169,7 +181,10 @@ class Machine(RuleBasedStateMachine):
     def abort(self, i: int) -> None:
         """An exception in the middle of a step, and the call that comes after it."""
         side = self.side(i)
-        if side.handle is None or side.stale or side.dead or side.step >= len(side.plan):
+        me = threading.current_thread()
+        if side.handle is None or side.stale or side.unknown or side.step >= len(side.plan):
+            return
+        if side.owner not in (None, me) or me in side.ended:
             return
         adapter: Any = side.handle._adapter
         adapter.project_out = lambda *_: 1 / 0
@@ -186,7 +201,6 @@ class Machine(RuleBasedStateMachine):
         if side.handle is None or side.dead:
             return
         raised: list[BaseException] = []
-        mine = side.step > 0
 
         def run() -> None:
             try:
@@ -194,12 +208,7 @@ class Machine(RuleBasedStateMachine):
                     side.begin(PLANS[1])
                     side.batch = 2
                 if side.step < len(side.plan):
-                    if work == "step" and mine:
-                        side.stale, before = True, side.stale
-                        side.call(side.plan[side.step], side.batch, 1.0, False)
-                        side.stale = before
-                    else:
-                        side.call(side.plan[side.step], side.batch, 1.0, False)
+                    side.call(side.plan[side.step], side.batch, 1.0, False)
             except BaseException as error:
                 raised.append(error)
 
@@ -208,8 +217,6 @@ class Machine(RuleBasedStateMachine):
         thread.join()
         if raised:
             raise raised[0]
-        if work == "run" or not mine:
-            side.stale = side.step > 0 or side.stale  # the run is the thread's, and this one's calls are refused
 
     @rule(i=sides_, how=st.sampled_from(["in place", "data", "inference", "tables"]))
     def weights_change(self, i: int, how: str) -> None:
@@ -220,8 +227,7 @@ class Machine(RuleBasedStateMachine):
                 if how != "tables" or name.endswith("scale_shift_table"):
                     (parameter.data if how == "data" else parameter).mul_(1.03)
         if side.step < len(side.plan):
-            side.plan = ()  # what the rest of this run would give is nobody's business
-            side.stale = True
+            side.unknown = True
 
     @rule(i=sides_, how=st.sampled_from(["hook", "linear", "moved"]))
     def put_something_on(self, i: int, how: str) -> None:
@@ -240,8 +246,9 @@ class Machine(RuleBasedStateMachine):
             held = linears[-1].weight.data
             linears[-1].weight.data = held.clone()
             undo = lambda: setattr(linears[-1].weight, "data", held)  # noqa: E731
-        side.dead, side.stale, side.plan = True, True, ()
+        side.dead = True
         side.begin(PLANS[0])
+        side.plan, side.owner = (), None
         undo()
         side.dead = False
         side.begin(PLANS[0])
