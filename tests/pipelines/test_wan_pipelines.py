@@ -186,3 +186,19 @@ def test_slots_of_one_byte_an_element() -> None:
     with accelerate(pipe, dataclasses.replace(PAB, cache_dtype="int8")) as handle:
         assert relative_error(generate(pipe, STEPS), expected) < 1e-2
         assert handle.report().cache_bytes < 0.5 * wide
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["wan t2v, two transformers", "wan ti2v, text", "ltx", "ltx, image"])
+def test_on_a_gpu_runs_of_graphs_are_the_plain_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32; without TF32, which the host's convolution of patches would use and our GEMM would not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    pipe = PIPELINES[name]().to("cuda")
+    with plain_runs(pipe, PAB, STEPS):
+        expected = generate(pipe, STEPS)
+    with accelerate(pipe, PAB) as handle:
+        for _ in range(3):
+            assert relative_error(generate(pipe, STEPS), expected) < 1e-4
+        report = handle.report()
+        assert report.eager is None
+        assert report.graphs == report.captured > 0
