@@ -111,7 +111,7 @@ class Side:
             with torch.inference_mode(inference):
                 got = prediction(self.made.model(latents, timestep=torch.full((batch,), timestep), **given))
         except REFUSED:
-            allowed = self.stale or self.dead or not fits or batch != self.batch
+            allowed = self.stale or self.dead or not fits or batch > self.batch
             assert allowed, "a call that fits was refused"
             return
         assert fits, "a call that does not fit was accepted"
@@ -170,8 +170,8 @@ class Machine(RuleBasedStateMachine):
         side = self.side(i)
         if side.handle is None or side.family == "open_sora":
             return
-        if side.step:  # in the middle of a run: refused
-            side.call(side.plan[min(side.step, len(side.plan) - 1)], 3 - side.batch, 1.0, False)
+        if side.step and side.batch == 1:  # a larger one in the middle of a run is refused
+            side.call(side.plan[min(side.step, len(side.plan) - 1)], 2, 1.0, False)
         side.begin(plan)
         if not side.dead:
             side.batch = 1
