@@ -191,10 +191,7 @@ class VideoDecoder:
             finite.append(video.isfinite().all())
             end = start + len(video)
             host[start:end].copy_(self._bytes(video), non_blocking=True)
-            done = None
-            if video.is_cuda:
-                done = torch.cuda.Event()
-                done.record()
+            done = torch.cuda.current_stream(video.device).record_event() if video.is_cuda else None
             on_the_way.append((start, end, done))
             start = end
             if len(on_the_way) > 1:

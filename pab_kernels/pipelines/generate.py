@@ -221,9 +221,10 @@ def generate(
     offload_text : bool
         The text encoder waits in host memory while the transformer runs.
     """
-    on_gpu = pipe.transformer.device.type == "cuda"
+    device = pipe.transformer.device
+    on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     if isinstance(pipe, TextToVideoPipeline):
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
@@ -254,7 +255,7 @@ def generate(
         seconds=end - start,
         parts=parts,
         report=report,
-        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
 
 
@@ -281,8 +282,7 @@ class _Steps:
         if tensors["latents"].is_cuda:
             if self.last is not None:
                 self.last.synchronize()
-            self.last = torch.cuda.Event()
-            self.last.record()
+            self.last = torch.cuda.current_stream(tensors["latents"].device).record_event()
         schedule = None if self.handle is None else self.handle.schedule
         variant = None if schedule is None else schedule[index]
         sample = tensors.get("denoised", tensors["latents"])
