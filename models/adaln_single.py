@@ -121,7 +121,6 @@ class AdaLNSingleAdapter(Adapter):
         bound.apply_defaults()
         given = bound.arguments
         for name, allowed in (
-            ("enable_temporal_attentions", True),
             ("use_image_num", 0),
             ("cross_attention_kwargs", None),
         ):

@@ -29,9 +29,9 @@ class Call:
     is what the text projection reads, `text_mask` [B, L] (None: all) which of it counts, `image` [B, L_image, C_image]
     a picture that cross-attention attends to as well, `text_sources` the caller's own tensors that these come from: as
     long as they are the same, so is the text. `layout` is that of the residual stream, `latent_size` (H, W) that of
-    the latents. `options` are the adapter's own. `table_key` is all that `Adapter.tables` depends on besides weights.
-    `doubts` are bools on the GPU: what was taken for granted about the arguments, without waiting, is wrong where one
-    is True.
+    the latents. Without `temporal` the blocks along time are left out. `options` are the adapter's own. `table_key` is
+    all that `Adapter.tables` depends on besides weights. `doubts` are bools on the GPU: what was taken for granted
+    about the arguments, without waiting, is wrong where one is True.
     """
 
     tensors: dict[str, Tensor]
@@ -41,6 +41,7 @@ class Call:
     latent_size: tuple[int, int]
     text_mask: Tensor | None = None
     image: Tensor | None = None
+    temporal: bool = True
     options: tuple[Any, ...] = ()
     table_key: tuple[Any, ...] = ()
     doubts: tuple[Tensor, ...] = ()
@@ -51,6 +52,8 @@ class Adapter(Protocol):
 
     host: nn.Module
     stack: BlockStack
+    whole_steps: bool = True
+    """Whether the prediction is a velocity from noise to data, on latents [B, C, T, H, W]: what `euler_step` adds."""
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the host's forward arguments; ValueError for what is not supported."""
@@ -115,9 +118,19 @@ def plain(root: nn.Module, path: str, *classes: type | str) -> Any:
     beside = found.__name__ if found.__module__ == type(root).__module__ else None
     if classes and found not in classes and beside not in classes:
         wanted = " or ".join(dict.fromkeys(cls if isinstance(cls, str) else cls.__name__ for cls in classes))
-        raise TypeError(f"{type(root).__name__}.{path}: is a {found.__name__}, must be a plain {wanted}")
+        raise TypeError(f"{type(root).__name__}.{path}: is a {found_words(module)}, must be a plain {wanted}")
     check_no_hooks(module, f"{type(root).__name__}.{path}")
     return module
+
+
+def found_words(module: Any) -> str:
+    """What `module` is, so that a class of the same name as the plain one can be told, and how to be rid of LoRA's."""
+    cls = type(module)
+    words = cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__name__} of {cls.__module__}"
+    if hasattr(module, "base_layer"):
+        # Fused weights are in the layer below, but the wrapper stays.
+        return f"{words} (a LoRA layer: after fuse_lora() call unload_lora_weights(), in peft merge_and_unload())"
+    return words
 
 
 def check_no_hooks(module: Any, path: str) -> None:

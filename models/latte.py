@@ -54,18 +54,17 @@ class LatteAdapter(AdaLNSingleAdapter):
         check_shape("encoder_hidden_states", check_tensor("encoder_hidden_states", text), (batch, "L", channels))
         if check_tensor("timestep", given["timestep"]).numel() != 1:
             check_shape("timestep", given["timestep"], (batch,))
-        return self._call(given["hidden_states"], given["timestep"], text, (text,), None, given["return_dict"])
+        return self._call(given, given["hidden_states"], text, (text,), None)
 
     def _call(
         self,
+        given: dict[str, Any],
         latents: Tensor,
-        timestep: Tensor,
         text: Tensor,
         sources: tuple[Tensor, ...],
         text_mask: Tensor | None,
-        return_dict: bool,
     ) -> Call:
-        config = self.host.config
+        config, temporal = self.host.config, bool(given.get("enable_temporal_attentions", True))
         if latents.ndim != 5 or latents.shape[1] != config.in_channels:
             raise ValueError(
                 f"hidden_states: shape is {list(latents.shape)}, must be [B, {config.in_channels}, T, H, W]"
@@ -74,17 +73,18 @@ class LatteAdapter(AdaLNSingleAdapter):
         patch = config.patch_size
         if height % patch or width % patch:
             raise ValueError(f"hidden_states: {height}x{width} is not a multiple of the patch size {patch}")
-        if frames not in (1, config.video_length):
+        if temporal and frames not in (1, config.video_length):
             raise ValueError(f"hidden_states: got {frames} frames, must be {config.video_length} (or 1)")
         channels = config.num_attention_heads * config.attention_head_dim
         return Call(
-            tensors={"latents": latents, "timestep": timestep.expand(batch)},
+            tensors={"latents": latents, "timestep": given["timestep"].expand(batch)},
             text=text,
             text_sources=sources,
             layout=Layout.video((batch, frames, height // patch * (width // patch), channels)),
             latent_size=(height, width),
             text_mask=text_mask,
-            options=(return_dict,),
+            temporal=temporal,
+            options=(given["return_dict"],),
             table_key=(height // patch, width // patch),
             doubts=self._seen.doubts(),
         )
@@ -109,5 +109,5 @@ class LatteAdapter(AdaLNSingleAdapter):
         return embed_patches(call.tensors["latents"], self.host.pos_embed.proj).add_(call.tensors["positions"])
 
     def frame_embed(self, call: Call) -> Tensor | None:
-        """The sincos table over frames; a single frame has none."""
-        return self.host.temp_pos_embed[0].to(self.host.dtype) if call.layout.shape[1] > 1 else None
+        """The sincos table over frames; a single frame has none, nor has a stack without temporal blocks."""
+        return self.host.temp_pos_embed[0].to(self.host.dtype) if call.temporal and call.layout.shape[1] > 1 else None

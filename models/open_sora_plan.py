@@ -54,14 +54,14 @@ class OpenSoraPlanV110Adapter(LatteAdapter):
             given[name] for name in ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")
         )
         text = self._with_prompts(source)
-        check_inputs(self.host.config, self.host.video_length, latents, given["timestep"], text)
+        frames = self.host.video_length if given.get("enable_temporal_attentions", True) else "T"
+        check_inputs(self.host.config, frames, latents, given["timestep"], text)
         return self._call(
+            given,
             latents.to(self.host.dtype),
-            given["timestep"],
             text.squeeze(1).to(self.host.dtype),
             _sources(source, mask),
             _text_mask(mask, text),
-            given["return_dict"],
         )
 
     def _with_prompts(self, text: Tensor) -> Tensor:
@@ -78,6 +78,13 @@ class LatteT2VAdapter(OpenSoraPlanV110Adapter):
     def __init__(self, host: Any) -> None:
         check_forward(host, *_OFFICIAL_ARGUMENTS, "all_timesteps", "enable_temporal_attentions")
         super().__init__(host)
+
+    def bind(self, *args: Any, **kwargs: Any) -> Call:
+        """Read the arguments of LatteT2V.forward."""
+        call = super().bind(*args, **kwargs)
+        if not call.temporal:
+            raise ValueError("enable_temporal_attentions: got False, must be True for the official class")
+        return call
 
     def _with_prompts(self, text: Tensor) -> Tensor:
         return text[:, None] if text.ndim == 3 else text

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place; None where torch does not count, as in `torch.inference_mode`."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
 @dataclass
 class _Record:
     tensor: Tensor
@@ -17,9 +25,8 @@ class _Record:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Record:
-        if tensor.is_inference():
-            return cls(tensor, None, tensor.clone())
-        return cls(tensor, tensor._version, None)
+        version = version_of(tensor)
+        return cls(tensor, version, tensor.clone() if version is None else None)
 
 
 class Seen:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pab_kernels import PABConfig, accelerate
 from pab_kernels.config import MlpWindow
 from pab_kernels.plain import PlainPAB
+from pab_kernels.schedule import Schedule
 from pab_kernels.workloads import WORKLOADS, Inputs, Workload
 
 FAMILIES = {
@@ -207,4 +208,14 @@ def configs(draw: st.DrawFn) -> PABConfig:
 @given(config=configs())
 def test_any_config(family: str, config: PABConfig) -> None:
     _, host, inputs = tiny(family)
+    close(*plain_and_executor(host, config, inputs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_that_overlap(family: str) -> None:
+    _, host, inputs = tiny(family)
+    keys = [int(t) for t in TIMESTEPS]
+    windows = {keys[0]: {"block": [0, 1], "skip_count": 2}, keys[1]: {"block": [0], "skip_count": 2}}
+    config = PABConfig.from_dict({"mlp_broadcast": True, "mlp_spatial_broadcast_config": windows})
+    assert Schedule(config, TIMESTEPS).lanes("mlp_spatial", 0) == 2
     close(*plain_and_executor(host, config, inputs))

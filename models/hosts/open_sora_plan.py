@@ -144,6 +144,7 @@ class OpenSoraPlanV110(LatteTransformer3DModel):
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
+        enable_temporal_attentions: bool = True,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the noise of a latent.
@@ -151,12 +152,14 @@ class OpenSoraPlanV110(LatteTransformer3DModel):
         Parameters
         ----------
         hidden_states : [B, in_channels, video_length, H, W]
-            H and W are multiples of the patch size.
+            H and W are multiples of the patch size. An image has one frame.
         timestep : [B]
         encoder_hidden_states : [B, 1, L, caption_channels]
             Text embedding.
         encoder_attention_mask : [B, 1, L] or [B, L], optional
             One for real tokens, zero for padding.
+        enable_temporal_attentions : bool
+            False leaves the temporal blocks out, and then any number of frames fits: images.
 
         Returns
         -------
@@ -167,17 +170,18 @@ class OpenSoraPlanV110(LatteTransformer3DModel):
         ValueError
             Where a shape does not fit.
         """
-        frames = self.video_length
+        frames = self.video_length if enable_temporal_attentions else "T"
         check_inputs(self.config, frames, hidden_states, timestep, encoder_hidden_states)
         text = encoder_hidden_states.to(self.dtype)
         bias = text_bias(encoder_attention_mask, text)
         if bias is not None:  # Latte folds the frames into the batch, and expects one row for each
-            bias = bias[:, None].repeat_interleave(frames, dim=0)
+            bias = bias[:, None].repeat_interleave(hidden_states.shape[2], dim=0)
         return super().forward(
             hidden_states.to(self.dtype),
             timestep,  # type: ignore[arg-type]  # need not be whole
             encoder_hidden_states=text.squeeze(1),
             encoder_attention_mask=bias,
+            enable_temporal_attentions=enable_temporal_attentions,
             return_dict=return_dict,
         )
 

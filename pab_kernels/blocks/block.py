@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,6 +138,11 @@ class BlockStack:
         """The kinds of attention that these blocks have."""
         present = {branch.kind for block in self.blocks for branch in block.branches}
         return tuple(kind for kind in KINDS if kind in present)
+
+    def without_temporal(self) -> BlockStack:
+        """The blocks along space alone, and no position in time: images."""
+        blocks = tuple(block for block in self.blocks if block.kind != "temporal")
+        return dataclasses.replace(self, blocks=blocks, embed_before=-1)
 
     @property
     def _projection(self) -> Linear | Fp8Linear:

@@ -25,6 +25,7 @@ DEMO_PROMPT = "a red circle moves right over a striped background"
 
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="What to show; repeat it for several videos.")] = None,
+    videos: Annotated[int, typer.Option(min=1, help="Videos of each prompt, which differ in their noise.")] = 1,
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     model: options.Model = "demo",
     weights: options.Weights = None,
@@ -37,11 +38,12 @@ def generate(
     duration: options.Duration = None,
     aspect: options.Aspect = None,
     size: options.Size = None,
+    image: Annotated[bool, typer.Option("--image", help="One frame; Latte leaves temporal attention out.")] = False,
     pab: options.Pab = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
     guidance: options.Guidance = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each prompt.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the video goes, .mp4 or .gif.")] = Path("outputs/video.mp4"),
+    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; once, or once for each video.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the video goes, .mp4 or .gif; an image is a .png.")] = None,
     compare: Annotated[bool, typer.Option(help="Generate with and without PAB, and compare.")] = False,
     preview: Annotated[
         int | None, typer.Option(min=1, help="Every so many steps, write a frame as a PNG beside the video.")
@@ -68,6 +70,8 @@ def generate(
     pab generate --model maxin-cn/Latte-1 --prompt "a dog on a beach" --pab latte:347
 
     pab generate --model open_sora --resolution 480p --duration 2s --random-weights --json > run.json
+
+    pab generate --model open_sora --resolution 720p --image --random-weights --steps 2
     """
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines.loading import Source, load_pipeline, resolve_model
@@ -75,12 +79,16 @@ def generate(
 
     with options.clean_errors():
         source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights)
-        generation.check_output(output, source)
         family = source.family
         defaults = generation.DEFAULTS[family]
-        video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+        sizes = partial(family_size, family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+        video = sizes(image=image)
+        of_one_frame = video is not None and video.frames == 1
+        if output is None:
+            output = Path("outputs/image.png" if of_one_frame else "outputs/video.mp4")
+        generation.check_output(output, source, of_one_frame)
         request = generation.Request(
-            prompt or [DEMO_PROMPT],
+            [text for text in prompt or [DEMO_PROMPT] for _ in range(videos)],
             negative_prompt,
             defaults.steps if steps is None else steps,
             defaults.guidance if guidance is None else guidance,
@@ -103,7 +111,7 @@ def generate(
             {"output": [path for both in files for path in both], "preview": longest},
             inputs=(model, weights, text_encoder, vae, pab),
         )
-        pipe = load_pipeline(source, video, dtype=number, device=place)
+        pipe = load_pipeline(source, sizes(), dtype=number, device=place)  # the weights are those of a video
         results, previews = {}, []
         with _progress(quiet) as bar:
             for name, settings in runs.items():

@@ -191,7 +191,11 @@ AttentionPrecision = Annotated[
         autocompletion=lambda: list(ATTENTION_PRECISIONS),
     ),
 ]
-Resolution = Annotated[str | None, typer.Option(help="Open-Sora: 144p, 240p, 360p, 480p or 720p.")]
-Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames, a multiple of 17.")]
+Resolution = Annotated[
+    str | None, typer.Option(help="Open-Sora: 144p to 720p. `pab info`: Wan 480p, 720p; LTX 480p, 704p.")
+]
+Duration = Annotated[str | None, typer.Option(help="Open-Sora: 2s, 4s, 8s or 16s, or frames: 1, or a multiple of 17.")]
 Aspect = Annotated[str | None, typer.Option(help="Open-Sora, height to width: 9:16 (wide), 16:9 (tall), 1:1, ...")]
-Size = Annotated[str | None, typer.Option(help="Open-Sora-Plan: 65x512x512, 221x512x512; 29x480p, 93x480p, ...")]
+Size = Annotated[
+    str | None, typer.Option(help="Open-Sora-Plan: 65x512x512, 29x480p, ... `pab info`: Wan's 1.3b, 14b, 5b.")
+]

@@ -51,7 +51,7 @@ def cpu() -> str:
 
 
 def backends() -> dict[str, table.Choice]:
-    """The backend of each op for the shapes of Open-Sora and Latte, in the dtype that suits the device."""
+    """The backend of each op for the shapes of the families, in the dtype that suits the device."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
     def empty(*shape: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def backends() -> dict[str, table.Choice]:
     fp8 = torch.empty(16, 16, dtype=torch.float8_e4m3fn, device=device)
     fp8_linear = fp8, fp8, torch.empty(16, dtype=torch.bfloat16, device=device)
     spatial, full, text = empty(1, 1590, 16, 72), empty(1, 2048, 24, 96), empty(1, 300, 16, 72)
-    wan = empty(1, 8192, 12, 128)
+    wan, ltx = empty(1, 8192, 12, 128), empty(1, 2048, 32, 64)
     length = torch.empty(1, dtype=torch.int32, device=device)
     return {
         "residual_norm_modulate": table.choose("residual_norm_modulate", empty(1, 1, 1152)),
@@ -71,6 +71,8 @@ def backends() -> dict[str, table.Choice]:
         "scaled_linear_gelu": table.choose("scaled_linear_gelu", *fp8_linear),
         "attention, spatial": table.choose("attention", spatial, spatial, spatial),
         "attention, full 3D": table.choose("attention", full, full, full),
+        "attention, Wan": table.choose("attention", wan, wan, wan),
+        "attention, LTX-Video": table.choose("attention", ltx, ltx, ltx),
         "attention, in e4m3": table.choose("fp8_attention", wan, wan, wan),
         "attention, text lengths": table.choose("attention", spatial, text, text, length),
     }

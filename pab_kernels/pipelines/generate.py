@@ -144,8 +144,12 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
-def check_output(output: Path, source: Source) -> None:
+def check_output(output: Path, source: Source, of_one_frame: bool = False) -> None:
     """Raise ValueError for a kind of file that cannot be written."""
+    if of_one_frame:
+        if output.suffix != ".png":
+            raise ValueError(f"output: got {output.name!r}, must end in .png: it is a single image")
+        return
     if output.suffix not in figures.VIDEO_SUFFIXES:
         raise ValueError(f"output: got {output.name!r}, must end in .mp4 or .gif")
     if output.suffix == ".mp4" and source.decodes and (lacks := figures.why_no_mp4()) is not None:
@@ -153,10 +157,14 @@ def check_output(output: Path, source: Source) -> None:
 
 
 def output_files(output: Path, count: int, decodes: bool, pictures: bool) -> list[tuple[Path, Path | None]]:
-    """The video, or else latents, of each of `count` prompts, and its contact sheet; what `save` writes."""
+    """The video or image, or else latents, of each of `count` prompts, and its contact sheet; what `save` writes."""
     videos = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    sheet = "-sheet" if decodes and output.suffix == ".png" else ""
     return [
-        (path if decodes else path.with_suffix(".safetensors"), path.with_suffix(".png") if pictures else None)
+        (
+            path if decodes else path.with_suffix(".safetensors"),
+            path.with_name(f"{path.stem}{sheet}.png") if pictures else None,
+        )
         for path in videos
     ]
 
@@ -263,17 +271,20 @@ def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[n
         "guidance_scale": request.guidance,
         "callback_on_step_end": after_step,
     }
-    prompts = list(request.prompts)
+    prompts, size = list(request.prompts), request.size
     if isinstance(pipe, LattePipeline):
         pipe.set_progress_bar_config(disable=True)
         arguments["negative_prompt"] = request.negative_prompt or ""  # diffusers' takes no None
+        if size is not None and size.frames == 1:
+            arguments |= {"video_length": 1, "enable_temporal_attentions": False}
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.all_seeds]
         return np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments).frames), None
     arguments["seed"] = request.all_seeds
     if isinstance(pipe, DemoPipeline):
         return pipe(prompts, **arguments).cpu().numpy(), None
-    size = request.size
     if isinstance(pipe, LatteLatents) or size is None:
+        if size is not None and size.frames == 1:
+            arguments |= {"frames": 1, "enable_temporal_attentions": False}
         return None, pipe(prompts, **arguments)
     if isinstance(pipe, OpenSoraPipeline):
         hidden = pipe(prompts, size=size, **arguments)
@@ -298,7 +309,8 @@ def save(
     config : PABConfig or None
         For the latents' metadata.
     output : Path
-        .mp4 or .gif; the i-th of several prompts gets "-i" before the suffix, latents get .safetensors instead.
+        .mp4 or .gif, of an image .png; the i-th of several prompts gets "-i" before the suffix, latents get
+        .safetensors instead.
 
     Returns
     -------
@@ -309,7 +321,10 @@ def save(
     files = output_files(output, len(request.prompts), last.frames is not None, last.frames is None or len(results) > 1)
     for i, (path, _) in enumerate(files):
         if last.frames is not None:
-            figures.save_video(last.frames[i], path, FPS.get(getattr(pipe, "family", "latte"), 8))
+            if path.suffix == ".png":
+                figures.save_frame(last.frames[i], path)
+            else:
+                figures.save_video(last.frames[i], path, FPS.get(getattr(pipe, "family", "latte"), 8))
         else:
             assert last.latents is not None
             latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
@@ -330,7 +345,9 @@ def _rows(results: Mapping[str, Generated], index: int) -> dict[str, Frames]:
 
 def _metadata(request: Request, pipe: Any, config: PABConfig | None, index: int) -> dict[str, Any]:
     """What it takes to decode the latents later, and to make them again."""
-    size = pipe.size() if isinstance(pipe, LatteLatents) or request.size is None else request.size
+    size = request.size
+    if isinstance(pipe, LatteLatents) or size is None:
+        size = pipe.size(1 if size is not None and size.frames == 1 else None)
     return {
         "family": pipe.family,
         **{name: value for name, value in dataclasses.asdict(size).items() if name != "latent"},

@@ -137,7 +137,10 @@ class OpenSoraPlanPipeline(TextToVideoPipeline):
         shape = self._shape(len(prompts.texts), self.size(frames, height, width))
         default = 150 if self.family == "open_sora_plan_v110" else 100
         self._set_timesteps(default if num_inference_steps is None else num_inference_steps)
-        run = Run(self._arguments(prompts, guided), prompts.generators, callback_on_step_end, progress)
+        arguments = self._arguments(prompts, guided)
+        if self.family == "open_sora_plan_v110" and shape[2] == 1:
+            arguments["enable_temporal_attentions"] = False  # as the original makes images
+        run = Run(arguments, prompts.generators, callback_on_step_end, progress)
         return self._denoise(self._noise(run, shape, latents), run, guidance_scale)
 
     def _arguments(self, prompts: Prompts, guided: bool) -> dict[str, Any]:

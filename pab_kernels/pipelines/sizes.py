@@ -139,10 +139,11 @@ def family_size(
     aspect: str | None = None,
     duration: str | None = None,
     size: str | None = None,
+    image: bool = False,
 ) -> VideoSize | None:
     """The size that the command line's options mean for `family`; None stands for the family's default.
 
-    The demo's size is that of its weights: None.
+    With `image` it is one frame of that size. The demo's size is that of its weights: None.
 
     Raises
     ------
@@ -163,15 +164,22 @@ def family_size(
             options = f"it takes {', '.join(f'--{option}' for option in taken)}" if taken else "its size is fixed"
             raise ValueError(f"{name}: got {value!r} for {family}, which does not take it: {options}")
     if family == "demo":
+        if image:
+            raise ValueError("image: got it for demo, whose weights make videos of one length")
         return None
     if family == "open_sora":
-        return open_sora_size(resolution or "480p", aspect or "9:16", duration or "2s")
+        if image and duration is not None:
+            raise ValueError(f"image, duration: got both, must be one of them: duration is {duration!r}")
+        return open_sora_size(resolution or "480p", aspect or "9:16", 1 if image else duration or "2s")
     if family == "latte":
-        return VideoSize(16, 512, 512, (16, 64, 64))
+        return VideoSize(1, 512, 512, (1, 64, 64)) if image else VideoSize(16, 512, 512, (16, 64, 64))
     if family in DIFFUSERS_SIZES:
+        if image:
+            raise ValueError(f"image: got it for {family}, which is not made for images here")
         return _diffusers_size(family, resolution, size)
     if family not in PLAN_SIZES:
         known = ", ".join(("latte", "open_sora", *PLAN_SIZES, *DIFFUSERS_SIZES))
         raise ValueError(f"family: got {family!r}, must be one of {known}")
     names = tuple(PLAN_SIZES[family])
-    return plan_size(*PLAN_SIZES[family][_choice("size", size or names[0], names)])
+    frames, height, width = PLAN_SIZES[family][_choice("size", size or names[0], names)]
+    return plan_size(1 if image else frames, height, width)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from pab_kernels.models.adapter import found_words
+from pab_kernels.models.seen import version_of
+
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module()))
 """What every module has in its `__dict__`."""
@@ -68,7 +71,7 @@ class Identity:
         named_tensors = dict(chain(self._host.named_parameters(), self._host.named_buffers()))
         self._names, self._tensors = list(named_tensors), list(named_tensors.values())
         self._where = self._read_where()
-        self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._tracked = [tensor for tensor in self._tensors if version_of(tensor) is not None]
         self.note_versions()
 
     def note_versions(self) -> None:
@@ -176,7 +179,7 @@ class Identity:
             if path and not f"{type(module).__module__}.".startswith(packages):
                 own = (cls.__name__ for cls in type(module).__mro__ if f"{cls.__module__}.".startswith(packages))
                 plain = next((f"plain {cls}" for cls in own if cls != "Module"), "module of the host's own")
-                raise TypeError(f"{name}: is a {type(module).__name__}, must be a {plain}")
+                raise TypeError(f"{name}: is a {found_words(module)}, must be a {plain}")
             if module.training and (key := _drops(vars(module))):
                 raise TypeError(f"{name}.{key}: is {vars(module)[key]} in training mode, must be 0: call eval()")
             for key, tensor in chain(module._parameters.items(), module._buffers.items()):

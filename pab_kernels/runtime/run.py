@@ -34,6 +34,8 @@ class Run:
         Whose run it is: the thread of its first call.
     broken : bool
         A call failed half-way.
+    guided : bool
+        Whether its calls hold both halves of guidance, as far as the caller says.
     """
 
     schedule: Schedule
@@ -41,6 +43,7 @@ class Run:
     forwards: int = 1
     thread: int | None = None
     broken: bool = False
+    guided: bool = True
     shapes: dict[Forward, torch.Size] = field(default_factory=dict)
     """Of each forward's latents."""
     clock: list[tuple[StepVariant, Any, Any]] = field(default_factory=list)
@@ -99,6 +102,13 @@ class Run:
                 return step, name
         return self._expect(steps[-1], timestep), name
 
+    def number(self, forward: Forward) -> int:
+        """Which of a step's forwards this is, by their names in the order in which they first came."""
+        if isinstance(forward, int):
+            return forward
+        names = [name for name in self._steps if name != forward]
+        return list(self._steps).index(forward) if forward in self._steps else len(names)
+
     def skipped(self, name: Forward, step: int) -> bool:
         """Whether the forward missed the step before this one, so that its slots are older than the plan thinks."""
         return isinstance(name, str) and self._steps.get(name, self.first_call - 1) != step - 1
@@ -110,6 +120,19 @@ class Run:
             self._steps[forward] = step
         else:
             self._calls += 1
+
+    def resume(self, step: int) -> None:
+        """From `step` on another batch comes, as where guidance ends: nothing that was kept may be read by it.
+
+        Raises
+        ------
+        Mismatch
+            Another forward of this step is done already.
+        """
+        if self._last >= step:
+            raise Mismatch(f"step {step}: its forwards differ in their batches: call begin(timesteps) for a new run")
+        self.schedule = self.schedule.resumed(step)
+        self.shapes.clear()
 
     def goes_back(self, timestep: float) -> bool:
         """Whether a step before the last one has this timestep: the loop has started over."""

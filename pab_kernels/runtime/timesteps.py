@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pab_kernels.models.seen import version_of
+
 
 class Timesteps:
     """Reads timesteps where it must.
@@ -38,7 +40,7 @@ class Timesteps:
             return _one(timestep), False
         single = timestep.numel() == 1 or not any(timestep.stride())
         whole = timestep if single else None
-        version = None if timestep.is_inference() else timestep._version
+        version = version_of(timestep)
         kept = self._tensor
         if whole is not None and kept is not None and self._version == version and _same_memory(kept, whole):
             self._new = 0

@@ -2,12 +2,13 @@
 
 import json
 import re
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKLCogVideoX, DDIMScheduler
 from safetensors.torch import save_file
 
 from pab_kernels.config import PABConfig
@@ -281,3 +282,73 @@ def test_generate_does_not_write_what_it_reads(tiny, tmp_path):
     for given in (weights, tmp_path):
         assert "output: got" in refused("generate", *arguments, "--weights", given)
     assert weights.read_bytes() == before
+
+
+IMAGE_SIZES = {**FAMILY_SIZES, "open_sora": ["--resolution", "144p", "--aspect", "1:1"]}
+
+
+@pytest.mark.parametrize("family", FAMILY_SIZES)
+def test_generate_makes_single_images(tiny, family, tmp_path):
+    pab(
+        *("generate", "--model", family, *IMAGE_SIZES[family], "--random-weights", "--steps", 4, "--image"),
+        *("--prompt", "a cat", "--output", tmp_path / "v.png", "--device", "cpu", "--pab", "off"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.png", "v.safetensors"]
+    hidden, metadata = latents.load(tmp_path / "v.safetensors")
+    assert hidden.shape[1] == metadata["frames"] == 1
+    assert hidden.isfinite().all()
+
+
+def test_generate_makes_one_frame_of_open_sora_by_its_duration_too(tiny, tmp_path):
+    common = ("generate", "--model", "open_sora", "--resolution", "144p", "--random-weights", "--steps", 4, "--seed", 3)
+    for name, choice in (("a", ("--image",)), ("b", ("--duration", 1))):
+        pab(*common, *choice, "--output", tmp_path / f"{name}.png", "--device", "cpu")
+    first, second = (latents.load(tmp_path / f"{name}.safetensors")[0] for name in "ab")
+    assert torch.equal(first, second)
+
+
+def test_generate_decodes_a_single_image_and_compares_two(tiny, tmp_path):
+    vae: Any = AutoencoderKLCogVideoX(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    save_text(tiny_text(), tmp_path / "t5")
+    state = tiny_transformer("open_sora").state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    pab(
+        *("generate", "--model", "open_sora", *IMAGE_SIZES["open_sora"], "--prompt", "a cat", "--image", "--compare"),
+        *("--weights", tmp_path / "model.safetensors", "--text-encoder", tmp_path / "t5", "--vae", tmp_path / "vae"),
+        *("--steps", 6, "--output", out / "v.png", "--device", "cpu"),
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["v-sheet.png", "v.png"]
+    assert iio.imread(out / "v.png").shape[-1] == 3
+
+
+def test_generate_makes_several_videos_of_each_prompt(tiny, tmp_path):
+    common = ("generate", "--model", "open_sora_plan_v120", "--size", "17x64", "--random-weights", "--steps", 4)
+    prompts = ("--prompt", "a cat", "--prompt", "a dog", "--seed", 5, "--device", "cpu", "--pab", "off")
+    pab(*common, *prompts, "--videos", 2, "--output", tmp_path / "v.mp4")
+    found = [latents.load(tmp_path / f"v-{i}.safetensors") for i in range(4)]
+    assert [(metadata["prompt"], metadata["seed"]) for _, metadata in found] == [
+        ("a cat", 5),
+        ("a cat", 6),
+        ("a dog", 7),
+        ("a dog", 8),
+    ]
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "open_sora", "--image", "--duration", "2s"], "image, duration: got both"),
+        (["--image"], "image: got it for demo, whose weights make videos of one length"),
+        (["--model", "latte", "--image", "--output", "v.mp4"], "must end in .png: it is a single image"),
+        (["--model", "open_sora", "--output", "v.png"], "must end in .mp4 or .gif"),
+        (["--videos", "2", "--seed", "1", "--seed", "2", "--seed", "3"], "seed must be given once or for each of 2"),
+        (["--seed", str(2**64)], "must fit 64 bits"),
+    ],
+)
+def test_generate_refuses_images_and_numbers_that_make_no_sense(arguments, message):
+    assert message in refused("generate", "--random-weights" if "--model" in arguments else "-q", *arguments)

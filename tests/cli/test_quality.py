@@ -38,3 +38,14 @@ def test_quality_refuses_outputs_before_the_work(demo, tmp_path):
     for csv_file in (settings, tmp_path, settings / "q.csv"):
         assert "csv: got" in refused("quality", "--model", demo, "--pab", settings, "--csv", csv_file)
     assert settings.read_text() == before
+
+
+def test_quality_takes_what_generate_takes(demo, tmp_path):
+    """A keyed MLP that is computed again before what was kept of it is read."""
+    steps = [999, 899, 799, 699, 599]
+    windows = {steps[1]: {"block": [0], "skip_count": 3}, steps[2]: {"block": [0], "skip_count": 1}}
+    settings = PABConfig.from_dict({"mlp_broadcast": True, "mlp_spatial_broadcast_config": windows})
+    settings.to_yaml(tmp_path / "pab.yaml")
+    pab("generate", "--model", demo, *SHORT, "--pab", tmp_path / "pab.yaml", "--output", tmp_path / "v.gif")
+    output = pab("quality", "--model", demo, *SHORT, "--videos", 1, "--pab", tmp_path / "pab.yaml")
+    assert re.search(r"\| pab.yaml \| +\| +\d+\.\d\d \|", output)

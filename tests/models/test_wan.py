@@ -251,6 +251,17 @@ def test_calls_that_are_refused(family: str, options: Any, changes: Any, message
             model(**{**given, "timestep": torch.full((len(given["hidden_states"]),), 500.0), **changes})
 
 
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_whole_steps_of_rectified_flow_are_refused(family: str) -> None:
+    """Their velocity points the other way: the latents would walk off to more noise."""
+    model, given = model_and_arguments(family)
+    latents = given.pop("hidden_states")
+    with accelerate(model, PABConfig()) as handle:
+        handle.begin(TIMESTEPS)
+        with pytest.raises(ValueError, match=rf"rectified_flow: a {type(model).__name__} does not predict"):
+            handle.rectified_flow(latents, 1.0, **given)
+
+
 def test_an_image_of_first_and_last_frame() -> None:
     """Two pictures a video, joined to one sequence by the embedder."""
     model = tiny_wan(**FROM_IMAGE, pos_embed_seq_len=10)
@@ -331,3 +342,31 @@ def test_fp8_linears_on_a_gpu(family: str) -> None:
             result = loop(model, given)
         assert relative_error(result.float(), expected.float()) < 1e-1
         assert handle.report().fp8 == {"qkv": 2, "cross.q": 2, "mlp": 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", GPU)
+def test_a_timestep_a_token_in_a_graph(family: str) -> None:
+    """As image-to-video has it: 0 for the tokens of the first frame, and another timestep for the rest at each step."""
+    model, _ = model_and_arguments(family, **GPU[family])
+    model = randomize(model, std=0.05).cuda()
+    given = ltx_arguments(model) if family == "ltx" else wan_arguments(model)
+    batch, tokens = len(given["hidden_states"]), 18 if family == "wan" else 72
+    moving = (torch.arange(tokens, device="cuda") >= tokens // 3).float().expand(batch, -1)
+
+    def run(host: Any, arguments: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([host(**arguments, timestep=moving * t)[0].float() for t in TIMESTEPS])
+
+    expected = run(model, given)
+    model = _half(model)
+    given = {
+        name: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
+    }
+    with accelerate(model, PABConfig()) as handle:
+        for _ in range(2):
+            handle.begin(TIMESTEPS)
+            result = run(model, given)
+        assert relative_error(result, expected) < 3e-2
+        assert (handle.report().graphs, handle.report().eager) == (1, None)

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 from pab_kernels import PABConfig, accelerate
 from pab_kernels.pipelines.arguments import Prompts, seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
+from pab_kernels.plain import PlainPAB
 from tests.pipeline_tools import TINY, close, run, tiny_demo, tiny_pipeline
 
 PIPELINES = [*TINY, "demo"]
@@ -189,6 +190,49 @@ def test_guidance_cannot_begin_in_mid_run(family):
         sample(tiny(family), guidance_scale=1.0, callback_on_step_end=lambda *_: {"guidance_scale": 3.0})
     with pytest.raises(ValueError, match="guidance_scale: got inf, must be finite"):
         sample(tiny(family), callback_on_step_end=lambda *_: {"guidance_scale": float("inf")})
+
+
+def check_guidance_that_ends(family: str, after: int, device: str, tolerance: float) -> None:
+    """From there on another batch runs: nothing that the guided steps kept is read."""
+    pipe, config = tiny(family), PABConfig.preset("latte" if family == "demo" else family)
+    prompts = ["a red circle", ""] if family == "demo" else ["a red cat", ""]
+
+    def end(_pipe: Any, step: int, _t: Any, _tensors: Any) -> dict[str, Any]:
+        return {"guidance_scale": 1.0} if step == after else {}
+
+    def end_plainly(pipe: Any, step: int, t: Any, tensors: Any) -> dict[str, Any]:
+        if step == after:
+            plain.begin(pipe.scheduler.timesteps[step + 1 :])
+        return end(pipe, step, t, tensors)
+
+    def run_it(callback: Any) -> torch.Tensor:
+        return sample(pipe, prompts, num_inference_steps=7, callback_on_step_end=callback).cpu()
+
+    run_it(end)
+    with PlainPAB(pipe.transformer, config) as plain:
+        plain.begin(pipe.scheduler.timesteps)
+        expected = run_it(end_plainly)
+    pipe.to(device)
+    with accelerate(pipe, config) as pab:
+        for _ in range(3):
+            assert close(run_it(end), expected, tolerance)
+        report = pab.report()
+        assert report.calls == len(pipe.scheduler.timesteps) == len(pab.schedule or ())
+        assert report.broadcast["spatial"] > 0
+        whole = sample(pipe, prompts, num_inference_steps=7).cpu()
+    assert not torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_guidance_that_ends_with_pab_is_the_plain_form_begun_anew(family, after):
+    check_guidance_that_ends(family, after, "cpu", 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", PIPELINES)
+def test_guidance_ends_within_graphs(family, device):
+    check_guidance_that_ends(family, 2, device, 1e-2)
 
 
 @pytest.mark.parametrize("family", PIPELINES)

@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline
 
 from pab_kernels import PABConfig, accelerate
+from pab_kernels.pipelines.generate import Request, generate
+from pab_kernels.pipelines.sizes import VideoSize
 from pab_kernels.plain import PlainPAB
 from tests.pipeline_tools import tiny_text, tiny_transformer
 
@@ -39,9 +41,8 @@ def run(pipe: Any, prompt: str = "a red cat runs", seed: int = 0, size: int = 16
         width=size,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(seed),
-        video_length=5,
         clean_caption=False,
-        **{"output_type": "latent", **kwargs},
+        **{"video_length": 5, "output_type": "latent", **kwargs},
     ).frames
 
 
@@ -93,3 +94,31 @@ def test_decoded_video(pipe):
         frames = np.asarray(run(pipe, output_type="np"))
     assert frames.shape[0] == 1
     assert np.isfinite(frames).all()
+
+
+def test_images_leave_temporal_attention_out(pipe):
+    image: dict[str, Any] = {"video_length": 1, "enable_temporal_attentions": False}
+    with PlainPAB(pipe.transformer, PAB) as plain:
+        plain.begin(ddim_timesteps())
+        expected = run(pipe, **image)
+    assert expected.shape[2] == 1
+    with accelerate(pipe, PAB) as handle:
+        for _ in range(2):
+            assert error(run(pipe, **image), expected) < 1e-5
+        assert set(handle.report().computed) == {"spatial", "cross"}
+        video = run(pipe)
+        assert error(run(pipe, **image), expected) < 1e-5
+        assert torch.equal(run(pipe), video)
+
+
+def test_a_request_for_one_frame_is_an_image(pipe, monkeypatch):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(type(pipe), "__call__", lambda _self, _prompts, **given: seen.update(given) or _Frames())
+    result = generate(pipe, Request(["a cat"], size=VideoSize(1, 16, 16, (1, 2, 2))), None)
+    assert (seen["video_length"], seen["enable_temporal_attentions"], seen["negative_prompt"]) == (1, False, "")
+    assert result.frames is not None
+    generate(pipe, Request(["a cat"], size=VideoSize(5, 16, 16, (5, 2, 2))), None)
+
+
+class _Frames:
+    frames = np.zeros((1, 1, 16, 16, 3))

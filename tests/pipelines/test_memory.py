@@ -1,6 +1,7 @@
 """Memory told from shapes alone: against the published slot sizes, and against what a run really holds."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pab_kernels.runtime.slots import STAGES, HostSlots
 from tests.pipeline_tools import SMALLEST, TINY, tiny_pipeline
 
 
-def planned(family: str, *, rows: int = 2, config: PABConfig | None = None, **size: str) -> PlannedRun:
+def planned(family: str, *, rows: int = 2, config: PABConfig | None = None, **size: Any) -> PlannedRun:
     video = family_size(family, **size)
     assert video is not None
     config = PABConfig.preset(family) if config is None else config

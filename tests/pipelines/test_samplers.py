@@ -205,10 +205,10 @@ def test_pndm_with_fewer_than_4_steps_where_it_can():
     assert sample(pipe, 0, steps=2).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("open_sora_plan_v110", "HeunDiscrete"), ("open_sora", "FlowMatchHeunDiscrete"), ("latte", "UniPCMultistep")],
-)
+EACH = [("open_sora_plan_v120", name) for name in NOISE] + [("open_sora", name) for name in FLOW]
+
+
+@pytest.mark.parametrize(("family", "name"), EACH)
 def test_pab_is_planned_over_another_schedulers_calls(family, name):
     pipe = tiny(family)
     pipe.scheduler = CLASSES[name]()
@@ -216,6 +216,19 @@ def test_pab_is_planned_over_another_schedulers_calls(family, name):
     with accelerate(pipe, PABConfig()) as handle:
         assert close(sample(pipe, 0), plain, 1e-4)
         assert handle.report().calls == len(pipe.scheduler.timesteps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "name"), EACH)
+def test_schedulers_give_on_a_gpu_what_they_give_on_a_cpu(family, name, device):
+    pipe = tiny(family)
+    pipe.scheduler = CLASSES[name]()
+    wanted = sample(pipe, [5, 9], 2)
+    pipe.to(device)
+    assert close(sample(pipe, [5, 9], 2).cpu(), wanted, 1e-2)
+    with accelerate(pipe, PABConfig()):
+        for _ in range(2):
+            assert close(sample(pipe, [5, 9], 2).cpu(), wanted, 1e-2)
 
 
 def test_diffusers_flow_is_open_sora_in_the_other_direction():

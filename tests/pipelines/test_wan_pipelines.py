@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,20 @@ def test_a_transformer_that_reads_what_the_other_wrote_is_refused() -> None:
                 )
 
 
+@pytest.mark.parametrize("name", ["wan t2v, two transformers", "ltx"])
+def test_as_from_pretrained_loads_it_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """Which needs accelerate: parts of Wan stay in float32."""
+    made = PIPELINES[name]()
+    made.save_pretrained(tmp_path)
+    pipe = type(made).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.dtype == torch.bfloat16
+    expected = generate(pipe, STEPS)
+    with accelerate(pipe, PABConfig()):
+        assert relative_error(generate(pipe, STEPS), expected) < 2e-2
+    assert torch.equal(generate(pipe, STEPS), expected)
+
+
 @pytest.mark.parametrize("name", ["wan i2v", "ltx"])
 def test_decoded_video(name: str) -> None:
     pipe = PIPELINES[name]()
@@ -186,3 +201,19 @@ def test_slots_of_one_byte_an_element() -> None:
     with accelerate(pipe, dataclasses.replace(PAB, cache_dtype="int8")) as handle:
         assert relative_error(generate(pipe, STEPS), expected) < 1e-2
         assert handle.report().cache_bytes < 0.5 * wide
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["wan t2v, two transformers", "wan ti2v, text", "ltx", "ltx, image"])
+def test_on_a_gpu_runs_of_graphs_are_the_plain_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32; without TF32, which the host's convolution of patches would use and our GEMM would not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    pipe = PIPELINES[name]().to("cuda")
+    with plain_runs(pipe, PAB, STEPS):
+        expected = generate(pipe, STEPS)
+    with accelerate(pipe, PAB) as handle:
+        for _ in range(3):
+            assert relative_error(generate(pipe, STEPS), expected) < 1e-4
+        report = handle.report()
+        assert report.eager is None
+        assert report.graphs == report.captured > 0

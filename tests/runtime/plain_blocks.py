@@ -28,7 +28,7 @@ class PlainBlocks:
     ) -> None:
         self.stack, self.layout, self.config = stack, layout, config
         self.text, self.image, self.rope = text, image, rope
-        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor | float]] = {}
+        self._kept: dict[tuple[int, int, int], tuple[Tensor, Tensor | float]] = {}
 
     def step(self, x: Tensor, modulation: Modulation, variant: StepVariant, embed: Tensor | None, index: Any) -> Tensor:
         """The normed and modulated stream [B, T, S, C] after the last block."""
@@ -39,14 +39,15 @@ class PlainBlocks:
             vectors = self._vectors(block, modulation)
             for i, branch in enumerate(block.branches):
                 gate = 1.0 if branch.gate is None else self._vector(branch.gate, vectors, index)
+                key = position, i, variant.lane(branch.kind, block.index)
                 has_slot = block.index in self.config.blocks(branch.kind)
                 if has_slot and variant.reads(branch.kind, block.index):
-                    value, earlier = self._kept[position, i]
+                    value, earlier = self._kept[key]
                     gate = gate if branch.regate else earlier
                 else:
                     value = self._branch(x, branch, vectors, index)
                     if has_slot and variant.writes(branch.kind, block.index):
-                        self._kept[position, i] = (value, gate)
+                        self._kept[key] = (value, gate)
                 x = x + gate * value
         shift, scale = (self._rows(v.double(), index) for v in (modulation.shift, modulation.scale))
         return normed(x, self.stack.final) * (1 + scale) + shift

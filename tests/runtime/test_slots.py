@@ -35,6 +35,10 @@ WINDOWS: dict[str, Any] = {
     "mlp_spatial_broadcast_config": {900: {"block": [0], "skip_count": 1}, 600: {"block": [1], "skip_count": 1}},
     "mlp_temporal_broadcast_config": {600: {"block": [0], "skip_count": 2}},
 }
+TWICE: dict[str, Any] = {
+    "mlp_broadcast": True,
+    "mlp_spatial_broadcast_config": {900: {"block": [0, 1], "skip_count": 2}, 700: {"block": [0], "skip_count": 3}},
+}
 SECOND_BLOCK = {f"{kind}_block": (1, 2) for kind in ("spatial", "cross")}
 CONFIGS = {
     name: PABConfig.from_dict(settings)
@@ -47,6 +51,7 @@ CONFIGS = {
         "two slots": attention(spatial=2, cross=2) | SECOND_BLOCK,
         "mlp": MLP,
         "mlp by timestep": attention(spatial=2) | WINDOWS,
+        "mlp kept twice": TWICE,
     }.items()
 }
 

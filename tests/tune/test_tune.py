@@ -261,3 +261,29 @@ def test_the_best_so_far_is_always_on_disk(tmp_path):
     )
     assert "10.0% as predicted, 10.0% as measured" in text
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"spatial_broadcast": True, "spatial_threshold": [0, 650], "spatial_range": 2}, 2),
+        ({"mlp_broadcast": True, "mlp_threshold": [0, 650], "mlp_range": 2}, 2),
+        ({"mlp_spatial_broadcast_config": {800: {"block": [0], "skip_count": 1}}}, 1),
+        # At 700 the block is computed, and at 600 it uses what was kept at 800.
+        (
+            {
+                "mlp_spatial_broadcast_config": {
+                    800: {"block": [0], "skip_count": 3},
+                    700: {"block": [0], "skip_count": 1},
+                }
+            },
+            1,
+        ),
+        ({"spatial_broadcast": True, "spatial_threshold": [0, 10], "spatial_range": 2}, 5),
+    ],
+)
+def test_a_trial_begins_where_all_that_is_read_is_still_to_be_written(settings, start):
+    if "mlp_spatial_broadcast_config" in settings:
+        settings = settings | {"mlp_broadcast": True}
+    schedule = Schedule(PABConfig.from_dict(settings), [900.0, 800.0, 700.0, 600.0, 500.0])
+    assert first_call(schedule) == start
