@@ -35,8 +35,8 @@ def decode(
     pab decode outputs/video.safetensors --vae Open-Sora-Plan-v1.2.0/vae --decode-memory 8GiB --output plan.mp4
     """
     from pab_kernels import figures
-    from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines import latents as files
+    from pab_kernels.pipelines import outputs
     from pab_kernels.pipelines.decoding import decode_video, parse_bytes
     from pab_kernels.pipelines.loading import FAMILIES, Source, load_decoder
 
@@ -48,7 +48,7 @@ def decode(
             raise ValueError(f"{file}: is of {metadata['family']!r}, must be one of {', '.join(FAMILIES)}")
         source = Source(metadata["family"], vae=vae, random_weights=random_weights)
         target = file.with_suffix(".mp4") if output is None else output
-        generation.check_output(target, source)
+        outputs.check_output(target, source)
         check_outputs({"output": [target]}, inputs=(file, vae))
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))

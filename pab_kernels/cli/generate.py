@@ -92,6 +92,7 @@ def generate(
     pab generate --model open_sora --resolution 720p --still --random-weights --steps 2
     """
     from pab_kernels.pipelines import generate as generation
+    from pab_kernels.pipelines import outputs
     from pab_kernels.pipelines.decoding import parse_bytes
     from pab_kernels.pipelines.given import encode
     from pab_kernels.pipelines.loading import Source, load_pipeline, resolve_model
@@ -108,7 +109,7 @@ def generate(
         of_one_frame = shape is not None and shape.frames == 1
         if output is None:
             output = Path("outputs/image.png" if of_one_frame else "outputs/video.mp4")
-        generation.check_output(output, source, of_one_frame)
+        outputs.check_output(output, source, of_one_frame)
         frames = _given_frames(family, source, shape, image, video, from_frame, fit)
         request = generation.Request(
             [text for text in prompt or [DEMO_PROMPT] for _ in range(videos)],
@@ -128,7 +129,7 @@ def generate(
         options.on_host(cache_device)
         generation.check_memory(source, request, config, place, number, cache_device)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
-        files = generation.output_files(output, len(request.prompts), source.decodes, compare or not source.decodes)
+        files = outputs.output_files(output, len(request.prompts), source.decodes, compare or not source.decodes)
         longest = [_preview_path(output, name, request.steps) for name in runs if preview is not None]
         check_outputs(
             {"output": [path for both in files for path in both], "preview": longest},
@@ -148,7 +149,7 @@ def generate(
                 on_step = watch if not quiet or preview is not None else None
                 sinks = None
                 if source.decodes and not of_one_frame and name == list(runs)[-1]:
-                    sinks = stack.enter_context(generation.video_writers(pipe, output, len(request.prompts)))
+                    sinks = stack.enter_context(outputs.video_writers(pipe, output, len(request.prompts)))
                 results[name] = generation.generate(
                     pipe, request, settings, on_step, cache_device, sinks, given, offload_text
                 )
@@ -156,7 +157,7 @@ def generate(
             start = time.perf_counter()
             stack.close()  # what is still being encoded
             writing = time.perf_counter() - start
-        written = [*previews, *generation.save(results, request, pipe, config, output)]
+        written = [*previews, *outputs.save(results, request, pipe, config, output)]
         summary = generation.summary(results, request) | {
             "writing": writing,
             "model": family,

@@ -15,6 +15,7 @@ import torch
 from pab_kernels.config import PABConfig
 from pab_kernels.models import autoencoders, checkpoints
 from pab_kernels.pipelines import generate as generation
+from pab_kernels.pipelines import outputs
 from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
@@ -136,7 +137,7 @@ def measure(pipe: Any, request: generation.Request, config: PABConfig | None, re
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             denoised = time.perf_counter()
-            with generation.video_writers(pipe, Path(folder) / f"{i}.mp4", 1) as sinks:
+            with outputs.video_writers(pipe, Path(folder) / f"{i}.mp4", 1) as sinks:
                 frames = len(pipe.decode_one(hidden[0], request.size, sinks[0]).frames)
                 decoded = time.perf_counter()
             runs.append(
