@@ -29,6 +29,8 @@ class AcrossHeadsAdapter(Adapter):
         The classes that its attention must be of.
     """
 
+    whole_steps = False  # their velocity is from data to noise
+
     def __init__(self, host: Any, attention: type, processor: type) -> None:
         self.host = host
         self._attention, self._processor = attention, processor

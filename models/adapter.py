@@ -52,6 +52,8 @@ class Adapter(Protocol):
 
     host: nn.Module
     stack: BlockStack
+    whole_steps: bool = True
+    """Whether the prediction is a velocity from noise to data, on latents [B, C, T, H, W]: what `euler_step` adds."""
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """Read the host's forward arguments; ValueError for what is not supported."""

@@ -25,6 +25,9 @@ MLP_KINDS = ("mlp_spatial", "mlp_temporal")
 BRANCHES = (*KINDS, *MLP_KINDS)
 """All kinds of branches."""
 
+SWITCHES = (*KINDS, "mlp", "stack", "guidance")
+"""All that can be broadcast, by the first word of its keys: branches, the block stack, the unconditional half."""
+
 LINEAR_PRECISIONS = ("fp8", "fp8-all")
 CACHE_DTYPES = ("fp8", "int8")
 """What `linear_precision` and `cache_dtype` may be, besides None: see `PABConfig`."""
@@ -39,8 +42,11 @@ Blocks = range | frozenset[int]
 class PABConfig:
     """Settings of Pyramid Attention Broadcast (arXiv:2408.12588).
 
-    For each kind k of `spatial`, `temporal` and `cross`, call i of a run, at timestep t, is broadcast iff
-    ``k_broadcast and lo < int(t) < hi and i % k_range != 0``.
+    For each kind k of `spatial`, `temporal`, `cross`, `stack` and `guidance`, call i of a run, at timestep t, is
+    broadcast iff ``k_broadcast and lo < int(t) < hi and i % k_range != 0``. The first three are kinds of attention.
+    `stack` is what the blocks add to the residual stream together: on a broadcast call none of them runs. `guidance` is
+    the difference between the conditional and the unconditional prediction: on a broadcast call only the conditional
+    one is computed.
 
     Parameters
     ----------
@@ -51,12 +57,17 @@ class PABConfig:
     {kind}_range : int
         1 computed call, then up to range - 1 broadcast ones. 1 never broadcasts.
     {kind}_block : (first, end), optional
-        Only blocks first <= index < end broadcast. All by default.
+        Only blocks first <= index < end broadcast. All by default. Of `stack`: the blocks that it stands for, the
+        others run. `guidance` has no blocks.
+    {kind}_order : {0, 1}
+        1 forecasts instead of repeating: a broadcast call takes ``output + n * change``, where `change` is that of the
+        output between the last two calls that computed it, and n how many of their distances this call lies after the
+        last, counted in calls. It needs a second slot. 0 by default.
     mlp_broadcast : bool
         Switches MLP broadcast on, in one of two forms:
     mlp_spatial_broadcast_config, mlp_temporal_broadcast_config : mapping, optional
         The original's form, ``{timestep: {"block": [indices], "skip_count": n}}``: keyed by exact timesteps.
-    mlp_threshold, mlp_range, mlp_block : optional
+    mlp_threshold, mlp_range, mlp_block, mlp_order : optional
         The same rule as for attention, for the MLPs of spatial and temporal blocks, whatever the exact timesteps.
     linear_precision : {"fp8", "fp8-all"}, optional
         Run GEMMs of the blocks in e4m3 where that is faster at their shape, as measured when the first call comes, or
@@ -90,23 +101,38 @@ class PABConfig:
     mlp_threshold: tuple[float, float] | None = None
     mlp_range: int | None = None
     mlp_block: tuple[int, int] | None = None
+    stack_broadcast: bool = False
+    stack_threshold: tuple[float, float] | None = None
+    stack_range: int | None = None
+    stack_block: tuple[int, int] | None = None
+    guidance_broadcast: bool = False
+    guidance_threshold: tuple[float, float] | None = None
+    guidance_range: int | None = None
+    spatial_order: int = 0
+    temporal_order: int = 0
+    cross_order: int = 0
+    mlp_order: int = 0
+    stack_order: int = 0
+    guidance_order: int = 0
     linear_precision: str | None = None
     linear_exclude: tuple[str, ...] = ()
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for kind in (*KINDS, "mlp"):
+        for kind in SWITCHES:
             values.check_switch(f"{kind}_broadcast", getattr(self, f"{kind}_broadcast"))
             self._set(f"{kind}_threshold", values.threshold)
             self._set(f"{kind}_range", values.broadcast_range)
-            self._set(f"{kind}_block", values.block_interval)
+            self._set(f"{kind}_order", values.forecast_order)
+            if kind != "guidance":
+                self._set(f"{kind}_block", values.block_interval)
         self._set("mlp_spatial_broadcast_config", values.mlp_windows)
         self._set("mlp_temporal_broadcast_config", values.mlp_windows)
         values.check_choice("linear_precision", self.linear_precision, LINEAR_PRECISIONS)
         self._set("linear_exclude", values.patterns)
         values.check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
-        for kind in KINDS:
-            if getattr(self, f"{kind}_broadcast"):
+        for kind in SWITCHES:
+            if kind != "mlp" and getattr(self, f"{kind}_broadcast"):
                 self._require(f"{kind}_broadcast", f"{kind}_threshold", f"{kind}_range")
         if self.mlp_broadcast:
             keyed = bool(self.mlp_spatial_broadcast_config or self.mlp_temporal_broadcast_config)
@@ -115,8 +141,18 @@ class PABConfig:
                 raise ValueError(
                     "mlp_broadcast: both mlp_*_broadcast_config and mlp_threshold/mlp_range are given, must be one form"
                 )
-            if not keyed:
+            if keyed:
+                self._check_keyed_mlp()
+            else:
                 self._require("mlp_broadcast", "mlp_threshold", "mlp_range")
+
+    def _check_keyed_mlp(self) -> None:
+        for key in ("stack_broadcast", "guidance_broadcast", "mlp_order"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"{key}: got {getattr(self, key)!r}, must not be set beside mlp_*_broadcast_config, whose "
+                    "timesteps must all be computed and are only repeated; mlp_threshold and mlp_range go with it"
+                )
 
     def _set(self, key: str, parse: Any) -> None:
         object.__setattr__(self, key, parse(key, getattr(self, key)))
@@ -127,7 +163,7 @@ class PABConfig:
                 raise ValueError(f"{key}: missing, must be given because {switch} is on")
 
     def blocks(self, kind: str) -> Blocks:
-        """Indices of the blocks whose branch of `kind`, one of `BRANCHES`, may be broadcast."""
+        """Indices of the blocks whose branch of `kind`, one of `BRANCHES`, may be broadcast; those of the "stack"."""
         if kind in MLP_KINDS and self.mlp_range is None:
             windows = self.mlp_windows(kind) if self.mlp_broadcast else ()
             return frozenset(index for window in windows for index in window.block)
@@ -136,6 +172,11 @@ class PABConfig:
             return NO_BLOCKS
         interval = getattr(self, f"{kind}_block")
         return ALL_BLOCKS if interval is None else range(*interval)
+
+    def order(self, kind: str) -> int:
+        """0 where a broadcast of `kind`, one of `BRANCHES` and `SWITCHES`, repeats, 1 where it forecasts."""
+        order: int = getattr(self, f"{'mlp' if kind in MLP_KINDS else kind}_order")
+        return order
 
     def mlp_windows(self, kind: str) -> tuple[MlpWindow, ...]:
         """The timestep-keyed windows for the MLPs of `kind`, one of `MLP_KINDS`."""

@@ -111,6 +111,13 @@ def broadcast_range(key: str, value: object) -> int | None:
     return None if value is None else _integer(key, value, "an integer of at least 1", least=1)
 
 
+def forecast_order(key: str, value: object) -> int:
+    order = _integer(key, value, "0 or 1", least=0)
+    if order > 1:
+        raise ValueError(f"{key}: got {short(value)}, must be 0 or 1")
+    return order
+
+
 def block_interval(key: str, value: object) -> tuple[int, int] | None:
     if value is None:
         return None

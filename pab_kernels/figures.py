@@ -22,12 +22,16 @@ from PIL import GifImagePlugin, Image
 from rich.table import Table
 from rich.text import Text
 
-from pab_kernels.config import KINDS
+from pab_kernels.config import KINDS, SWITCHES
 from pab_kernels.files import replaced
 from pab_kernels.quality import Frames
-from pab_kernels.schedule import Schedule
+from pab_kernels.schedule import Schedule, StepVariant
 
 COMPUTED, BROADCAST = "#1f6f8b", "#f2b134"
+CELLS = (("computed", COMPUTED, "\u2588"), ("broadcast", BROADCAST, "\u00b7"), ("forecast", "#d1495b", "\u25cb"))
+"""What a step may do with a kind: name, colour, and how it is drawn in a terminal."""
+LEFT_OUT = ("left out", "#d9d9d9", " ")
+"""No block runs: the stack is broadcast."""
 VIDEO_SUFFIXES = (".mp4", ".gif")
 HD = 720
 """Lines from which on players take a video without tags to be BT.709, and below BT.601."""
@@ -38,49 +42,75 @@ LINES = 6
 
 
 def kinds_shown(schedule: Schedule) -> tuple[str, ...]:
-    """The kinds worth a row: those that broadcast is switched on for, or all where none is."""
-    return tuple(kind for kind in KINDS if getattr(schedule.config, f"{kind}_broadcast")) or KINDS
+    """The kinds worth a row: those that broadcast is switched on for, or all of attention where none is."""
+    return tuple(kind for kind in SWITCHES if getattr(schedule.config, f"{kind}_broadcast")) or KINDS
+
+
+def _cell(step: StepVariant, kind: str) -> int:
+    """What a step does with a kind: its place in `CELLS`. Of a part of the stack, branches outside of it tell."""
+    if kind not in ("stack", "guidance") and "stack" in step.broadcasting and step.broadcasting[0] == "stack":
+        return 3
+    return 0 if not step.broadcasts(kind) else 2 if step.forecasts(kind) else 1
+
+
+def _cells(schedule: Schedule) -> list[tuple[str, str, str]]:
+    """Those that the drawing of a schedule needs."""
+    every = (*CELLS, LEFT_OUT)
+    found = {_cell(step, kind) for step in schedule for kind in kinds_shown(schedule)}
+    return [cell for number, cell in enumerate(every) if number < 2 or number in found]
 
 
 def schedule_table(schedule: Schedule) -> Table:
-    """A row a kind, a column a step: filled where computed, hollow where broadcast, with the counts."""
+    """A row a kind, a column a step: filled where computed, hollow where broadcast or forecast, with the counts."""
     table = Table(box=None, padding=(0, 1))
     table.add_column("kind", no_wrap=True)
-    table.add_column("steps: \u2588 computed, \u00b7 broadcast", overflow="fold")
+    legend = ", ".join(f"{mark} {name}" for name, _, mark in _cells(schedule) if mark.strip())
+    table.add_column(f"steps: {legend}", overflow="fold")
     table.add_column("computed", no_wrap=True, justify="right")
     table.add_column("broadcast", no_wrap=True, justify="right")
     for kind in kinds_shown(schedule):
         row = Text()
         for step in schedule:
-            broadcast = getattr(step, kind)
-            row.append("\u00b7" if broadcast else "\u2588", style=BROADCAST if broadcast else COMPUTED)
-        count = schedule.broadcast_count(kind)
+            _, colour, mark = (*CELLS, LEFT_OUT)[_cell(step, kind)]
+            row.append(mark, style=colour)
+        count = sum(step.broadcasts(kind) for step in schedule)
         table.add_row(kind, row, str(len(schedule) - count), str(count))
     return table
 
 
 def schedule_figure(schedule: Schedule, title: str) -> Figure:
-    """The schedule: a row a kind, a column a step, computed or broadcast."""
+    """The schedule: a row a kind, a column a step, computed, broadcast, forecast, or left out with the whole stack."""
     kinds = kinds_shown(schedule)
-    grid = np.array([[int(getattr(step, kind)) for step in schedule] for kind in kinds])
+    grid = np.array([[_cell(step, kind) for step in schedule] for kind in kinds])
+    colours = [colour for _, colour, _ in (*CELLS, LEFT_OUT)]
     figure = Figure(figsize=(max(6.0, 0.2 * len(schedule) + 2), 0.55 * len(kinds) + 1.5), layout="constrained")
     axes = figure.subplots()
-    axes.pcolormesh(grid, cmap=ListedColormap([COMPUTED, BROADCAST]), vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
+    axes.pcolormesh(grid, cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=1.5)
     axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
     axes.invert_yaxis()
     ticks = np.arange(0, len(schedule), max(1, len(schedule) // 12))
     axes.set_xticks(ticks + 0.5, [f"{i}\n{schedule.timesteps[i]:.0f}" for i in ticks])
     axes.set_xlabel("step (above) and timestep (below)")
-    put(axes.set_title, f"{title}: {schedule.saved_share(kinds):.0%} of the attention calls are broadcast")
+    axes.set_title(f"{title}: {shares(schedule)}")
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.legend(
-        handles=[Patch(color=COMPUTED, label="computed"), Patch(color=BROADCAST, label="broadcast")],
+        handles=[Patch(color=colour, label=name) for name, colour, _ in _cells(schedule)],
         loc="upper left",
         bbox_to_anchor=(1, 1),
         frameon=False,
     )
     return figure
+
+
+def shares(schedule: Schedule) -> str:
+    """What share of the attention calls, and of the calls of all blocks, a schedule broadcasts, in words."""
+    attention = [kind for kind in kinds_shown(schedule) if kind in KINDS]
+    said = [f"{schedule.saved_share(attention):.0%} of the attention calls"] if attention else []
+    for kind, words in (("stack", "runs of the stack"), ("guidance", "unconditional halves")):
+        count = sum(step.broadcasts(kind) for step in schedule)
+        said += [f"{count / len(schedule):.0%} of the {words}"] if count else []
+    return f"{', '.join(said)} are broadcast"
 
 
 def contact_sheet(videos: Mapping[str, Frames], path: Path, title: str, columns: int = 8) -> None:

@@ -5,98 +5,46 @@ This is how the original does it. It shares nothing with the executor but the sc
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal
 
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+import torch
 from torch import Tensor, nn
 
 from pab_kernels.config import PABConfig
 from pab_kernels.models.hosts import OpenSoraPlanV120
-from pab_kernels.models.hosts.layers import modulate
-from pab_kernels.models.hosts.stdit3 import STDiT3Block
 from pab_kernels.schedule import Schedule, StepVariant
-
-Branch = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
-"""Given a branch's name, the stream it is added to and how to compute it: its output, new or kept."""
-
-Tapped = TypeVar("Tapped", bound="TappedBlocks")
+from pab_kernels.tapped import TappedBlocks
 
 
-class TappedBlocks(ABC):
-    """Replaces the forward of a host's blocks by one that asks `branch` for every branch; leaving it puts them back.
+@dataclass
+class _Kept:
+    """An output, its change since the call before that computed it, and the gate that it had."""
 
-    Attention and MLP are gated when they pass here, but attention of Wan and LTX-Video is gated after; cross-attention
-    comes after its projection.
+    value: Tensor
+    change: Tensor | None = None
+    gate: Tensor | None = None
 
-    Parameters
-    ----------
-    host : nn.Module
-        Made of STDiT3's blocks, of diffusers' adaLN-single blocks, of Wan's or of LTX-Video's. Blocks in a list named
-        ``temporal...`` attend along time.
-    regate : bool
-        diffusers' adaLN-single blocks gate attention after it has passed here, not before.
+    def update(self, value: Tensor, gate: Tensor | None) -> None:
+        self.value, self.change, self.gate = value, value - self.value, gate
 
-    Raises
-    ------
-    TypeError
-        The host has no such blocks.
-    """
-
-    def __init__(self, host: nn.Module, regate: bool = False) -> None:
-        self.call = -1
-        """The host's current call, from 0."""
-        self._blocks: list[nn.Module] = []
-        for path, module in host.named_modules():
-            forward = next((each for cls, each in _FORWARDS.items() if isinstance(module, cls)), None)
-            if forward is None:
-                continue
-            block: nn.Module = module
-            parent, _, index = path.rpartition(".")
-            kind = "temporal" if parent.startswith("temporal") else "spatial"
-            block.forward = partial(forward, block, partial(self.branch, kind, int(index)), regate)
-            self._blocks.append(block)
-        if not self._blocks:
-            known = ", ".join(cls.__name__ for cls in _FORWARDS)
-            raise TypeError(f"host: a {type(host).__name__} has none of the blocks that are known: {known}")
-        self._hook = host.register_forward_pre_hook(self._next)
-
-    def __enter__(self: Tapped) -> Tapped:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the blocks their own forward back. Closing twice does nothing."""
-        self._hook.remove()
-        for block in self._blocks:
-            del block.forward
-        self._blocks.clear()
-
-    @abstractmethod
-    def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """The output of branch `name` ("attention", "cross" or "mlp") of the block of `kind` at `index`.
-
-        It is added to `stream`, which has its shape.
-        """
-
-    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.call += 1
+    def read(self, ahead: float) -> Tensor:
+        """The output `ahead` changes later, gated."""
+        value = self.value
+        if ahead != 0.0:
+            assert self.change is not None
+            value = value + ahead * self.change
+        return value if self.gate is None else self.gate * value
 
 
 class PlainPAB(TappedBlocks):
-    """Keeps the outputs of the branches that `config` broadcasts, and hands them out again.
+    """Keeps the outputs of what `config` broadcasts, and hands them out again, or forecasts them.
 
-    Attention is kept gated, that of Open-Sora-Plan 1.2, Wan and LTX-Video before its gate; cross-attention after its
-    projection; the MLP gated.
+    Attention is gated with its gate of the call that computed it, that of Open-Sora-Plan 1.2, Wan and LTX-Video anew;
+    cross-attention is kept after its projection; the MLP is gated as it was computed. Of the block stack each block
+    keeps what it added to the stream. Of guidance the difference between both predictions is kept.
 
     Parameters
     ----------
@@ -104,20 +52,36 @@ class PlainPAB(TappedBlocks):
         As for `TappedBlocks`.
     config : PABConfig
     forwards_per_step : int
-        How often a step calls the host. Each of these calls keeps outputs of its own.
+        How often a step calls the host. Each of these calls keeps outputs of its own. Of two the second is the one that
+        guidance leaves out.
+    conditional : {"first", "second"}
+        Which half of the batch is the conditional one, where `config` broadcasts guidance in one call a step.
     """
 
-    def __init__(self, host: nn.Module, config: PABConfig, forwards_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        host: nn.Module,
+        config: PABConfig,
+        forwards_per_step: int = 1,
+        conditional: Literal["first", "second"] = "second",
+    ) -> None:
         self.config = config
         self.forwards_per_step = forwards_per_step
-        self._kept: dict[tuple[str, str, int, int, int], Tensor] = {}
+        self._conditional = conditional
+        self._kept: dict[tuple[str | int, ...], _Kept] = {}
+        self._first: Any = None
+        """What the step's first call returned, where there are two."""
         self._schedule: Schedule | None = None
         super().__init__(host, regate=isinstance(host, OpenSoraPlanV120))
+        self._host = host
+        if config.guidance_broadcast:
+            host.forward = partial(self._guided, host.forward)
 
     def close(self) -> None:
-        """Give the blocks their own forward back and forget every output. Closing twice does nothing."""
+        """Give host and blocks their own forward back and forget every output. Closing twice does nothing."""
         super().close()
         self._kept.clear()
+        self._host.__dict__.pop("forward", None)
 
     def begin(self, timesteps: Iterable[float]) -> None:
         """Plan a run over `timesteps`, one a step, and forget every output."""
@@ -125,133 +89,128 @@ class PlainPAB(TappedBlocks):
         self._kept.clear()
 
     @property
-    def _variant(self) -> StepVariant:
-        step = self.call // self.forwards_per_step
-        if self._schedule is None or step >= len(self._schedule):
+    def _plan(self) -> Schedule:
+        if self._schedule is None or self._step >= len(self._schedule):
             raise ValueError("no run has begun, or its calls are over: call begin(timesteps)")
-        return self._schedule[step]
+        return self._schedule
 
-    def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """The branch's output, computed or kept from before."""
+    @property
+    def _step(self) -> int:
+        return self.call // self.forwards_per_step
+
+    @property
+    def _forward(self) -> int:
+        return self.call % self.forwards_per_step
+
+    @property
+    def _variant(self) -> StepVariant:
+        return self._plan[self._step]
+
+    def block(self, kind: str, index: int, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The stream after a block: what it adds is computed, or kept from before."""
+        if index not in self.config.blocks("stack"):
+            return run(*args, **kwargs)
+        stream = args[0] if args else kwargs["hidden_states"]
+        key = "stack", kind, index
+        if self._variant.stack:
+            return stream + self._read(key, "stack", inside=False)
+        after = run(*args, **kwargs)
+        self._keep(key, after - stream, None)
+        return after
+
+    def branch(
+        self,
+        kind: str,
+        index: int,
+        name: str,
+        stream: Tensor,
+        compute: Callable[[], Tensor],
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """The branch's gated output, computed or kept from before."""
         branch = {"attention": kind, "cross": "cross", "mlp": f"mlp_{kind}"}[name]
         has_slot = index in self.config.blocks(branch)
-        key = name, kind, index, self._variant.lane(branch, index), self.call % self.forwards_per_step
+        key = name, kind, index, self._variant.lane(branch, index)
         if has_slot and self._variant.reads(branch, index):
-            return self._kept[key]
+            return self._read(key, branch, inside=index in self.config.blocks("stack"))
         value = compute()
         if has_slot and self._variant.writes(branch, index):
-            self._kept[key] = value
-        return value
+            self._keep(key, value, gate)
+        return value if gate is None else gate * value
+
+    def _halves(self) -> tuple[int, ...]:
+        """The halves of guidance that this call computes, in the order of its rows: 0 is the conditional one."""
+        if not self.config.guidance_broadcast:
+            return (0,)
+        if self.forwards_per_step > 1:
+            return (self._forward,)
+        if self._variant.guidance:
+            return (0,)
+        return (0, 1) if self._conditional == "first" else (1, 0)
+
+    def _keep(self, key: tuple[str | int, ...], value: Tensor, gate: Tensor | None) -> None:
+        halves = self._halves()
+        gates = (None,) * len(halves) if gate is None else gate.chunk(len(halves))
+        for half, part, of_part in zip(halves, value.chunk(len(halves)), gates, strict=True):
+            place = (*key, half, self._forward)
+            if place in self._kept:
+                self._kept[place].update(part, of_part)
+            else:
+                self._kept[place] = _Kept(part, gate=of_part)
+
+    def _read(self, key: tuple[str | int, ...], kind: str, inside: bool) -> Tensor:
+        parts = []
+        for half in self._halves():
+            place = (*key, half, self._forward)
+            parts.append(self._kept[place].read(self._plan.ahead(self._step, kind, inside=inside, half=half)))
+        return torch.cat(parts)
+
+    def _guided(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The host's forward, where guidance is broadcast: the unconditional prediction, new or made of the other."""
+        if self.forwards_per_step > 1:
+            if self._forward == 1 and self._variant.guidance:
+                return _with_sample(self._first, _sample(self._first) - self._read_difference())
+            found = run(*args, **kwargs)
+            if self._forward == 0:
+                self._first = found
+            else:
+                self._keep_difference(_sample(self._first) - _sample(found))
+            return found
+        rows = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        first = self._conditional == "first"
+        if not self._variant.guidance:
+            found = run(*args, **kwargs)
+            halves = _sample(found).chunk(2)
+            self._keep_difference(halves[0] - halves[1] if first else halves[1] - halves[0])
+            return found
+
+        def own(value: Any) -> Any:
+            """The conditional rows of an argument."""
+            return value.chunk(2)[0 if first else 1] if isinstance(value, Tensor) and len(value) == rows else value
+
+        found = run(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
+        conditional = _sample(found)
+        other = conditional - self._read_difference()
+        return _with_sample(found, torch.cat([conditional, other] if first else [other, conditional]))
+
+    def _keep_difference(self, difference: Tensor) -> None:
+        kept = self._kept.get(("guidance",))
+        if kept is None:
+            self._kept["guidance",] = _Kept(difference)
+        else:
+            kept.update(difference, None)
+
+    def _read_difference(self) -> Tensor:
+        return self._kept["guidance",].read(self._plan.ahead(self._step, "guidance"))
 
 
-def _stdit3_forward(
-    block: Any,
-    branch: Branch,
-    regate: bool,
-    x: Tensor,
-    text: Tensor,
-    t: Tensor,
-    mask: Tensor | None,
-    rope: nn.Module,
-) -> Tensor:
-    """STDiT3Block.forward, its branches through `branch`."""
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = block.modulation(t)
-    x = x + branch("attention", x, lambda: gate * block.self_attention(x, shift, scale, rope))
-    x = x + branch("cross", x, lambda: block.cross_attention(x, text, mask))
-    return x + branch("mlp", x, lambda: mlp_gate * block.feed_forward(x, mlp_shift, mlp_scale))
+def _sample(found: Any) -> Tensor:
+    """The prediction in what a host's forward returns."""
+    sample: Tensor = found if isinstance(found, Tensor) else found[0]
+    return sample
 
 
-def _basic_forward(
-    block: Any,
-    branch: Branch,
-    regate: bool,
-    x: Tensor,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
-    cross_attention_kwargs: dict[str, Any] | None = None,
-    class_labels: Tensor | None = None,
-) -> Tensor:
-    """BasicTransformerBlock.forward with adaLN-single, its branches through `branch`."""
-    assert timestep is not None
-    options = cross_attention_kwargs or {}
-    vectors = block.scale_shift_table + timestep.reshape(x.shape[0], 6, -1)
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors.chunk(6, dim=1)
-
-    def attend() -> Tensor:
-        return block.attn1(modulate(block.norm1(x), shift, scale), attention_mask=attention_mask, **options)
-
-    if regate:
-        x = x + gate * branch("attention", x, attend)
-    else:
-        x = x + branch("attention", x, lambda: gate * attend())
-    if block.attn2 is not None:
-        x = x + branch(
-            "cross",
-            x,
-            lambda: block.attn2(
-                x,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=encoder_attention_mask,
-                **options,
-            ),
-        )
-    return x + branch("mlp", x, lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))
-
-
-def _wan_forward(
-    block: Any,
-    branch: Branch,
-    regate: bool,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    rotary_emb: Any,
-) -> Tensor:
-    """WanTransformerBlock.forward, its branches through `branch`; `temb` [B, 6, C], or [B, N, 6, C] a token."""
-    x = hidden_states
-    vectors = (block.scale_shift_table + temb.float()).unbind(-2)
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (v if temb.ndim == 4 else v[:, None] for v in vectors)
-
-    def normed(norm: nn.Module, shift: Tensor | float = 0.0, scale: Tensor | float = 0.0) -> Tensor:
-        return (norm(x.float()) * (1 + scale) + shift).type_as(x)
-
-    attention = branch("attention", x, lambda: block.attn1(normed(block.norm1, shift, scale), None, None, rotary_emb))
-    x = (x.float() + attention * gate).type_as(x)
-    x = x + branch("cross", x, lambda: block.attn2(normed(block.norm2), encoder_hidden_states, None, None))
-    mlp = branch("mlp", x, lambda: block.ffn(normed(block.norm3, mlp_shift, mlp_scale)).float() * mlp_gate)
-    return (x.float() + mlp).type_as(x)
-
-
-def _ltx_forward(
-    block: Any,
-    branch: Branch,
-    regate: bool,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    encoder_attention_mask: Tensor | None = None,
-) -> Tensor:
-    """LTXVideoTransformerBlock.forward, its branches through `branch`; `temb` [B, 1 or N, 6 * C]."""
-    x = hidden_states
-    vectors = block.scale_shift_table + temb.unflatten(-1, (6, -1))
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors.unbind(2)
-    x = x + gate * branch(
-        "attention", x, lambda: block.attn1(modulate(block.norm1(x), shift, scale), image_rotary_emb=image_rotary_emb)
-    )
-    x = x + branch(
-        "cross",
-        x,
-        lambda: block.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask),
-    )
-    return x + branch("mlp", x, lambda: mlp_gate * block.ff(modulate(block.norm2(x), mlp_shift, mlp_scale)))
-
-
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    STDiT3Block: _stdit3_forward,
-    BasicTransformerBlock: _basic_forward,
-    WanTransformerBlock: _wan_forward,
-    LTXVideoTransformerBlock: _ltx_forward,
-}
+def _with_sample(found: Any, sample: Tensor) -> Any:
+    if isinstance(found, Tensor):
+        return sample
+    return (sample, *found[1:]) if isinstance(found, tuple) else type(found)(sample=sample)

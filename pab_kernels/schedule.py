@@ -6,10 +6,10 @@ import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
-from pab_kernels.config import BRANCHES, KINDS, MLP_KINDS, NO_BLOCKS, Blocks, MlpWindow, PABConfig
+from pab_kernels.config import ALL_BLOCKS, KINDS, MLP_KINDS, NO_BLOCKS, SWITCHES, Blocks, MlpWindow, PABConfig
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,21 @@ class MlpVariant:
 
 @dataclass(frozen=True)
 class StepVariant:
-    """What one denoising call does. `spatial`, `temporal` and `cross` are True where that branch is broadcast."""
+    """What one denoising call does. `spatial`, `temporal` and `cross` are True where that branch is broadcast.
+
+    `stack` is True where the blocks of `stack_block` do not run, and what they added is broadcast; where that is all
+    blocks, so are all branches. `guidance` is True where only the conditional half runs. `forecast` names the
+    `SWITCHES` whose broadcasts add a change to what is kept.
+    """
 
     spatial: bool = False
     temporal: bool = False
     cross: bool = False
     mlp_spatial: MlpVariant = MlpVariant()
     mlp_temporal: MlpVariant = MlpVariant()
+    stack: bool = False
+    guidance: bool = False
+    forecast: frozenset[str] = frozenset()
 
     def reads(self, kind: str, index: int) -> bool:
         """Whether the branch of `kind` (one of `BRANCHES`) of block `index` reads its slot, where it has one."""
@@ -45,6 +53,17 @@ class StepVariant:
         decision: bool | MlpVariant = getattr(self, kind)
         return not decision if isinstance(decision, bool) else index in decision.keep
 
+    def broadcasts(self, kind: str) -> bool:
+        """Whether `kind`, one of `SWITCHES` or of `MLP_KINDS`, is broadcast, in some block at least."""
+        if kind == "mlp":
+            return any(map(self.broadcasts, MLP_KINDS))
+        decision: bool | MlpVariant = getattr(self, kind)
+        return decision if isinstance(decision, bool) else len(decision.broadcast) > 0
+
+    def forecasts(self, kind: str) -> bool:
+        """Whether a broadcast of `kind`, one of `SWITCHES` and of `MLP_KINDS`, adds a change to what is kept."""
+        return ("mlp" if kind in MLP_KINDS else kind) in self.forecast
+
     def lane(self, kind: str, index: int) -> int:
         """Which of its slots that is: 0 but for the second one of an MLP, see `MlpVariant`."""
         decision: bool | MlpVariant = getattr(self, kind)
@@ -52,12 +71,23 @@ class StepVariant:
 
     @property
     def broadcasting(self) -> tuple[str, ...]:
-        """The kinds of branches that are broadcast, in some block at least."""
-        decisions = {kind: getattr(self, kind) for kind in BRANCHES}
-        return tuple(kind for kind, d in decisions.items() if (d if isinstance(d, bool) else len(d.broadcast)))
+        """What is broadcast: kinds of branches, "stack", "guidance". Where no block runs, no branches are named."""
+        parts = (*KINDS, *MLP_KINDS, "stack", "guidance")
+        whole = self == replace(WHOLE, guidance=self.guidance, forecast=self.forecast)
+        return tuple(kind for kind in parts[-2 if whole else 0 :] if self.broadcasts(kind))
 
     def __str__(self) -> str:
-        return f"broadcast {'+'.join(self.broadcasting)}" if self.broadcasting else "compute"
+        repeated = [kind for kind in self.broadcasting if not self.forecasts(kind)]
+        forecast = [kind for kind in self.broadcasting if self.forecasts(kind)]
+        named = (("broadcast", repeated), ("forecast", forecast))
+        return ", ".join(f"{verb} {'+'.join(kinds)}" for verb, kinds in named if kinds) or "compute"
+
+
+WHOLE = StepVariant(True, True, True, MlpVariant(broadcast=ALL_BLOCKS), MlpVariant(broadcast=ALL_BLOCKS), stack=True)
+"""No block runs."""
+
+Ahead = dict[tuple[str, bool, int], float]
+"""How far a call's forecasts reach, by kind, whether in a block of the stack's, and half of guidance."""
 
 
 class Schedule(Sequence[StepVariant]):
@@ -93,7 +123,7 @@ class Schedule(Sequence[StepVariant]):
         if config.mlp_broadcast:
             for kind in MLP_KINDS:
                 _warn_missing(kind, config.mlp_windows(kind), ints)
-        self._steps = _plan(config, ints)
+        self._steps, self._ahead = _plan(config, ints)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -108,14 +138,34 @@ class Schedule(Sequence[StepVariant]):
     def resumed(self, call: int) -> Schedule:
         """This plan where nothing of what was computed before `call` may be used: another batch runs from there on.
 
-        From `call` on it is the plan of the timesteps that are left.
+        From `call` on it is the plan of the timesteps that are left, without guidance: a batch that changes within a
+        run is one whose guidance has ended.
         """
         again = copy.copy(self)
-        again._steps = self._steps[:call] + _plan(self.config, [int(t) for t in self.timesteps[call:]])
+        again.config = replace(self.config, guidance_broadcast=False)
+        steps, ahead = _plan(again.config, [int(t) for t in self.timesteps[call:]])
+        again._steps, again._ahead = self._steps[:call] + steps, self._ahead[:call] + ahead
         return again
 
+    def ahead(self, call: int, kind: str, *, inside: bool = False, half: int = 0) -> float:
+        """How far a forecast of `kind` (one of `SWITCHES` or of `MLP_KINDS`) reaches at `call`.
+
+        It is the number of calls since the last that computed it, over the number between the last two. 0 where
+        nothing is forecast.
+
+        Parameters
+        ----------
+        call : int
+        kind : str
+        inside : bool
+            Of a block that `stack_block` covers: it computes less often than others.
+        half : {0, 1}
+            Of the conditional rows or of the others, which compute less often.
+        """
+        return self._ahead[call].get(("mlp" if kind in MLP_KINDS else kind, inside, half), 0.0)
+
     def alive(self, kind: str, index: int, lane: int = 0) -> Collection[int]:
-        """The calls at which a slot is in use; `kind` (one of `BRANCHES`), `index` and `lane` name it.
+        """The calls at which a slot is in use; `kind` (one of `BRANCHES`, or "stack"), `index` and `lane` name it.
 
         Attention's is written by every call that computes it, so always. An MLP's from the call that writes it to the
         last that reads it.
@@ -147,10 +197,50 @@ class Schedule(Sequence[StepVariant]):
         return sum(map(self.broadcast_count, kinds)) / (len(kinds) * len(self))
 
 
-def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[StepVariant, ...]:
-    plans: dict[str, Sequence[Any]] = {kind: _flags(config, kind, timesteps) for kind in KINDS}
+def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[tuple[StepVariant, ...], tuple[Ahead, ...]]:
+    """The variant of every call, and how far its forecasts reach."""
+    plans: dict[str, Sequence[Any]] = {kind: _flags(config, kind, timesteps) for kind in (*KINDS, "stack", "guidance")}
     plans |= {kind: _mlp_variants(config, kind, timesteps) for kind in MLP_KINDS}
-    return tuple(StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(timesteps)))
+    steps = [StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(timesteps))]
+    if config.stack_block is None:
+        steps = [replace(WHOLE, guidance=step.guidance) if step.stack else step for step in steps]
+    aheads: list[Ahead] = []
+    computed: dict[tuple[str, bool, int], list[int]] = {}
+    for call, step in enumerate(steps):
+        ahead: Ahead = {}
+        unknown = set()  # kinds of which there is no change yet
+        for key in _parts(config):
+            kind, inside, half = key
+            if (step.stack and inside) or (step.guidance and half == 1):
+                continue  # does not run
+            calls = computed.setdefault(key, [])
+            if not step.broadcasts(kind):
+                calls.append(call)
+            elif len(calls) < 2:
+                unknown.add(kind)
+            else:
+                ahead[key] = (call - calls[-1]) / (calls[-1] - calls[-2])
+        ahead = {key: n for key, n in ahead.items() if key[0] not in unknown}
+        steps[call] = replace(step, forecast=frozenset(kind for kind, _, _ in ahead))
+        aheads.append(ahead)
+    return tuple(steps), tuple(aheads)
+
+
+def _parts(config: PABConfig) -> list[tuple[str, bool, int]]:
+    """All that is forecast and computed at calls of its own: kind, whether the stack's blocks, half of guidance."""
+    halves = (0, 1) if config.guidance_broadcast else (0,)
+    insides: tuple[bool, ...] = (False,)
+    if config.stack_broadcast:
+        insides = (True,) if config.stack_block is None else (False, True)
+    parts: list[tuple[str, bool, int]] = []
+    for kind in SWITCHES:
+        if not (getattr(config, f"{kind}_broadcast") and config.order(kind)):
+            continue
+        if kind == "guidance":
+            parts.append((kind, False, 0))
+        else:
+            parts += [(kind, inside, half) for inside in ((False,) if kind == "stack" else insides) for half in halves]
+    return parts
 
 
 def _broadcasts(threshold: tuple[float, float], every: int, call: int, timestep: int) -> bool:
@@ -175,7 +265,8 @@ def _mlp_variants(config: PABConfig, kind: str, timesteps: Sequence[int]) -> lis
             else MlpVariant(keep=blocks)
             for i, t in enumerate(timesteps)
         ]
-    return _keyed_mlp_variants(config.mlp_windows(kind), timesteps)
+    windows = config.mlp_windows(kind)
+    return _keyed_mlp_variants(windows, timesteps)
 
 
 def _keyed_mlp_variants(windows: Sequence[MlpWindow], timesteps: Sequence[int]) -> list[MlpVariant]:

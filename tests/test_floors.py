@@ -19,7 +19,7 @@ ROOMS = {
     "blocks": ["pab_kernels/blocks/*.py"],
     "models": ["models/*.py", "models/hosts/*.py"],
     "runtime": ["pab_kernels/runtime/*.py"],
-    "beside": ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/plain.py"],
+    "beside": ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/plain.py", "pab_kernels/tapped.py"],
     "pipelines": ["pab_kernels/pipelines/*.py"],
     "demo": ["pab_kernels/demo/*.py"],
     "workloads": ["pab_kernels/workloads.py"],

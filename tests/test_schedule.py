@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.config import BRANCHES, KINDS, SWITCHES, PABConfig
 from pab_kernels.pipelines.samplers import family_timesteps
 from pab_kernels.schedule import Schedule, StepVariant
 
@@ -107,6 +107,78 @@ def test_variants_are_few_and_hashable():
 def test_saved_share():
     schedule = Schedule(PABConfig.preset("latte"), family_timesteps("latte", 50))
     assert schedule.saved_share() == pytest.approx(68 / 150)
+
+
+def settings(**kinds: tuple[int, int]) -> dict[str, object]:
+    """Range and order of each kind, in a window that holds all but the first call of `CALLS`."""
+    found: dict[str, object] = {}
+    for kind, (every, order) in kinds.items():
+        found |= {f"{kind}_broadcast": True, f"{kind}_threshold": (100, 900), f"{kind}_range": every}
+        found[f"{kind}_order"] = order
+    return found
+
+
+CALLS = [950.0, 800, 750, 700, 650, 600, 550, 500, 450, 400, 350, 300]
+
+
+def test_a_whole_stack_that_is_broadcast_leaves_one_variant() -> None:
+    schedule = Schedule(PABConfig.from_dict(settings(stack=(3, 0), spatial=(2, 0), mlp=(2, 0))), CALLS)
+    assert [str(step) for step in schedule][:7] == [
+        "compute", "broadcast stack", "broadcast stack", "broadcast spatial+mlp_spatial+mlp_temporal",
+        "broadcast stack", "broadcast stack", "compute",
+    ]  # fmt: skip
+    assert len(set(schedule)) == 3
+    assert schedule.broadcast_count("spatial") == 8 + 2, "where no block runs, no attention does"
+    assert all(step.broadcasts(kind) for kind in BRANCHES for step in schedule if step.stack)
+
+
+def test_a_part_of_the_stack_leaves_the_other_blocks_their_own() -> None:
+    schedule = Schedule(PABConfig.from_dict(settings(stack=(3, 0), spatial=(2, 0)) | {"stack_block": (1, 3)}), CALLS)
+    assert [str(step) for step in schedule][:5] == [
+        "compute", "broadcast spatial+stack", "broadcast stack", "broadcast spatial", "broadcast stack"
+    ]  # fmt: skip
+
+
+def test_a_forecast_reaches_as_many_changes_as_calls_have_passed() -> None:
+    schedule = Schedule(PABConfig.from_dict(settings(stack=(3, 1))), CALLS)
+    assert [str(step) for step in schedule][:5] == ["compute", *["broadcast stack"] * 2, "compute", "forecast stack"]
+    assert [schedule.ahead(call, "stack") for call in range(9)] == [0, 0, 0, 0, 1 / 3, 2 / 3, 0, 1 / 3, 2 / 3]
+
+
+def test_calls_before_the_window_are_distances_of_their_own() -> None:
+    config = PABConfig.from_dict(settings(cross=(3, 1)) | {"cross_threshold": (100, 720)})
+    schedule = Schedule(config, CALLS)  # computes calls 0 to 3 and every third
+    assert [schedule.ahead(call, "cross") for call in range(8)] == [0, 0, 0, 0, 1, 2, 0, 1 / 3]
+
+
+@given(
+    kinds=st.dictionaries(st.sampled_from(SWITCHES), st.tuples(st.integers(1, 5), st.integers(0, 1)), min_size=1),
+    block=st.none() | st.just((1, 3)),
+    low=st.integers(100, 500),
+)
+def test_what_is_forecast_was_computed_twice(kinds, block, low) -> None:
+    found = settings(**kinds) | ({"stack_block": block} if block else {})
+    found |= {f"{kind}_threshold": (low, 900) for kind in kinds}
+    schedule = Schedule(PABConfig.from_dict(found), CALLS)
+    for kind, (_, order) in kinds.items():
+        for inside in (False, True):
+            for half in (0, 1):
+                computed = []
+                for call, step in enumerate(schedule):
+                    runs = not (kind not in ("stack", "guidance") and step.stack and (inside or block is None))
+                    runs = runs and not (kind != "guidance" and step.guidance and half)
+                    ahead = schedule.ahead(call, kind, inside=inside, half=half)
+                    if not runs:
+                        continue
+                    if not step.broadcasts(kind):
+                        computed.append(call)
+                        assert ahead == 0
+                    elif ahead:
+                        assert order == 1
+                        assert kind in step.forecast
+                        assert ahead == (call - computed[-1]) / (computed[-1] - computed[-2])
+                    else:
+                        assert computed, "a broadcast needs a call before it"
 
 
 def test_a_resumed_plan_uses_nothing_from_before():

@@ -52,6 +52,16 @@ def _gated(value, gate, columns, mask):
 
 
 @triton.jit
+def _put(values, row_scale, index, a, z, columns_a, columns_z, mask):
+    """Write one row, in one byte an element where it has a scale."""
+    if row_scale is not None:
+        store_row(values, row_scale, index, a, z, columns_a, columns_z, mask)
+    else:
+        tl.store(values + columns_a, a.to(values.dtype.element_ty))
+        tl.store(values + columns_z, z.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _add(total, branch, row_scale, offset, gate, gate_offset, index, columns, mask):
     """Total plus one row of a branch, gated where it has a gate; the total itself where there is no branch."""
     if branch is None:
@@ -82,8 +92,10 @@ def _residual_norm_modulate_kernel(
     vectors,  # int32 [G, N] contiguous or None: each row's row of gates, shift and scale
     out,  # [G, N, C] or None
     out_scale,  # [G, N] contiguous or None
-    saved,  # [G, N, C] or None: branch0 in one byte an element
+    saved,  # [G, N, C] or None: branch0, maybe in one byte an element
     saved_scale,
+    change,  # [G, N, C] or None: branch0 without what `saved` held
+    change_scale,
     x_g,  # strides in elements, <tensor>_<dimension>
     x_n,
     branch0_g,
@@ -105,6 +117,8 @@ def _residual_norm_modulate_kernel(
     out_n,
     saved_g,
     saved_n,
+    change_g,
+    change_n,
     rows,  # N
     blocks,  # programs a group
     rows_per_embed,  # N / P
@@ -141,7 +155,12 @@ def _residual_norm_modulate_kernel(
         if saved is not None:
             value_a = _branch(branch0, row_scale0, offset0, index, a, None)
             value_z = _branch(branch0, row_scale0, offset0, index, z, mask)
-            store_row(saved + group * saved_g + row * saved_n, saved_scale, index, value_a, value_z, a, z, mask)
+            offset_saved = group * saved_g + row * saved_n
+            if change is not None:
+                more_a = value_a - _branch(saved, saved_scale, offset_saved, index, a, None)
+                more_z = value_z - _branch(saved, saved_scale, offset_saved, index, z, mask)
+                _put(change + group * change_g + row * change_n, change_scale, index, more_a, more_z, a, z, mask)
+            _put(saved + offset_saved, saved_scale, index, value_a, value_z, a, z, mask)
             sum_a += _gated(value_a, None if gate0 is None else gate0 + vector * gate0_g, a, None)
             sum_z += _gated(value_z, None if gate0 is None else gate0 + vector * gate0_g, z, mask)
         else:
@@ -177,12 +196,7 @@ def _residual_norm_modulate_kernel(
                 if shift is not None:
                     sum_a += _load(shift + vector * shift_g + a, None)
                     sum_z += _load(shift + vector * shift_g + z, mask)
-            out_row = out + group * out_g + row * out_n
-            if out_scale is not None:
-                store_row(out_row, out_scale, index, sum_a, sum_z, a, z, mask)
-            else:
-                tl.store(out_row + a, sum_a.to(out.dtype.element_ty))
-                tl.store(out_row + z, sum_z.to(out.dtype.element_ty), mask=mask)
+            _put(out + group * out_g + row * out_n, out_scale, index, sum_a, sum_z, a, z, mask)
 
 
 INTERPRETED = not isinstance(_residual_norm_modulate_kernel, triton.JITFunction)
@@ -221,7 +235,8 @@ def residual_norm_modulate_triton(
     index: Tensor | None,
     eps: float,
     out: Tensor | Quantized | None,
-    saved: Quantized | None = None,
+    saved: Tensor | Quantized | None = None,
+    change: Tensor | Quantized | None = None,
     *,
     config: Config | None = None,
 ) -> None:
@@ -248,6 +263,7 @@ def residual_norm_modulate_triton(
     row_scales = [row_scale for _, row_scale in parts]
     out_values, out_scale = split(out)
     saved_values, saved_scale = split(saved)
+    change_values, change_scale = split(change)
     half = max(triton.next_power_of_2(channels) // 2, 1)
     with torch.cuda.device_of(x):
         _residual_norm_modulate_kernel[(groups * blocks,)](
@@ -266,6 +282,8 @@ def residual_norm_modulate_triton(
             out_scale,
             saved_values,
             saved_scale,
+            change_values,
+            change_scale,
             x.stride(0),
             x.stride(1),
             *(stride for value in values for stride in _row_strides(value)),
@@ -277,6 +295,7 @@ def residual_norm_modulate_triton(
             0 if embed is None else embed.stride(0),
             *_row_strides(out_values),
             *_row_strides(saved_values),
+            *_row_strides(change_values),
             rows,
             blocks,
             1 if embed is None else rows // embed.shape[0],

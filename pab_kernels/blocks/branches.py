@@ -31,6 +31,13 @@ class TextKV:
     kv_len: Tensor | None = None
     image: Tensor | None = None
 
+    def sequences(self, batch: slice | None) -> TextKV:
+        """Those of the sequences `batch`, None for all."""
+        if batch is None:
+            return self
+        kv_len, image = (None if each is None else each[batch] for each in (self.kv_len, self.image))
+        return TextKV(self.kv[batch], kv_len, image)
+
 
 @dataclass(frozen=True)
 class Inputs:

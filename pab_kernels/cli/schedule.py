@@ -45,11 +45,7 @@ def schedule(
         check_outputs({"plot": [plot]}, inputs=[config])
         plan = Schedule(settings, family_timesteps(family, steps))
         console.print(figures.schedule_table(plan))
-        kinds = figures.kinds_shown(plan)
-        console.print(
-            f"{len(plan)} calls for {steps} steps of {family}; "
-            f"{plan.saved_share(kinds):.1%} of the attention calls are broadcast"
-        )
+        console.print(f"{len(plan)} calls for {steps} steps of {family}; {figures.shares(plan)}")
         if plot is not None:
             figures.save_figure(figures.schedule_figure(plan, f"{name}, {steps} steps"), plot)
             console.print(f"wrote {plot}", soft_wrap=True)

@@ -22,6 +22,7 @@ from pab_kernels.blocks.linears import Fp8Linear, Linear, linear
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
 from pab_kernels.ops.reference import quantize_ref
+from pab_kernels.runtime.plan import stack_span
 from pab_kernels.schedule import Schedule, StepVariant
 
 CHIP_FILLING_TOKENS = 47700
@@ -96,15 +97,18 @@ def run_work(stack: BlockStack, schedule: Schedule, shape: tuple[int, int, int, 
 def step_work(
     stack: BlockStack, schedule: Schedule, variant: StepVariant, shape: tuple[int, int, int, int], text: int
 ) -> Work:
-    """What one call must do; parameters as in `run_work`."""
-    return sum(
-        (
-            _branch_work(block, branch, schedule, variant, shape, text)
-            for block in stack.blocks
-            for branch in block.branches
-        ),
-        Work(),
-    )
+    """What one call must do; parameters as in `run_work`. Guidance that is broadcast leaves half of B."""
+    if variant.guidance:
+        shape = (-(-shape[0] // 2), *shape[1:])
+    span = stack_span(stack, schedule.config)
+    total = Work()
+    if span and variant.stack:
+        total += Work(nbytes=(1 + variant.forecasts("stack")) * math.prod(shape) * stack.dtype.itemsize)
+    for position, block in enumerate(stack.blocks):
+        if not (variant.stack and position in span):
+            for branch in block.branches:
+                total += _branch_work(block, branch, schedule, variant, shape, text)
+    return total
 
 
 def _branch_work(
@@ -115,13 +119,20 @@ def _branch_work(
     shape: tuple[int, int, int, int],
     text: int,
 ) -> Work:
-    """Of one branch. Its output, new or kept, is read once. Where it is computed, a pass before it reads and writes the
-    stream and, unless the branch reads the stream itself, writes what it does read."""
+    """Of one branch. Its output, new or kept, is read once, with its change where that is forecast.
+
+    Where it is computed, a pass before it reads and writes the stream and, unless the branch reads the stream itself,
+    writes what it does read; where its change is kept, what was kept is read, and both are written.
+    """
     rows, channels = math.prod(shape[:3]), shape[3]
     weights = branch.weights
     gemms = products = 0.0
     tensors = 1  # of the stream's size, read or written
-    if not (block.index in schedule.config.blocks(branch.kind) and variant.reads(branch.kind, block.index)):
+    has_slot = block.index in schedule.config.blocks(branch.kind)
+    if has_slot and variant.reads(branch.kind, block.index):
+        tensors += variant.forecasts(branch.kind)
+    else:
+        tensors += 3 * schedule.config.order(branch.kind) if has_slot else 0
         gemms = float(sum(2 * rows * part.weight.shape.numel() for part in weights.linears))
         products = 4.0 * rows * weights.keys(shape, text) * channels
         tensors += 2 if branch.norm is None else 3

@@ -71,7 +71,8 @@ def residual_norm_modulate_ref(
     index: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | Quantized | None = None,
-    saved: Quantized | None = None,
+    saved: Tensor | Quantized | None = None,
+    change: Tensor | Quantized | None = None,
 ) -> Tensor | Quantized:
     """The pass between two GEMMs. See `pab_kernels.ops.residual_norm_modulate`; here `norm` must be said."""
 
@@ -82,7 +83,9 @@ def residual_norm_modulate_ref(
     for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
         value = dequantize_ref(branch) if isinstance(branch, Quantized) else _wide(branch)
         if i == 0 and saved is not None:
-            quantize_ref(value, saved)
+            if change is not None:
+                _put(value - (dequantize_ref(saved) if isinstance(saved, Quantized) else _wide(saved)), change)
+            _put(value, saved)
         total = total + (value if gate is None else of_rows(gate) * value)
     if embed is not None:
         total = total + _wide(embed).repeat_interleave(x.shape[1] // embed.shape[0], dim=0)
@@ -100,6 +103,13 @@ def residual_norm_modulate_ref(
     if out is None:
         return y.to(x.dtype)
     return quantize_ref(y, out) if isinstance(out, Quantized) else out.copy_(y)
+
+
+def _put(value: Tensor, target: Tensor | Quantized) -> None:
+    if isinstance(target, Quantized):
+        quantize_ref(value, target)
+    else:
+        target.copy_(value)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -41,7 +41,8 @@ def residual_norm_modulate(
     index: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | None = None,
-    saved: Quantized | None = None,
+    saved: Tensor | Quantized | None = None,
+    change: Tensor | Quantized | None = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -59,7 +60,8 @@ def residual_norm_modulate(
     index: Tensor | None = None,
     eps: float = 1e-6,
     out: Quantized,
-    saved: Quantized | None = None,
+    saved: Tensor | Quantized | None = None,
+    change: Tensor | Quantized | None = None,
     backend: str | None = None,
 ) -> Quantized: ...
 
@@ -77,7 +79,8 @@ def residual_norm_modulate(
     index: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | Quantized | None,
-    saved: Quantized | None = None,
+    saved: Tensor | Quantized | None = None,
+    change: Tensor | Quantized | None = None,
     backend: str | None = None,
 ) -> Tensor | Quantized: ...
 
@@ -94,7 +97,8 @@ def residual_norm_modulate(
     index: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | Quantized | None = None,
-    saved: Quantized | None = None,
+    saved: Tensor | Quantized | None = None,
+    change: Tensor | Quantized | None = None,
     backend: str | None = None,
 ) -> Tensor | Quantized:
     """Add branch outputs to the residual stream in place, then normalise and modulate it.
@@ -129,8 +133,11 @@ def residual_norm_modulate(
         Added to the variance, or the mean square.
     out : Tensor or Quantized, optional
         Where the normed rows go, [G, N, C]. Without a norm only a Quantized: a copy of the new x. Must not overlap x.
-    saved : Quantized, optional
-        Where a copy of ``branches[0]``, not gated, goes: how a slot of one byte an element is written.
+    saved : Tensor or Quantized, optional
+        Where a copy of ``branches[0]``, not gated, goes, [G, N, C]: how a slot is written whose branch was computed
+        elsewhere, as one of one byte an element.
+    change : Tensor or Quantized, optional
+        Where ``branches[0]`` without what `saved` held before goes, [G, N, C]; Quantized where `saved` is.
     backend : {"triton", "reference"}, optional
         Forces a backend.
 
@@ -160,13 +167,16 @@ def residual_norm_modulate(
     if isinstance(out, Tensor) and norm is None:
         raise ValueError("out: got a tensor without a norm, must be None where nothing is normed")
     if saved is not None and not branches:
-        raise ValueError("saved: got a Quantized without branches, must be None where there is nothing to save")
+        raise ValueError("saved: given without branches, must be None where there is nothing to save")
+    if change is not None and (saved is None or isinstance(saved, Quantized) != isinstance(change, Quantized)):
+        raise ValueError("change: must be None without `saved`, and Quantized where that is")
     vector = (groups if index is None else "R", channels)
     vectors = [*((f"gates[{i}]", gate) for i, gate in enumerate(gates)), ("shift", shift), ("scale", scale)]
     rows_like: list[tuple[str, Tensor | Quantized | None]] = [
         *((f"branches[{i}]", branch) for i, branch in enumerate(branches)),
         ("out", out),
         ("saved", saved),
+        ("change", change),
     ]
     for name, value in rows_like:
         if isinstance(value, Quantized):
@@ -193,7 +203,20 @@ def residual_norm_modulate(
         small = (value.values for _, value in rows_like if isinstance(value, Quantized))
         name = resolve("residual_norm_modulate", backend, x, *small)
         torch.ops.pab.residual_norm_modulate(
-            x, values, row_scales, gates, shift, scale, embed, norm, index, float(eps), *split(out), *split(saved), name
+            x,
+            values,
+            row_scales,
+            gates,
+            shift,
+            scale,
+            embed,
+            norm,
+            index,
+            float(eps),
+            *split(out),
+            *split(saved),
+            *split(change),
+            name,
         )
     return x if out is None else out
 
@@ -221,26 +244,39 @@ def _residual_norm_modulate(
     out_scale: Tensor | None,
     saved: Tensor | None,
     saved_scale: Tensor | None,
+    change: Tensor | None,
+    change_scale: Tensor | None,
     backend: str,
 ) -> None:
     branches: Any = [join(*parts) for parts in zip(values, row_scales, strict=True)]
-    written = join(out, out_scale)
-    copy = None if saved is None or saved_scale is None else Quantized(saved, saved_scale)
+    targets = join(out, out_scale), join(saved, saved_scale), join(change, change_scale)
     if backend == "triton":
         from pab_kernels.triton_ops.residual_norm_modulate import residual_norm_modulate_triton
 
-        residual_norm_modulate_triton(x, branches, gates, shift, scale, embed, norm, index, eps, written, copy)
+        residual_norm_modulate_triton(x, branches, gates, shift, scale, embed, norm, index, eps, *targets)
     else:
+        written, copy, difference = targets
         reference.residual_norm_modulate_ref(
-            x, branches, gates, shift, scale, embed=embed, norm=norm, index=index, eps=eps, out=written, saved=copy
+            x,
+            branches,
+            gates,
+            shift,
+            scale,
+            embed=embed,
+            norm=norm,
+            index=index,
+            eps=eps,
+            out=written,
+            saved=copy,
+            change=difference,
         )
 
 
 register(
     "residual_norm_modulate(Tensor(a!) x, Tensor[] values, Tensor?[] row_scales, Tensor?[] gates, Tensor? shift, "
     "Tensor? scale, Tensor? embed, str? norm, Tensor? index, float eps, Tensor(b!)? out, Tensor(c!)? out_scale, "
-    "Tensor(d!)? saved, Tensor(e!)? saved_scale, str backend) -> ()",
-    ("x", "out", "out_scale", "saved", "saved_scale"),
+    "Tensor(d!)? saved, Tensor(e!)? saved_scale, Tensor(f!)? change, Tensor(g!)? change_scale, str backend) -> ()",
+    ("x", "out", "out_scale", "saved", "saved_scale", "change", "change_scale"),
     _residual_norm_modulate,
     writes_only,
 )

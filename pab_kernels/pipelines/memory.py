@@ -16,7 +16,7 @@ from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.models import adapter_for, checkpoints
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
-from pab_kernels.runtime.plan import slot_places
+from pab_kernels.runtime.plan import slot_keys, slot_places
 from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_shapes
 from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.runtime.workspace import TEXT_PADDING
@@ -157,8 +157,9 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     """
     model = ModelShape.of(run.family, **run.model) if model is None else model
     item = run.dtype.itemsize
-    slots = slot_places(model.stack, run.config)
-    gated = sum(isinstance(slot.branch.gate, int) and not slot.branch.regate for slot in slots)
+    slots = slot_keys(model.stack, run.config)
+    branches = [place.branch for place in slot_places(model.stack, run.config)]
+    gated = sum(isinstance(branch.gate, int) and not branch.regate for branch in branches)
     gates = gated * run.rows * model.channels * item
     on_device = min(STAGES, len(slots)) if run.cache_on_host else len(slots)
     weights = model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes)
@@ -193,13 +194,14 @@ def _text(run: PlannedRun, model: ModelShape) -> int:
 
 
 def _activations(run: PlannedRun, model: ModelShape) -> int:
-    """Stream, scratch and modulated stream, and on top the widest moment of a branch."""
+    """Stream, scratch and modulated stream, and on top a branch's widest moment; twice the stream for the stack."""
     shape, blocks = model.shape(run), model.stack.blocks
     widest = max(_widest(branch.weights, shape) for block in blocks for branch in block.branches)
     tables = 2 * sum(block.vectors for block in blocks) * model.channels * (run.rows + 1) * run.dtype.itemsize
     frames, height, width = run.size.latent
     latents = run.rows * 4 * frames * height * width * 4 * 4  # latents, input, prediction of 8 channels; float32
-    return int(model.stream(run) * (3 + widest)) + tables + latents
+    tensors = 3 + widest + (2 if run.config.stack_broadcast else 0)
+    return int(model.stream(run) * tensors) + tables + latents
 
 
 def _widest(weights: Weights, shape: tuple[int, int, int, int]) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pab_kernels.config import PABConfig
 from pab_kernels.runtime.cache import SlotPool
+from pab_kernels.runtime.guidance import Conditional
 from pab_kernels.runtime.handle import PABHandle
 from pab_kernels.runtime.pair import PABHandles
 
@@ -24,6 +25,7 @@ def accelerate(
     cuda_graphs: bool = True,
     forwards_per_step: int = 1,
     keep_shapes: int = 4,
+    conditional: Conditional | None = None,
 ) -> Any:
     """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
 
@@ -48,6 +50,10 @@ def accelerate(
         to and fro beside the computation. Broadcasting then saves time only where computing attention takes longer
         than moving its output over PCIe, as full attention over many tokens does. By default slots lie with the
         transformer.
+    conditional : {"first", "second"}, optional
+        Which half of the batch is the conditional one, where `config` broadcasts guidance and both halves are one call:
+        by default as our pipelines have it, and "second" for diffusers' pipelines and bare transformers. Of two
+        forwards a step the one that comes second is left out.
     keep_shapes : int
         Of so many shapes of call (resolution, length, batch) slots and graphs are kept, so that they can alternate; the
         one that was not used for longest goes, and all others where memory does not suffice.
@@ -83,6 +89,7 @@ def accelerate(
         "forwards_per_step": forwards_per_step,
         "cache_device": cache_device,
         "keep_shapes": keep_shapes,
+        "conditional": conditional,
     }
     if len(transformers) == 1:
         return PABHandle(transformers[0], config, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -140,16 +141,24 @@ class BroadcastCache:
         self._holds.clear()
 
     def mark_written(self, keys: Iterable[SlotKey]) -> None:
-        """Note that this run has written these slots (a replayed graph writes them without running Python)."""
-        written = {self.storage[key]: key for key in keys}
-        if written and self._pool is not None and not self._pool.owns(self):
+        """Note that this run has written these slots (a replayed graph writes them without running Python).
+
+        A change is one only where the output was there before.
+        """
+        keys = frozenset(keys)
+        if keys and self._pool is not None and not self._pool.owns(self):
             self._holds.clear()
             self._pool.take(self)
-        self._holds |= written
+        self._holds |= {
+            self.storage[key]: key for key in keys if not key.change or self._has(replace(key, change=False))
+        }
+
+    def _has(self, key: SlotKey) -> bool:
+        return self._holds.get(self.storage[key]) == key
 
     def require(self, keys: Iterable[SlotKey]) -> None:
         """Raise ValueError if a slot about to be read does not hold what this run has written."""
         mine = self._pool is None or self._pool.owns(self)
         for key in keys:
-            if not mine or self._holds.get(self.storage[key]) != key:
+            if not mine or not self._has(key):
                 raise ValueError(f"{key}: read before this run has written it")

@@ -17,8 +17,9 @@ from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Fp8Linear
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.runtime.cache import BroadcastCache, SlotPool
-from pab_kernels.runtime.plan import Traffic, places, storage
-from pab_kernels.runtime.slots import SlotLayout
+from pab_kernels.runtime.forecast import Part, Reach, parts
+from pab_kernels.runtime.plan import Traffic, places, stack_span, storage
+from pab_kernels.runtime.slots import SlotKey, SlotLayout
 from pab_kernels.runtime.stream import Stream
 from pab_kernels.runtime.vectors import VectorBank
 from pab_kernels.schedule import Schedule, StepVariant
@@ -37,6 +38,9 @@ class Executor:
         Of the residual stream, and so of every slot.
     cache_device : torch.device
         Where the slots lie; see `BroadcastCache`.
+    halves : tuple of int
+        The halves of guidance that the batch is made of, in order: 0 is the conditional one, 1 the other. Of two, a
+        variant with `guidance` runs the conditional one alone.
     pool, forward : optional
         Whom the slots are shared with; see `BroadcastCache`.
 
@@ -45,7 +49,8 @@ class Executor:
     torch.cuda.OutOfMemoryError, MemoryError
         The slots do not fit; see `BroadcastCache`.
     ValueError
-        Tables of the blocks that do not fit together; see `VectorBank`.
+        Tables of the blocks that do not fit together, see `VectorBank`; a batch that has no halves, or whose halves
+        share modulation rows, which then cannot be forecast apart; blocks of the stack that do not follow one another.
     """
 
     def __init__(
@@ -54,11 +59,15 @@ class Executor:
         schedule: Schedule,
         layout: Layout,
         cache_device: torch.device,
+        halves: tuple[int, ...] = (0,),
         pool: SlotPool | None = None,
         forward: Hashable = None,
     ) -> None:
         self.stack = stack
         self.layout = layout
+        self._parts = parts(layout, halves, schedule.config)
+        self._span = stack_span(stack, schedule.config)
+        self._stack_key = SlotKey("stack", self._span.stop - 1)
         self._vectors = VectorBank(stack, layout.modulations)
         self._places = list(zip(places(stack), self._vectors.branches, strict=True))
         numbers = storage(stack, schedule)
@@ -120,7 +129,7 @@ class Executor:
     def traffic(self, variant: StepVariant) -> Traffic:
         """The slots that `variant` reads and writes."""
         if variant not in self._traffic:
-            traffic = self._traffic[variant] = Traffic.of(self.stack, self.cache, variant)
+            traffic = self._traffic[variant] = Traffic.of(self.stack, self.cache, variant, self._span)
             self._gate_copies[variant] = self._copies(traffic)
         return self._traffic[variant]
 
@@ -136,6 +145,10 @@ class Executor:
             copies.append((source, self.cache.gates[first : last + 1]))
         return copies
 
+    def part(self, variant: StepVariant) -> Part:
+        """What a step of this variant runs: all sequences, or those of the conditional half."""
+        return self._parts[-1 if variant.guidance else 0]
+
     def step(
         self,
         x: Tensor,
@@ -146,8 +159,11 @@ class Executor:
         embed: Tensor | None = None,
         rope: Rope | None = None,
         index: Tensor | None = None,
+        ahead: Tensor | None = None,
     ) -> Tensor:
-        """Run every block, and the final norm and modulation.
+        """Run every block that this variant does not leave out, and the final norm and modulation.
+
+        B and G are those of the variant's `part`.
 
         Parameters
         ----------
@@ -156,7 +172,7 @@ class Executor:
         modulation : Modulation
             Of this timestep, for the G rows of the layout.
         text : list of TextKV
-            From `text_kv`.
+            From `text_kv`, for all sequences.
         variant : StepVariant
         embed : Tensor, optional
             [T, C], the temporal position embedding.
@@ -164,6 +180,8 @@ class Executor:
             Rotary tables of the rotary blocks.
         index : Tensor, optional
             int32 [B, T * S], where the layout is indexed: the modulation row of each row of x.
+        ahead : Tensor, optional
+            float32 [kinds, 2, 2], where the variant forecasts: how far, from `ahead_table`.
 
         Returns
         -------
@@ -175,42 +193,65 @@ class Executor:
         TypeError, ValueError
             The stream, the modulation or the index do not fit the layout and the weights.
         """
-        self._check(x, index)
+        part = self.part(variant)
+        self._check(x, index, part.layout)
         traffic, cache = self.traffic(variant), self.cache
-        bank = self._vectors.compute(modulation)
+        bank = self._vectors.compute(modulation, part.layout.modulations)
         for numbers, kept in self._gate_copies[variant]:
-            torch.index_select(bank, 0, numbers, out=kept)
+            if part.rows is None:
+                torch.index_select(bank, 0, numbers, out=kept)
+            else:
+                kept[:, part.rows] = bank[numbers]
 
         def vector(number: int | None) -> Tensor | None:
             return None if number is None else bank[number]
 
-        stream = Stream(x, self.layout.groups, index, cache.slots, traffic)
+        reach = Reach(ahead, part, bank)
+        stream = Stream(x, part.layout.groups, index, cache.slots, traffic)
+
+        def broadcast(key: SlotKey, gate: Tensor | None) -> None:
+            change_gate = reach.gate(key, key.position in self._span, gate) if key.changed in traffic.reads else None
+            stream.broadcast(key, gate, change_gate)
+
         position = -1
-        with cache.slots.step(traffic.reads):
+        with cache.slots.step(traffic.reads | traffic.updates, part.batch):
             for (place, vectors), branch_text in zip(self._places, text, strict=True):
                 key, branch = place.key.at(variant.lane(place.key.kind, place.block.index)), place.branch
                 if key.position != position:
                     position = key.position
-                    stream.embed = embed if position == self.stack.embed_before else stream.embed
+                    if self._span and position == self._span.start:
+                        if variant.stack:
+                            broadcast(self._stack_key, None)
+                        else:
+                            stream.enter_stack()
+                    if self._span and position == self._span.stop and not variant.stack:
+                        stream.leave_stack(self._stack_key)
+                    if position == self.stack.embed_before and not (variant.stack and position in self._span):
+                        stream.embed = embed
+                if variant.stack and position in self._span:
+                    continue
                 if key in traffic.reads:
                     gate = cache.gate(key)
-                    stream.broadcast(key, vector(vectors.gate) if gate is None else gate)
+                    broadcast(key, vector(vectors.gate) if gate is None else gate[part.rows or slice(None)])
                     continue
                 fp8 = isinstance(branch.weights.linears[0], Fp8Linear)
                 h = stream.read(branch.norm, vector(vectors.shift), vector(vectors.scale), fp8=fp8)
-                out = branch.weights.run(h, stream.out(key), Inputs(branch_text, rope))
+                own_text = None if branch_text is None else branch_text.sequences(part.batch)
+                out = branch.weights.run(h, stream.out(key), Inputs(own_text, rope))
                 stream.computed(key, out, vector(vectors.gate))
+            if self._span.stop == len(self.stack.blocks) and self._span and not variant.stack:
+                stream.leave_stack(self._stack_key)
             h = stream.read(self.stack.final, modulation.shift, modulation.scale)
             assert isinstance(h, Tensor)
             return h
 
-    def _check(self, x: Tensor, index: Tensor | None) -> None:
-        if x.shape != self.layout.shape or x.dtype != self.stack.dtype:
+    def _check(self, x: Tensor, index: Tensor | None, layout: Layout) -> None:
+        if x.shape != layout.shape or x.dtype != self.stack.dtype:
             raise ValueError(
-                f"x: is {list(x.shape)} {x.dtype}, must be {list(self.layout.shape)} {self.stack.dtype}, the dtype of "
+                f"x: is {list(x.shape)} {x.dtype}, must be {list(layout.shape)} {self.stack.dtype}, the dtype of "
                 "the blocks' linears"
             )
-        if (index is not None) != self.layout.indexed:
+        if (index is not None) != layout.indexed:
             raise ValueError(
                 f"index: got {'one' if index is not None else 'None'}, must be given where the layout is indexed, "
                 "and only there"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -20,9 +19,10 @@ from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Adapter, Call
 from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.doubt import Doubts
+from pab_kernels.runtime.guidance import Conditional, Halves, Pairs
 from pab_kernels.runtime.identity import Identity
 from pab_kernels.runtime.lane import CAPTURES, Lane
-from pab_kernels.runtime.precision import Fp8Linears, count_fp8
+from pab_kernels.runtime.precision import Fp8Linears
 from pab_kernels.runtime.rectified_flow import FlowInputs
 from pab_kernels.runtime.report import Report
 from pab_kernels.runtime.run import Forward, Run
@@ -58,6 +58,7 @@ class PABHandle:
         forwards_per_step: int = 1,
         cache_device: torch.device | str | None = None,
         keep_shapes: int = 4,
+        conditional: Conditional | None = None,
         pool: SlotPool | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
@@ -84,6 +85,8 @@ class PABHandle:
         self._cache_device = _cache_device(cache_device, device)
         self._doubts = Doubts(device)
         self._shapes = Shapes(keep_shapes)
+        self._halves = Halves(config.guidance_broadcast, pipeline, conditional)
+        self._pairs = Pairs(config.guidance_order)
         self._runs = Runs(config, forwards_per_step, pipeline, self._prepare)
         self._fp8: Fp8Linears | None = None
         self._report: Report | None = None
@@ -147,13 +150,14 @@ class PABHandle:
                 del self._adapter
                 _give_back(*resources[2])
 
-    def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0) -> Schedule:
+    def begin(self, timesteps: Iterable[float] | Tensor, first_call: int = 0, *, guided: bool = True) -> Schedule:
         """Begin a run: plan it over `timesteps`, one for each step that will happen, and forget every slot.
 
         For a pipeline this happens by itself, with the timesteps of its scheduler. Another pipeline that has the same
         transformer and a scheduler of its own announces its runs here, after ``scheduler.set_timesteps``. The first
-        step that comes is that of index `first_call`, where the caller knows the predictions of those before. Returns
-        the plan.
+        step that comes is that of index `first_call`, where the caller knows the predictions of those before. Where the
+        settings broadcast guidance, and the calls of this run are not two halves, `guided` must be False. Returns the
+        plan.
 
         Raises
         ------
@@ -163,7 +167,9 @@ class PABHandle:
         """
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         with self._at_work():
-            return self._runs.begin(values, first_call).schedule
+            run = self._runs.begin(values, first_call)
+            run.guided = guided
+            return run.schedule
 
     def report(self) -> Report:
         """What the latest run did so far; waits for the GPU if there is one. After `close`, as it was then."""
@@ -171,29 +177,10 @@ class PABHandle:
             return self._report or self._reported()
 
     def _reported(self) -> Report:
-        run = self._runs.current
-        done = [] if run is None else run.clock
-        seconds: dict[str, tuple[int, float]] = {}
-        for variant, start, end in done:
-            count, total = seconds.get(str(variant), (0, 0.0))
-            seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
-        workspaces = self._shapes.latest
+        run, more, workspaces = self._runs.current, ("stack", "guidance"), self._shapes.latest
         kinds = (workspaces[0].stack if workspaces else self._adapter.stack).kinds
-        broadcast = Counter({kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds})
-        return Report(
-            calls=len(done),
-            computed={kind: len(done) - broadcast[kind] for kind in kinds},
-            broadcast=dict(broadcast),
-            slots=sum(map(len, self.caches)),
-            cache_bytes=sum(cache.nbytes for cache in self.caches),
-            host_bytes=sum(cache.host_bytes for cache in self.caches),
-            fp8=next((count_fp8(workspace.stack) for workspace in workspaces), {}),
-            graphs=sum(workspace.graphs for workspace in workspaces),
-            captured=self._shapes.captured,
-            shapes=len(self._shapes),
-            eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
-            seconds=seconds,
-        )
+        kinds += tuple(kind for kind in more if getattr(self.config, f"{kind}_broadcast"))
+        return Report.of([] if run is None else run.clock, kinds, self._shapes)
 
     def rectified_flow(self, latents: Tensor, guidance_scale: float, **arguments: Any) -> Callable[[Tensor], Tensor]:
         """The steps of a loop of rectified flow over the run that `begin` announced.
@@ -280,14 +267,21 @@ class PABHandle:
         run.broken = True  # until this call is complete
         start = clock.mark(self._lane.device)
         variant, result = run.schedule[step], torch.empty(0)
+        halves = self._halves.of(run, forward, call.layout.batch, None if flow is None else len(flow["latents"]))
 
         def work() -> None:
-            nonlocal result
-            workspace = self._workspace(run, forward, call)
+            nonlocal variant, result
+            if variant.guidance and halves == (1,):
+                result = self._doubts.apply([*doubts], self._pairs.second(step, run.schedule))
+                return
+            workspace = self._workspace(run, forward, call, halves)
             if run.skipped(forward, step):
                 workspace.cache.invalidate()
-            result, more = workspace.step(call, variant, flow)
+            variant = workspace.variant(run.schedule[step])
+            result, more = workspace.step(call, run.schedule, step, flow)
             result = self._doubts.apply([*doubts, *more], result)
+            if self.config.guidance_broadcast and (isinstance(forward, str) or run.forwards > 1):
+                self._pairs.take(halves[0], step, result)
 
         self._shapes.with_memory(work)
         run.clock.append((variant, start, clock.mark(self._lane.device)))
@@ -295,9 +289,9 @@ class PABHandle:
         run.broken = False
         return result
 
-    def _workspace(self, run: Run, forward: Forward, call: Call) -> Workspace:
+    def _workspace(self, run: Run, forward: Forward, call: Call, halves: tuple[int, ...]) -> Workspace:
         """The workspace of a call, with the slots of this run."""
-        key = Workspace.key(call)
+        key = Workspace.key(call, halves)
         found = self._shapes.use(key, forward, lambda old: old.run is run or old.serves(run.schedule))
         if found is None:
             stack = self._adapter.stack
@@ -305,7 +299,7 @@ class PABHandle:
                 with CAPTURES:  # it may measure with graphs
                     stack = self._fp8.at(call.layout.rows)
             options = (self._lane, self._cuda_graphs, self._cache_device, self._pool, forward)
-            found = Workspace(self._adapter, stack, run.schedule, call, *options)
+            found = Workspace(self._adapter, stack, run.schedule, call, *options, halves)
             self._shapes.add(key, forward, found)
         if found.run is not run:
             found.begin_run(run)
@@ -315,6 +309,7 @@ class PABHandle:
         """A run begins: the weights must be where they were, and copies of them are made anew."""
         self._identity.check()
         self._identity.note_versions()
+        self._pairs = Pairs(self.config.guidance_order)
         self._adapter.refresh()
         if self._fp8 is not None and self._fp8.refresh():
             self._shapes.clear()  # graphs know the scales

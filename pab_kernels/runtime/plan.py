@@ -35,6 +35,43 @@ def slot_places(stack: BlockStack, config: PABConfig) -> list[Place]:
     return [place for place in places(stack) if place.block.index in config.blocks(place.branch.kind)]
 
 
+def stack_span(stack: BlockStack, config: PABConfig) -> range:
+    """Positions of the blocks that do not run where the stack is broadcast; empty where it never is.
+
+    Raises
+    ------
+    ValueError
+        They do not follow one another in this model.
+    """
+    inside = [position for position, block in enumerate(stack.blocks) if block.index in config.blocks("stack")]
+    span = range(inside[0], inside[-1] + 1) if inside else range(0)
+    if len(span) != len(inside):
+        raise ValueError(
+            f"stack_block: got {config.stack_block}, must be blocks that follow one another in the model: there are "
+            f"others between positions {inside[0]} and {inside[-1]}"
+        )
+    return span
+
+
+def slot_keys(stack: BlockStack, config: PABConfig) -> list[SlotKey]:
+    """All slots that `config` can ever read, in the order in which a step comes to them."""
+    keys: list[SlotKey] = []
+    span = stack_span(stack, config)
+    added = SlotKey("stack", span.stop - 1) if span else None
+
+    def add(key: SlotKey) -> None:
+        keys.extend((key, key.changed) if config.order(key.kind) else (key,))
+
+    for place in slot_places(stack, config):
+        if added is not None and place.key.position > added.position:
+            add(added)
+            added = None
+        add(place.key)
+    if added is not None:
+        add(added)
+    return keys
+
+
 def storage(stack: BlockStack, schedule: Schedule) -> dict[SlotKey, int]:
     """The slots of a run, and for each the number of the tensor that it lies in.
 
@@ -44,33 +81,46 @@ def storage(stack: BlockStack, schedule: Schedule) -> dict[SlotKey, int]:
     """
     numbers: dict[SlotKey, int] = {}
     in_use: list[set[int]] = []  # for each tensor, the calls at which one of its slots is alive
-    for place in slot_places(stack, schedule.config):
-        kind, index = place.branch.kind, place.block.index
-        for lane in range(schedule.lanes(kind, index)):
-            alive = schedule.alive(kind, index, lane)
+    for key in slot_keys(stack, schedule.config):
+        index = stack.blocks[key.position].index
+        for lane in range(schedule.lanes(key.kind, index)):
+            alive = schedule.alive(key.kind, index, lane)
             if not alive:
                 continue  # an MLP that this run never broadcasts
             number = next((i for i, calls in enumerate(in_use) if calls.isdisjoint(alive)), len(in_use))
             if number == len(in_use):
                 in_use.append(set())
             in_use[number].update(alive)
-            numbers[place.key.at(lane)] = number
+            numbers[key.at(lane)] = number
     return numbers
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The slots that one `StepVariant` reads and writes."""
+    """The slots that one `StepVariant` reads and writes. With those in `updates` it also writes their changes."""
 
     reads: frozenset[SlotKey]
     writes: frozenset[SlotKey]
 
+    @property
+    def updates(self) -> frozenset[SlotKey]:
+        """Slots that are written together with the change of what they held."""
+        return frozenset(key for key in self.writes if key.changed in self.writes and not key.change)
+
     @classmethod
-    def of(cls, stack: BlockStack, keys: Iterable[SlotKey], variant: StepVariant) -> Traffic:
-        """For the slots `keys` that there are."""
-        index = {key: stack.blocks[key.position].index for key in keys}
-        used = [key for key in index if variant.lane(key.kind, index[key]) == key.lane]
-        return cls(
-            reads=frozenset(key for key in used if variant.reads(key.kind, index[key])),
-            writes=frozenset(key for key in used if variant.writes(key.kind, index[key])),
-        )
+    def of(cls, stack: BlockStack, keys: Iterable[SlotKey], variant: StepVariant, span: range) -> Traffic:
+        """For the slots `keys` that there are; `span` is the stack's."""
+        reads, writes = set(), set()
+        for key in keys:
+            index = stack.blocks[key.position].index
+            if key.kind == "stack":
+                broadcast, computed = variant.stack, not variant.stack
+            elif (variant.stack and key.position in span) or variant.lane(key.kind, index) != key.lane:
+                continue
+            else:
+                broadcast, computed = variant.reads(key.kind, index), variant.writes(key.kind, index)
+            if broadcast and (not key.change or variant.forecasts(key.kind)):
+                reads.add(key)
+            if computed:
+                writes.add(key)
+        return cls(frozenset(reads), frozenset(writes))

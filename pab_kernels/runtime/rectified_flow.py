@@ -69,6 +69,9 @@ class FlowInputs:
         arguments: dict[str, Any],
     ) -> FlowInputs:
         """As for `PABHandle.rectified_flow`; all steps are modulated as one large batch."""
+        if not adapter.whole_steps:
+            name = type(adapter.host).__name__
+            raise ValueError(f"rectified_flow: a {name} does not predict what this sampler adds: call it step by step")
         weight = next(adapter.host.parameters())
         device, steps, rows = weight.device, len(timesteps), len(latents) * (2 if guidance_scale > 1 else 1)
         # Only the shape of a call's latents is asked for: this has one element.

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from pab_kernels import clock
+from pab_kernels.runtime.precision import count_fp8
+from pab_kernels.runtime.shapes import Shapes
+from pab_kernels.schedule import StepVariant
 
 
 @dataclass
@@ -29,6 +36,31 @@ class Report:
     """Why steps run without CUDA graphs, None where they have them."""
     seconds: dict[str, tuple[int, float]]
     """For each variant: how many steps ran, and the seconds they took together."""
+
+    @classmethod
+    def of(cls, done: Sequence[tuple[StepVariant, Any, Any]], kinds: Sequence[str], shapes: Shapes) -> Report:
+        """Of the calls of a run, each with its marks in time, and of what is kept. Waits for the device."""
+        seconds: dict[str, tuple[int, float]] = {}
+        for variant, start, end in done:
+            count, total = seconds.get(str(variant), (0, 0.0))
+            seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
+        broadcast = {kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds}
+        workspaces = shapes.latest
+        caches = [workspace.cache for workspace in workspaces]
+        return cls(
+            calls=len(done),
+            computed={kind: len(done) - count for kind, count in broadcast.items()},
+            broadcast=broadcast,
+            slots=sum(map(len, caches)),
+            cache_bytes=sum(cache.nbytes for cache in caches),
+            host_bytes=sum(cache.host_bytes for cache in caches),
+            fp8=next((count_fp8(workspace.stack) for workspace in workspaces), {}),
+            graphs=sum(workspace.graphs for workspace in workspaces),
+            captured=shapes.captured,
+            shapes=len(shapes),
+            eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
+            seconds=seconds,
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.calls} transformer calls"]

@@ -34,6 +34,8 @@ class Run:
         Whose run it is: the thread of its first call.
     broken : bool
         A call failed half-way.
+    guided : bool
+        Whether its calls hold both halves of guidance, as far as the caller says.
     """
 
     schedule: Schedule
@@ -41,6 +43,7 @@ class Run:
     forwards: int = 1
     thread: int | None = None
     broken: bool = False
+    guided: bool = True
     shapes: dict[Forward, torch.Size] = field(default_factory=dict)
     """Of each forward's latents."""
     clock: list[tuple[StepVariant, Any, Any]] = field(default_factory=list)
@@ -98,6 +101,13 @@ class Run:
             if timestep is None or self.fits(step, timestep):
                 return step, name
         return self._expect(steps[-1], timestep), name
+
+    def number(self, forward: Forward) -> int:
+        """Which of a step's forwards this is, by their names in the order in which they first came."""
+        if isinstance(forward, int):
+            return forward
+        names = [name for name in self._steps if name != forward]
+        return list(self._steps).index(forward) if forward in self._steps else len(names)
 
     def skipped(self, name: Forward, step: int) -> bool:
         """Whether the forward missed the step before this one, so that its slots are older than the plan thinks."""

@@ -18,8 +18,9 @@ from pab_kernels.blocks.linears import Rows
 from pab_kernels.ops import MAX_BRANCHES
 from pab_kernels.ops.quantized import LIMITS, Quantized
 
-STAGES = MAX_BRANCHES
-"""Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs, so with as many one can always be had."""
+STAGES = MAX_BRANCHES + 1
+"""Staging tensors on the device. A pass takes at most `MAX_BRANCHES` outputs; where one of them is new, it may also
+read what its slot held, and write its change."""
 
 Shape = tuple[int, int, int, int]
 
@@ -28,23 +29,31 @@ Shape = tuple[int, int, int, int]
 class SlotKey:
     """The slot of a branch: its kind, its block's position in the model, and its number among those of its kind there.
 
-    `kind` is one of `config.BRANCHES`; all but unusual blocks have one branch of each kind, number 0. `lane` tells the
-    slots of one branch apart, where it has more than one: see `schedule.MlpVariant`.
+    `kind` is one of `config.BRANCHES`; all but unusual blocks have one branch of each kind, number 0. Or it is "stack":
+    what several blocks added to the stream, the last of them at `position`. `lane` tells the slots of one branch apart,
+    where it has more than one: see `schedule.MlpVariant`. With `change` it is not the slot of the output but that of
+    its change between the last two calls that computed it.
     """
 
     kind: str
     position: int
     number: int = 0
     lane: int = 0
+    change: bool = False
 
     def at(self, lane: int) -> SlotKey:
         """The slot of the same branch in another lane."""
         return self if lane == self.lane else replace(self, lane=lane)
 
+    @property
+    def changed(self) -> SlotKey:
+        """The slot of the change of what is in this one."""
+        return replace(self, change=True)
+
     def __str__(self) -> str:
         number = f" ({self.number})" if self.number else ""
         lane = f", slot {self.lane}" if self.lane else ""
-        return f"slot {self.kind} of block {self.position}{number}{lane}"
+        return f"slot {self.kind} of block {self.position}{number}{lane}{', change' if self.change else ''}"
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,22 @@ class SlotLayout:
             return values
         return Quantized(values, memory[self._offset :].view(torch.float32).view(self.shape[:3]))
 
+    def pieces(self, memory: Tensor, batch: slice | None) -> list[Tensor]:
+        """The parts of `memory` that hold the sequences `batch` of a slot; None: all."""
+        if batch is None:
+            return [memory]
+        value = self.view(memory)
+        return [value[batch]] if isinstance(value, Tensor) else [value.values[batch], value.row_scale[batch]]
+
     def __str__(self) -> str:
         return f"{list(self.shape)} {self.dtype}"
+
+
+def sequences(value: Rows, batch: slice | None) -> Rows:
+    """The sequences `batch` of rows [B, T, S, C]; None: all."""
+    if batch is None:
+        return value
+    return value[batch] if isinstance(value, Tensor) else Quantized(value.values[batch], value.row_scale[batch])
 
 
 class SlotStore(Protocol):
@@ -94,17 +117,20 @@ class SlotStore(Protocol):
     host_bytes: int
     """Bytes in host memory."""
 
-    def step(self, reads: Set[SlotKey]) -> AbstractContextManager[object]:
-        """One step, which will read the slots `reads`, in the order in which the store was given its keys."""
+    def step(self, reads: Set[SlotKey], batch: slice | None = None) -> AbstractContextManager[object]:
+        """One step, which will read the slots `reads`, in the order in which the store was given its keys.
+
+        `batch` are the sequences that it runs, None: all. Those of the others stay what they are.
+        """
 
     def read(self, key: SlotKey) -> Rows:
-        """The value [B, T, S, C] of a slot."""
+        """The value [B, T, S, C] of a slot, of the step's sequences."""
 
     def out(self, key: SlotKey) -> Rows:
-        """Where to write the new value of a slot, [B, T, S, C]."""
+        """Where to write the new value of a slot, [B, T, S, C], of the step's sequences."""
 
     def wrote(self, key: SlotKey) -> None:
-        """The kernel that writes what `out` gave for this slot has been launched."""
+        """The kernel that writes what `out` or `read` gave for this slot has been launched."""
 
     def release(self) -> None:
         """The kernels that read what was handed out so far have been launched."""
@@ -133,18 +159,20 @@ class DeviceSlots:
         values = [_memory(layout, device) for _ in set(storage.values())]
         self._values = {key: layout.view(values[number]) for key, number in storage.items()}
         self.nbytes = sum(value.nbytes for value in values)
+        self._batch: slice | None = None
 
-    def step(self, reads: Set[SlotKey]) -> AbstractContextManager[object]:
+    def step(self, reads: Set[SlotKey], batch: slice | None = None) -> AbstractContextManager[object]:
         """Nothing is to be prepared."""
+        self._batch = batch
         return nullcontext()
 
     def read(self, key: SlotKey) -> Rows:
         """The slot itself."""
-        return self._values[key]
+        return sequences(self._values[key], self._batch)
 
     def out(self, key: SlotKey) -> Rows:
         """The slot itself."""
-        return self._values[key]
+        return sequences(self._values[key], self._batch)
 
     def wrote(self, key: SlotKey) -> None:
         """It lies where it belongs."""
@@ -198,18 +226,19 @@ class HostSlots:
         self._free: deque[_Stage] = deque()
         self._ahead: deque[SlotKey] = deque()  # to be loaded, in order
         self._arriving: dict[SlotKey, _Stage] = {}
-        self._lent: list[_Stage] = []
+        self._lent: dict[SlotKey, _Stage] = {}
+        self._batch: slice | None = None
         self.nbytes = sum(stage.memory.nbytes for stage in self._stages)
         self.host_bytes = values.nbytes
 
     @contextmanager
-    def step(self, reads: Set[SlotKey]) -> Iterator[None]:
+    def step(self, reads: Set[SlotKey], batch: slice | None = None) -> Iterator[None]:
         """Starts with all staging tensors free, and ends when the computation has waited for all copies."""
         for stage in self._stages:
             stage.saved = None
         self._free = deque(self._stages)
         self._ahead = deque(key for key in self._values if key in reads)
-        self._arriving, self._lent = {}, []
+        self._arriving, self._lent, self._batch = {}, {}, batch
         self._loads.fork()
         self._saves.fork()
         try:
@@ -223,26 +252,24 @@ class HostSlots:
         """A staging tensor with the slot's value; the computation waits for its copy."""
         if key not in self._arriving:
             self._load()
-        stage = self._arriving.pop(key)
+        stage = self._lent[key] = self._arriving.pop(key)
         _wait(stage.arrived)
-        self._lent.append(stage)
-        return stage.value
+        return sequences(stage.value, self._batch)
 
     def out(self, key: SlotKey) -> Rows:
         """A free staging tensor."""
-        stage = self._free.popleft()
+        stage = self._lent[key] = self._free.popleft()
         _wait(stage.saved)
-        self._lent.append(stage)
-        return stage.value
+        return sequences(stage.value, self._batch)
 
     def wrote(self, key: SlotKey) -> None:
-        """Saves what was written to the latest `out`."""
-        stage = self._lent[-1]
-        stage.saved = self._saves.copy(self._values[key], stage.memory, None)
+        """Saves it."""
+        stage = self._lent[key]
+        stage.saved = self._copy(self._saves, self._values[key], stage.memory, None)
 
     def release(self) -> None:
         """Frees what was handed out, and loads ahead."""
-        self._free.extend(self._lent)
+        self._free.extend(self._lent.values())
         self._lent.clear()
         self._prefetch()
 
@@ -253,8 +280,16 @@ class HostSlots:
 
     def _load(self) -> None:
         key, stage = self._ahead.popleft(), self._free.popleft()
-        stage.arrived = self._loads.copy(stage.memory, self._values[key], stage.saved)
+        stage.arrived = self._copy(self._loads, stage.memory, self._values[key], stage.saved)
         self._arriving[key] = stage
+
+    def _copy(
+        self, stream: CopyStream, to: Tensor, source: Tensor, after: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        """Copy the step's sequences of a slot."""
+        for pair in zip(self.layout.pieces(to, self._batch), self.layout.pieces(source, self._batch), strict=True):
+            after = stream.copy(*pair, after)
+        return after
 
 
 class CopyStream:

@@ -6,6 +6,7 @@ The pass itself, between two GEMMs, is `ops.residual_norm_modulate`.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Stream:
         int32, one a row of x: which modulation row it takes. None: row g for group g.
     slots : SlotStore
     traffic : Traffic
-        What the step reads and writes.
+        What the step reads and writes: the slots' sequences that are x's.
 
     Attributes
     ----------
@@ -47,8 +48,13 @@ class Stream:
         self._index = None if index is None else index.view(self._rows.shape[:2])
         self._slots = slots
         self._writes = traffic.writes
+        self._updates = traffic.updates
+        self._before: Tensor | None = None
+        """The stream as it came to the blocks of the stack."""
         self._save: SlotKey | None = None
-        """The slot of one byte an element that the next pass writes: a copy of the first pending branch."""
+        """The slot that the next pass writes, since the first pending branch was not computed into it."""
+        self._old: Rows | None = None
+        """What that slot holds, where its change is kept."""
         self._branches: list[Rows] = []
         self._gates: list[Tensor | None] = []
 
@@ -66,7 +72,7 @@ class Stream:
 
     def out(self, key: SlotKey) -> Tensor:
         """Where a branch is computed: its slot, or one tensor for all, since each follows a pass that used it."""
-        if key not in self._writes or self._slots.layout.quantized:
+        if key not in self._writes or self._copied(key):
             return self._scratch
         slot = self._slots.out(key)
         assert isinstance(slot, Tensor)
@@ -75,17 +81,43 @@ class Stream:
     def computed(self, key: SlotKey, branch: Tensor, gate: Tensor | None) -> None:
         """Add a branch that was computed into `out`. It follows a pass, so nothing else is pending."""
         if key in self._writes:
-            if self._slots.layout.quantized:
-                self._save = key
+            if self._copied(key):
+                self._take_old(key)
             else:
                 self._slots.wrote(key)
         self._add(branch, gate)
 
-    def broadcast(self, key: SlotKey, gate: Tensor | None) -> None:
-        """Add what a slot holds."""
-        if len(self._branches) == ops.MAX_BRANCHES:
+    def _copied(self, key: SlotKey) -> bool:
+        """Whether a slot is written by the pass that adds its branch, and not by the branch."""
+        return self._slots.layout.quantized or key in self._updates
+
+    def broadcast(self, key: SlotKey, gate: Tensor | None, change_gate: Tensor | None = None) -> None:
+        """Add what a slot holds, and its change where that has a gate."""
+        slots = [(key, gate)] if change_gate is None else [(key, gate), (key.changed, change_gate)]
+        if len(self._branches) + len(slots) > ops.MAX_BRANCHES:
             self.read(None)
-        self._add(self._slots.read(key), gate)
+        for slot, vector in slots:
+            self._add(self._slots.read(slot), vector)
+
+    def enter_stack(self) -> None:
+        """The blocks begin whose sum is to be kept."""
+        self.read(None)
+        self._before = self.x.clone()
+
+    def leave_stack(self, key: SlotKey) -> None:
+        """They end: write what they added to the slot `key`."""
+        assert self._before is not None
+        self.read(None)
+        added = self.x - self._before
+        # A pass writes slots of all sorts; what it adds up here is nobody's.
+        self._take_old(key)
+        self._pass(self._before.view(*self._rows.shape), [added.view(*self._rows.shape)], [None])
+        self._before = None
+
+    def _take_old(self, key: SlotKey) -> None:
+        """The next pass writes this slot. What it holds is asked for now: slots are read in order."""
+        self._save = key
+        self._old = self._slots.read(key) if key in self._updates else None
 
     def _add(self, branch: Rows, gate: Tensor | None) -> None:
         self._branches.append(branch.view(*self._rows.shape))
@@ -97,24 +129,32 @@ class Stream:
         """Add what is pending; the stream [B, T, S, C] itself, or normed and modulated. With `fp8` in e4m3."""
         out: Rows | None = self._quantized if fp8 else None if norm is None else self._modulated
         if self._branches or self.embed is not None or out is not None:
-            saved = None if self._save is None else self._slots.out(self._save)
-            assert not isinstance(saved, Tensor)
-            ops.residual_norm_modulate(
+            self._pass(
                 self._rows,
                 self._branches,
                 self._gates,
-                shift,
-                scale,
+                shift=shift,
+                scale=scale,
                 embed=self.embed,
                 norm=None if norm is None else norm.kind,
                 index=self._index,
                 eps=0.0 if norm is None else norm.eps,
                 out=None if out is None else out.view(*self._rows.shape),
-                saved=None if saved is None else saved.view(*self._rows.shape),
             )
-            if self._save is not None:
-                self._slots.wrote(self._save)
-                self._save = None
-            self._slots.release()
         self._branches, self._gates, self.embed = [], [], None
         return self.x if out is None else out
+
+    def _pass(self, rows: Tensor, branches: list[Rows], gates: list[Tensor | None], **options: Any) -> None:
+        """One pass, which also writes the first branch to the slot that is to be saved, and its change."""
+        targets: dict[str, Rows] = {}
+        if self._save is not None and self._old is not None:
+            targets = {"saved": self._old, "change": self._slots.out(self._save.changed)}
+        elif self._save is not None:
+            targets = {"saved": self._slots.out(self._save)}
+        options |= {name: target.view(*self._rows.shape) for name, target in targets.items()}
+        ops.residual_norm_modulate(rows, branches, gates, **options)
+        if self._save is not None:
+            for key in (self._save, self._save.changed)[: len(targets)]:
+                self._slots.wrote(key)
+        self._save = self._old = None
+        self._slots.release()

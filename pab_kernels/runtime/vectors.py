@@ -130,24 +130,25 @@ class VectorBank:
             for copy, source in zip(copies, sources, strict=True):
                 copy.copy_(source.view(copy.shape))
 
-    def compute(self, modulation: Modulation) -> Tensor:
-        """The bank [vectors, G, C] for a call.
+    def compute(self, modulation: Modulation, rows: int | None = None) -> Tensor:
+        """The bank [vectors, G, C] for a call, or for `rows` of its modulation rows.
 
         Raises
         ------
         TypeError, ValueError
             The modulation has no `blocks` or no `embedding` where there are tables or linears, or another shape.
         """
-        bank = torch.empty(self._size, self._rows, self._channels, dtype=self.dtype, device=self._constant.device)
+        rows = self._rows if rows is None else rows
+        bank = torch.empty(self._size, rows, self._channels, dtype=self.dtype, device=self._constant.device)
         if self._tables:
             count, vectors = self._table.shape[:2]
             blocks = check_tensor("modulation.blocks", modulation.blocks)
-            check_shape("modulation.blocks", blocks, (self._rows, vectors, self._channels))
-            own = bank[: count * vectors].view(count, vectors, self._rows, self._channels)
+            check_shape("modulation.blocks", blocks, (rows, vectors, self._channels))
+            own = bank[: count * vectors].view(count, vectors, rows, self._channels)
             torch.add(self._table, blocks.transpose(0, 1), out=own)
         for first, weights in self._linears:
             embedding = check_tensor("modulation.embedding", modulation.embedding)
-            found = linear(embedding, weights).view(self._rows, -1, self._channels).transpose(0, 1)
+            found = linear(embedding, weights).view(rows, -1, self._channels).transpose(0, 1)
             begin = self._starts["linear"] + first
             bank[begin : begin + len(found)].copy_(found)
         if self._constants:

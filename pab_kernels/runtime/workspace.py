@@ -13,11 +13,14 @@ from torch import Tensor
 
 from pab_kernels.blocks.block import BlockStack, Modulation
 from pab_kernels.blocks.branches import TextKV
+from pab_kernels.config import SWITCHES
 from pab_kernels.models.adapter import MODULATION_INDEX, Adapter, Call
 from pab_kernels.models.seen import Seen
 from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.executor import Executor
+from pab_kernels.runtime.forecast import AHEAD, ahead_table
 from pab_kernels.runtime.graphs import StepGraphs
+from pab_kernels.runtime.guidance import Difference
 from pab_kernels.runtime.lane import Lane
 from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
@@ -60,6 +63,8 @@ class Workspace:
         Where the slots lie; see `BroadcastCache`.
     pool, forward : optional
         Whom the slots are shared with; see `BroadcastCache`.
+    halves : tuple of int
+        Of guidance, in the batch; see `Executor`.
 
     Attributes
     ----------
@@ -78,11 +83,20 @@ class Workspace:
         cache_device: torch.device,
         pool: SlotPool | None = None,
         forward: Forward = 0,
+        halves: tuple[int, ...] = (0,),
     ) -> None:
         self._adapter = adapter
         self._lane = lane
+        self._halves = halves
+        self._guidance_order = schedule.config.guidance_order
         stack = stack if call.temporal else stack.without_temporal()
-        self._executor = Executor(stack, schedule, call.layout, cache_device, pool, forward)
+        self._executor = Executor(stack, schedule, call.layout, cache_device, halves, pool, forward)
+        self._difference: Difference | None = None
+        self._kept_difference = False
+        """Whether this run has."""
+        self._ahead: Tensor | None = None
+        self._planned: Schedule | None = None
+        """Whose `_ahead` it is."""
         self._texts: OrderedDict[Hashable, _Text] = OrderedDict()
         self._text: _Text | None = None
         self._seen = Seen()
@@ -98,9 +112,10 @@ class Workspace:
             self._eager = "not on a CUDA device"
 
     @staticmethod
-    def key(call: Call) -> Hashable:
+    def key(call: Call, halves: tuple[int, ...] = (0,)) -> Hashable:
         """What calls of one workspace have in common."""
-        return call.layout, call.tensors["latents"].shape, call.temporal, frozenset(call.tensors)
+        own = halves if len(halves) == 2 else ()
+        return call.layout, call.tensors["latents"].shape, call.temporal, frozenset(call.tensors), own
 
     @property
     def cache(self) -> BroadcastCache:
@@ -138,19 +153,24 @@ class Workspace:
         """Forget every slot's content and which text was last seen, and copy anew what was copied from weights."""
         self.run = run
         self.cache.invalidate()
+        self._kept_difference = False
+        self._planned = None
         self._seen.forget()
         self._table_key = None
         self._executor.refresh()
 
     def step(
-        self, call: Call, variant: StepVariant, flow: dict[str, Tensor] | None = None
+        self, call: Call, schedule: Schedule, step: int, flow: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One denoising call.
 
         Parameters
         ----------
         call : Call
-        variant : StepVariant
+        schedule : Schedule
+            The run's.
+        step : int
+            The call's.
         flow : dict of Tensor, optional
             From `FlowInputs.at`: take a whole step of rectified flow on these latents, not `call`'s.
 
@@ -165,17 +185,22 @@ class Workspace:
         Raises
         ------
         ValueError
-            The variant broadcasts from a slot that this run has not written.
+            The step broadcasts from a slot, or a difference of guidance, that this run has not written.
         """
+        variant, part = self.variant(schedule[step]), self._executor.part(schedule[step])
         traffic = self._executor.traffic(variant)
         self.cache.require(traffic.reads)
+        if variant.guidance and not self._kept_difference:
+            raise ValueError("guidance: the difference is read before this run has written it")
         if call.table_key != self._table_key:
             self._update_tables(call)
         text = self._update_text(call)
         tables = self._tables
 
         def predict(tensors: dict[str, Tensor], modulation: Modulation | None = None) -> Tensor:
-            now = dataclasses.replace(call, tensors={**tensors, **tables})
+            ahead = tensors.get(AHEAD)
+            own = {name: part.own(name, value) for name, value in tensors.items()}
+            now = dataclasses.replace(call, tensors={**own, **tables}, layout=part.layout)
             modulation = modulation or self._adapter.modulate(now)
             h = self._executor.step(
                 self._adapter.embed(now),
@@ -184,17 +209,19 @@ class Workspace:
                 variant,
                 embed=self._adapter.frame_embed(now),
                 rope=self._adapter.rope(now),
-                index=tensors.get(MODULATION_INDEX),
+                index=own.get(MODULATION_INDEX),
+                ahead=ahead,
             )
-            return self._adapter.project_out(h, now)
+            return self._both(self._adapter.project_out(h, now), variant, ahead)
 
         def flow_step(tensors: dict[str, Tensor]) -> Tensor:
-            latents, packed = tensors["latents"], tensors["modulation"]
+            latents, packed = tensors["latents"], tensors["modulation"][part.rows or slice(None)]
             both = latents.repeat(call.layout.batch // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
             modulation = Modulation(packed[:, :-2], packed[:, -2], packed[:, -1])
             return euler_step(latents, predict({**tensors, "latents": both}, modulation), *tensors["scales"])
 
         run, inputs = (predict, call.tensors) if flow is None else (flow_step, flow)
+        inputs = {**inputs, **self._ahead_at(schedule, step)}
         if self._eager is None:
             whole = flow is not None
             if whole not in text.graphs or not text.graphs[whole].fit(inputs):
@@ -205,7 +232,37 @@ class Workspace:
         else:
             result = run(inputs)
         self.cache.mark_written(traffic.writes)
+        self._kept_difference = self._kept_difference or len(self._halves) == 2
         return result, self._seen.doubts()
+
+    def variant(self, planned: StepVariant) -> StepVariant:
+        """What a call of this batch does: one that is no two halves runs whole."""
+        return planned if len(self._halves) == 2 else dataclasses.replace(planned, guidance=False)
+
+    def _both(self, prediction: Tensor, variant: StepVariant, ahead: Tensor | None) -> Tensor:
+        """Both halves of guidance, of a prediction that is both, or the conditional one alone."""
+        if len(self._halves) == 1:
+            return prediction
+        first = self._halves[0] == 0
+        if variant.guidance:
+            assert self._difference is not None
+            reach = None
+            if ahead is not None and variant.forecasts("guidance"):
+                reach = ahead[SWITCHES.index("guidance"), 0, 0]
+            other = self._difference.other(prediction, reach)
+            return torch.cat([prediction, other] if first else [other, prediction])
+        halves = prediction.chunk(2)
+        conditional, other = halves if first else halves[::-1]
+        if self._difference is None:
+            self._difference = Difference(conditional, self._guidance_order)
+        self._difference.keep(conditional, other)
+        return prediction
+
+    def _ahead_at(self, schedule: Schedule, step: int) -> dict[str, Tensor]:
+        """How far the forecasts of a step reach, where a run has any."""
+        if self._planned is not schedule:
+            self._ahead, self._planned = ahead_table(schedule, self.stack.device), schedule
+        return {} if self._ahead is None else {AHEAD: self._ahead[step]}
 
     def _update_tables(self, call: Call) -> None:
         """Tables for another key, where the graphs know them."""

@@ -16,7 +16,7 @@ from pab_kernels.config import KINDS
 from pab_kernels.files import replaced
 from pab_kernels.pipelines.generate import OnStep, Request, generate
 from pab_kernels.pipelines.loading import Pipeline
-from pab_kernels.plain import TappedBlocks
+from pab_kernels.tapped import TappedBlocks
 
 EDGE = 0.15
 """The PAB document's split: 15 % of the steps at either end, and 70 % between them."""
@@ -130,9 +130,17 @@ class Profiler(TappedBlocks):
         super().close()
         self._before.clear()
 
-    def branch(self, kind: str, index: int, name: str, stream: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    def branch(
+        self,
+        kind: str,
+        index: int,
+        name: str,
+        stream: Tensor,
+        compute: Callable[[], Tensor],
+        gate: Tensor | None = None,
+    ) -> Tensor:
         """The branch's output; attention is compared with what the call before gave."""
-        value = compute()
+        value = compute() if gate is None else gate * compute()
         if name != "mlp":
             # Open-Sora's temporal blocks have cross-attention too.
             key = ("cross" if name == "cross" else kind, index, kind)

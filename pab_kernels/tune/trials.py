@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pab_kernels import clock, quality
-from pab_kernels.config import PABConfig
+from pab_kernels.config import SWITCHES, PABConfig
 from pab_kernels.measure.floor import Ceilings, step_work
 from pab_kernels.models import adapter_for
 from pab_kernels.pipelines.generate import Generated, Request, generate
@@ -152,16 +152,18 @@ def split(request: Request) -> list[Request]:
 def first_call(schedule: Schedule) -> int:
     """The last call from which on every slot that is read is written before; the end where there is no broadcast.
 
-    That is the call before the first broadcast, or an earlier one that keeps an MLP by its timestep.
+    That is the call before the first broadcast, and where there are forecasts the one before it, for the change; or an
+    earlier one that keeps an MLP by its timestep.
     """
     broadcasting = (call for call, step in enumerate(schedule) if step.broadcasting)
     first = next(broadcasting, None)
     if first is None:
         return len(schedule)
+    start = max(first - 1 - max(map(schedule.config.order, SWITCHES)), 0)
     if not schedule.config.mlp_broadcast or schedule.config.mlp_range is not None:
-        return max(first - 1, 0)
+        return start
     keeping = (call for call, step in enumerate(schedule) if step.mlp_spatial.keep or step.mlp_temporal.keep)
-    return min(max(first - 1, 0), next(keeping, first))
+    return min(start, next(keeping, first))
 
 
 def _measured_saving(schedule: Schedule, clocks: dict[StepVariant, list[tuple[Any, Any]]]) -> float:

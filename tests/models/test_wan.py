@@ -251,6 +251,17 @@ def test_calls_that_are_refused(family: str, options: Any, changes: Any, message
             model(**{**given, "timestep": torch.full((len(given["hidden_states"]),), 500.0), **changes})
 
 
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_whole_steps_of_rectified_flow_are_refused(family: str) -> None:
+    """Their velocity points the other way: the latents would walk off to more noise."""
+    model, given = model_and_arguments(family)
+    latents = given.pop("hidden_states")
+    with accelerate(model, PABConfig()) as handle:
+        handle.begin(TIMESTEPS)
+        with pytest.raises(ValueError, match=rf"rectified_flow: a {type(model).__name__} does not predict"):
+            handle.rectified_flow(latents, 1.0, **given)
+
+
 def test_an_image_of_first_and_last_frame() -> None:
     """Two pictures a video, joined to one sequence by the embedder."""
     model = tiny_wan(**FROM_IMAGE, pos_embed_seq_len=10)

@@ -179,7 +179,14 @@ ERRORS = {
         (X,),
         {"saved": BYTES},
         ValueError,
-        r"saved: got a Quantized without branches, must be None where there is nothing to save",
+        r"saved: given without branches, must be None where there is nothing to save",
+    ),
+    "change alone": ((X, [BRANCH]), {"change": BRANCH}, ValueError, r"change: must be None without `saved`"),
+    "change of another sort": (
+        (X, [BRANCH]),
+        {"saved": BYTES, "change": BRANCH},
+        ValueError,
+        r"change: must be None without `saved`, and Quantized where that is",
     ),
     "saved dtype": (
         (X, [BRANCH]),
@@ -243,7 +250,7 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
 def test_opcheck(modulated):
     case = Case((2, 6, 8), (True, False), modulated=modulated, periods=3)
     args: Any = (case.x, case.branches, [None] * 2, case.gates, case.shift, case.scale, case.embed)
-    args = (*args, "layer" if modulated else None, None, EPS, case.out, None, None, None, "reference")
+    args = (*args, "layer" if modulated else None, None, EPS, case.out, *(None,) * 5, "reference")
     torch.library.opcheck(torch.ops.pab.residual_norm_modulate.default, args)
 
 

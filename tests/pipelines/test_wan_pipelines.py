@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,20 @@ def test_a_transformer_that_reads_what_the_other_wrote_is_refused() -> None:
                 handle.transformer(
                     torch.zeros(1, 16, 3, 4, 8), torch.tensor([900.0]), torch.zeros(1, 512, 16), return_dict=False
                 )
+
+
+@pytest.mark.parametrize("name", ["wan t2v, two transformers", "ltx"])
+def test_as_from_pretrained_loads_it_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """Which needs accelerate: parts of Wan stay in float32."""
+    made = PIPELINES[name]()
+    made.save_pretrained(tmp_path)
+    pipe = type(made).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.dtype == torch.bfloat16
+    expected = generate(pipe, STEPS)
+    with accelerate(pipe, PABConfig()):
+        assert relative_error(generate(pipe, STEPS), expected) < 2e-2
+    assert torch.equal(generate(pipe, STEPS), expected)
 
 
 @pytest.mark.parametrize("name", ["wan i2v", "ltx"])
