@@ -243,7 +243,7 @@ class PABConfig:
 
     @classmethod
     def preset(cls, family: str, variant: str | None = None) -> PABConfig:
-        """Settings of the original and of the paper, attention only (MLP broadcast off).
+        """Settings of the original and of the paper, attention only; or this project's fast ones.
 
         Parameters
         ----------
@@ -252,6 +252,8 @@ class PABConfig:
             Three digits, the ranges of spatial, temporal and cross: "246", "357" or "579" for Open-Sora and
             Open-Sora-Plan 1.1, "235", "347" or "469" for Latte. By default the original's own settings: 2/4/6, for
             Latte 2/3/6, for Open-Sora-Plan 1.2 2/-/6. Wan's and LTX-Video's, 2/-/6, are this project's.
+            "fast" for any family: the block stack every second call, forecast in between, and guidance every fourth.
+            Chosen on the demo model; with other weights ``pab tune`` tells what they do.
 
         Raises
         ------
@@ -263,8 +265,10 @@ class PABConfig:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"preset: got {family!r}, must be one of {', '.join(_PRESETS)}{hint}")
         threshold, default, variants = _PRESETS[family]
+        if variant == "fast":
+            return cls(**_fast(*_FAST[family]))
         if variant is not None and variant not in variants:
-            allowed = ", ".join(variants) or "none for this family"
+            allowed = ", ".join((*variants, "fast"))
             raise ValueError(f"variant: got {variant!r}, must be one of {allowed}")
         settings: dict[str, Any] = {}
         for kind, digit in zip(KINDS, variant or default, strict=True):
@@ -274,7 +278,7 @@ class PABConfig:
 
 
 def named_settings(family: str) -> dict[str, PABConfig]:
-    """The preset of `family` and the paper's variants, by the names that `--pab` takes; each settings once.
+    """The preset of `family`, the paper's variants and the fast one, by the names that `--pab` takes; each once.
 
     Raises
     ------
@@ -282,7 +286,7 @@ def named_settings(family: str) -> dict[str, PABConfig]:
         Unknown family.
     """
     named = {family: PABConfig.preset(family)}
-    for variant in _PRESETS[family][2]:
+    for variant in (*_PRESETS[family][2], "fast"):
         settings = PABConfig.preset(family, variant)
         if settings not in named.values():
             named[f"{family}:{variant}"] = settings
@@ -299,5 +303,24 @@ _PRESETS: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {
     "wan_2_2": ((475, 967), "2-6", ()),
     "ltx": ((730, 990), "2-6", ()),
 }
+_FAST: dict[str, tuple[tuple[int, int], int]] = {
+    # Of the stack: all but the first two or three steps and the last one, and the order. Noise that a sampler adds
+    # between steps is no change that could be forecast.
+    "open_sora": ((150, 970), 1),
+    "open_sora_plan_v110": ((50, 950), 1),
+    "open_sora_plan_v120": ((50, 950), 0),
+    "latte": ((50, 950), 1),
+    "wan_2_1": ((150, 985), 1),
+    "wan_2_2": ((150, 985), 1),
+    "ltx": ((500, 997), 1),
+}
+
+
+def _fast(threshold: tuple[int, int], order: int) -> dict[str, Any]:
+    stack = {"stack_threshold": threshold, "stack_range": 2, "stack_order": order}
+    guidance = {"guidance_threshold": (0, 1000), "guidance_range": 4}
+    return {"stack_broadcast": True, **stack, "guidance_broadcast": True, **guidance}
+
+
 PRESETS = tuple(_PRESETS)
 """Families that `PABConfig.preset` knows."""

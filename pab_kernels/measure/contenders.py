@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.hooks import HookRegistry, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
@@ -18,6 +18,8 @@ from pab_kernels.runtime.accelerate import accelerate
 from pab_kernels.runtime.report import Report
 from pab_kernels.workloads import Inputs, Workload
 
+CONDITIONAL: Literal["first"] = "first"
+"""The half of a benchmark's batch that is conditional."""
 COMPILE_SCOPES = ("model", "blocks")
 
 
@@ -101,7 +103,7 @@ def _compiled(problem: Problem, config: PABConfig) -> Iterator[Session]:
 
 @contextmanager
 def _plain(problem: Problem, config: PABConfig) -> Iterator[Session]:
-    with PlainPAB(problem.host, config, problem.workload.forwards_per_step) as plain:
+    with PlainPAB(problem.host, config, problem.workload.forwards_per_step, CONDITIONAL) as plain:
         yield Session(problem.host, plain.begin)
 
 
@@ -148,7 +150,7 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 @contextmanager
 def _runtime(problem: Problem, config: PABConfig, **options: Any) -> Iterator[Session]:
     options |= {"cache_device": problem.cache_device, "forwards_per_step": problem.workload.forwards_per_step}
-    with accelerate(problem.host, config, **options) as handle:
+    with accelerate(problem.host, config, conditional=CONDITIONAL, **options) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 
 

@@ -263,7 +263,7 @@ class PABHandle:
             )
         self._identity.check_addresses()
         self._identity.check_versions()
-        run.thread = threading.get_ident()
+        run.thread = threading.current_thread()
         run.broken = True  # until this call is complete
         start = clock.mark(self._lane.device)
         variant, result = run.schedule[step], torch.empty(0)

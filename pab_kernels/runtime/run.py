@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Run:
         The step that comes first; those before it are left out.
     forwards : int
         How many forwards without a name a step has.
-    thread : int or None
+    thread : threading.Thread or None
         Whose run it is: the thread of its first call.
     broken : bool
         A call failed half-way.
@@ -41,7 +42,7 @@ class Run:
     schedule: Schedule
     first_call: int = 0
     forwards: int = 1
-    thread: int | None = None
+    thread: threading.Thread | None = None
     broken: bool = False
     guided: bool = True
     shapes: dict[Forward, torch.Size] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Runs:
         self._timesteps = Timesteps()
         self._scheduled: Any = None
         """The scheduler's timesteps that were seen last; kept, so that others are another tensor."""
-        self._ended: set[int] = set()
+        self._ended: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         """Threads whose run was ended by another one's."""
 
     def begin(self, values: list[float], first_call: int = 0) -> Run:
@@ -50,7 +51,7 @@ class Runs:
         run, old = Run(Schedule(self._config, values), first_call, self._forwards), self.current
         if old is not None and not old.over and old.thread is not None:
             self._ended.add(old.thread)
-        self._ended.discard(threading.get_ident())
+        self._ended.discard(threading.current_thread())
         self.current = None
         self._prepare()
         self._timesteps.begin()
@@ -61,7 +62,7 @@ class Runs:
 
     def checked(self) -> Run:
         """The current run, if this thread can go on with it."""
-        run, me = self.current, threading.get_ident()
+        run, me = self.current, threading.current_thread()
         if me in self._ended or (run is not None and run.thread not in (None, me)):
             raise ValueError(
                 "this thread's run was ended by another thread's, or it has begun none: a handle serves one run at a "
@@ -95,7 +96,7 @@ class Runs:
 
     def _starts_over(self, value: float | None) -> bool:
         """Whether a call that does not fit the current run may be the first of another one of the pipeline."""
-        run, me = self.current, threading.get_ident()
+        run, me = self.current, threading.current_thread()
         if run is None:
             return False
         if me in self._ended or run.thread not in (None, me):

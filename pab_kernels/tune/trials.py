@@ -120,7 +120,8 @@ class Yardstick:
         schedule = Schedule(config, self.timesteps)
         clocks: dict[StepVariant, list[tuple[Any, Any]]] = {}
         videos = []
-        with accelerate(self._host, config) as handle:
+        first = getattr(self._pipe, "cond_first", False)
+        with accelerate(self._host, config, conditional="first" if first else "second") as handle:
             run, start = self._host.forward, first_call(schedule)
             for recording in self._recordings:
                 calls = iter(range(len(schedule)))
@@ -130,7 +131,7 @@ class Yardstick:
                     if call < start:
                         return recording.outputs[call]
                     if call == start:
-                        handle.begin(self.timesteps, first_call=start)
+                        handle.begin(self.timesteps, first_call=start, guided=recording.request.guidance > 1)
                     before = clock.mark(self._host.device)
                     output = run(*args, **kwargs)
                     clocks.setdefault(schedule[call], []).append((before, clock.mark(self._host.device)))

@@ -1,0 +1,28 @@
+"""A server's day in short: memory is flat, a request gives the same bits each time, graphs are captured once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.runtime.requests_tools import SIZES, serve
+
+
+def test_requests_on_a_cpu_leave_nothing_behind() -> None:
+    memory, report, again = serve(200, torch.device("cpu"))
+    assert again > 100
+    assert report.shapes == len(SIZES)
+    # The allocator of the C library keeps a little; what a request leaks would be 150 times as much.
+    assert memory[-1].resident - memory[50].resident < 2**23
+
+
+@pytest.mark.gpu
+def test_requests_on_a_gpu_leave_nothing_behind_and_replay_what_was_captured(device: str) -> None:
+    memory, report, again = serve(160, torch.device(device))
+    assert again > 20
+    assert report.shapes == len(SIZES)
+    variants = 5
+    assert report.captured <= variants * len(SIZES) * 2, "two paddings of text"
+    settled = memory[100]
+    assert memory[-1].allocated <= settled.allocated
+    assert memory[-1].reserved <= settled.reserved
