@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
+from pab_kernels.config import ATTENTION_PRECISIONS, CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
 from pab_kernels.strict_yaml import printable
 
 if TYPE_CHECKING:
@@ -187,6 +187,13 @@ LinearPrecision = Annotated[
     typer.Option(
         help="fp8: the blocks' linears in fp8 where that is faster; fp8-all: all of them, measured or not.",
         autocompletion=lambda: list(LINEAR_PRECISIONS),
+    ),
+]
+AttentionPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: spatial and full attention in e4m3 where that is faster, on Hopper GPUs.",
+        autocompletion=lambda: list(ATTENTION_PRECISIONS),
     ),
 ]
 Resolution = Annotated[
