@@ -52,7 +52,7 @@ def transformer(device: torch.device) -> Any:
 
 def request(model: Any, handle: Any, number: int, device: torch.device) -> tuple[tuple[int, ...], Tensor]:
     """What the request was, and its latents."""
-    what = (number % len(SIZES), number // 2 % len(TEXTS), number // 5 % SEEDS)
+    what = (number % len(SIZES), number // 3 % len(TEXTS), number // 5 % SEEDS)
     generator = torch.Generator().manual_seed(what[2])
     dtype = next(model.parameters()).dtype
     latents = torch.randn(2, 4, 4, *SIZES[what[0]], generator=generator).to(device, dtype)
