@@ -88,6 +88,8 @@ class Loads:
         if called == "load":  # tl.load, or that of a tensor descriptor
             pointer = node.args[0] if of_language else owner
             assert pointer is not None
+            while isinstance(pointer, ast.BinOp):  # offsets are added to the right
+                pointer = pointer.left
             first = next(each.id for each in ast.walk(pointer) if isinstance(each, ast.Name))
             return first not in self.wide
         on = owner is not None and not of_language and self._raw(owner, names)
