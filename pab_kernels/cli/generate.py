@@ -57,6 +57,7 @@ def generate(
     cache_device: options.CacheDevice = None,
     cache_dtype: options.CacheDtype = None,
     linear_precision: options.LinearPrecision = None,
+    attention_precision: options.AttentionPrecision = None,
 ) -> None:
     """Generate videos from text, with Pyramid Attention Broadcast.
 
@@ -95,7 +96,8 @@ def generate(
             video,
         )
         pab = defaults.preset if pab is None else pab
-        config = generation.pab_settings(pab, cache_dtype=cache_dtype, linear_precision=linear_precision)
+        small = {"linear_precision": linear_precision, "attention_precision": attention_precision}
+        config = generation.pab_settings(pab, cache_dtype=cache_dtype, **small)
         if compare and config is None:
             raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
         place = options.device_named(device)

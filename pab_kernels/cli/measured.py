@@ -14,6 +14,7 @@ from pab_kernels.config import PABConfig, named_settings
 if TYPE_CHECKING:
     from pab_kernels.pipelines.generate import Request
     from pab_kernels.pipelines.loading import Pipeline
+    from pab_kernels.tune.profile import Profile
     from pab_kernels.tune.trials import Trial, Yardstick
 
 LEAST_STEPS = 10
@@ -129,6 +130,45 @@ def load(given: Mapping[str, Any], compared: bool = True) -> tuple[Pipeline, Req
     batch = split(request)[0] if compared else request
     generation.check_memory(source, batch, PABConfig.preset(defaults.preset), device, dtype)
     return load_pipeline(source, request.size, dtype=dtype, device=device), request
+
+
+def diffusers_profiles(given: Mapping[str, Any]) -> tuple[list[Profile], int] | None:
+    """Profiles of a Wan or LTX-Video pipeline that `--model` names, one a transformer, and how many videos they are of.
+
+    None where it names none. Sizes are those of the family, `--resolution` of Wan 2.1 or LTX-Video.
+    """
+    from pab_kernels.pipelines.sizes import family_size
+    from pab_kernels.tune import diffusers_profile
+
+    name = diffusers_profile.pipeline_class(given["model"])
+    if name is None:
+        return None
+    for option in ("weights", "text_encoder", "vae", "random_weights", "size", "duration", "aspect"):
+        if given[option]:
+            raise ValueError(
+                f"{option}: got {given[option]!r} for a pipeline of diffusers, which has its own: leave it out"
+            )
+    family = diffusers_profile.FAMILIES[name]
+    size = family_size(family, resolution=given["resolution"])
+    assert size is not None
+    prompts = given["prompt"] or PROMPTS[: given["videos"]]
+    device = options.device_named(given["device"])
+    dtype = options.dtype_named(given["dtype"] or options.default_dtype(device))
+    pipe = diffusers_profile.load(given["model"], dtype=dtype, device=device)
+    guidance = (3.0 if family == "ltx" else 5.0) if given["guidance"] is None else given["guidance"]
+    steps = given["steps"] or 50
+    with progress() as bar:
+        task = bar.add_task("profile", total=steps)
+        found = diffusers_profile.measure(
+            pipe,
+            prompts,
+            size,
+            steps=steps,
+            guidance=guidance,
+            seed=SEED_STRIDE * given["seed"],
+            on_step=lambda done: bar.update(task, completed=done),
+        )
+    return found, len(prompts)
 
 
 def origin(pipe: Pipeline, request: Request, given: Mapping[str, Any]) -> str:

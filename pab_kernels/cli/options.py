@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
+from pab_kernels.config import ATTENTION_PRECISIONS, CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
 from pab_kernels.strict_yaml import printable
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed while running, 2 wrong option or file. PAB_DEBUG=1 shows tracebacks."
 INTERRUPTED = 130
+OF_PATHS = (errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""Errors of the system that say that a path is wrong."""
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DEVICES = ("cpu", "cuda")
 
@@ -41,7 +44,9 @@ def clean_errors() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, TypeError, FileNotFoundError) as error:
         _fail(error, 2)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
+        _fail(error, 2 if error.errno in OF_PATHS else 1)
+    except MemoryError as error:
         _fail(error, 1)
     except RuntimeError as error:
         import torch
@@ -182,6 +187,13 @@ LinearPrecision = Annotated[
     typer.Option(
         help="fp8: the blocks' linears in fp8 where that is faster; fp8-all: all of them, measured or not.",
         autocompletion=lambda: list(LINEAR_PRECISIONS),
+    ),
+]
+AttentionPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: spatial and full attention in e4m3 where that is faster, on Hopper GPUs.",
+        autocompletion=lambda: list(ATTENTION_PRECISIONS),
     ),
 ]
 Resolution = Annotated[

@@ -39,6 +39,8 @@ def profile(
 
     pab profile --model maxin-cn/Latte-1 --prompt "a dog on a beach" --output outputs/latte
 
+    pab profile --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a dog on a beach"
+
     pab profile --model open_sora --resolution 144p --random-weights
     """
     from pab_kernels import figures
@@ -46,21 +48,32 @@ def profile(
     from pab_kernels.tune import profile as profiles
 
     console = options.console()
-    files = [output / name for name in ("profile.csv", "profile.png", "heatmap.png")]
+    names = ("profile.csv", "profile.png", "heatmap.png")
+    files = [output / name for name in names]
     with options.clean_errors():
         check_outputs({"output": files}, inputs=measured.inputs(context.params))
-        pipe, request = measured.load(context.params, compared=False)
-        with measured.progress() as bar:
-            task = bar.add_task("profile", total=request.steps)
-            found = profiles.measure(
-                pipe, request, lambda step: bar.update(task, completed=step.done, total=step.total)
-            )
-        count = len(request.prompts)
-        title = f"{model}, {len(found.timesteps)} calls, {count} video{'' if count == 1 else 's'}"
-        found.to_csv(files[0])
-        figures.save_figure(tune_figures.profile_curves(found, title), files[1])
-        figures.save_figure(tune_figures.profile_heat_map(found, title), files[2])
-    for line in profiles.findings(found):
-        console.print(line)
+        from_diffusers = measured.diffusers_profiles(context.params)
+        if from_diffusers is None:
+            pipe, request = measured.load(context.params, compared=False)
+            with measured.progress() as bar:
+                task = bar.add_task("profile", total=request.steps)
+                found = [
+                    profiles.measure(
+                        pipe, request, lambda step: bar.update(task, completed=step.done, total=step.total)
+                    )
+                ]
+            count = len(request.prompts)
+        else:
+            found, count = from_diffusers
+        for number, each in enumerate(found, 1):
+            if number > 1:  # a second transformer
+                files += [output / f"{name.partition('.')[0]}-{number}.{name.partition('.')[2]}" for name in names]
+            title = f"{model}, {len(each.timesteps)} calls, {count} video{'' if count == 1 else 's'}"
+            each.to_csv(files[-3])
+            figures.save_figure(tune_figures.profile_curves(each, title), files[-2])
+            figures.save_figure(tune_figures.profile_heat_map(each, title), files[-1])
+    for each in found:
+        for line in profiles.findings(each):
+            console.print(line)
     for path in files:
         console.print(f"wrote {path}", soft_wrap=True)

@@ -172,8 +172,7 @@ class VideoDecoder:
             return lambda: Piece(pixels.numpy(), bool(finite))
         host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
         host.copy_(pixels, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        done = torch.cuda.current_stream(pixels.device).record_event()
 
         def wait() -> Piece:
             done.synchronize()

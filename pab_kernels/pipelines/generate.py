@@ -209,9 +209,10 @@ def generate(
     cache_device : str, optional
         As for `accelerate`.
     """
-    on_gpu = pipe.transformer.device.type == "cuda"
+    device = pipe.transformer.device
+    on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
         frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle))
@@ -225,7 +226,7 @@ def generate(
         finite=finite,
         seconds=time.perf_counter() - start,
         report=report,
-        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
 
 
@@ -240,8 +241,7 @@ class _Steps:
         if tensors["latents"].is_cuda:
             if self.last is not None:
                 self.last.synchronize()
-            self.last = torch.cuda.Event()
-            self.last.record()
+            self.last = torch.cuda.current_stream(tensors["latents"].device).record_event()
         schedule = None if self.handle is None else self.handle.schedule
         variant = None if schedule is None else schedule[index]
         sample = tensors.get("denoised", tensors["latents"])

@@ -64,3 +64,41 @@ def test_the_shell_completes_presets():
     command = [sys.executable, "-c", "from pab_kernels.cli import app; app(prog_name='pab')"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert result.stdout.split() == ["latte"], result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--model", "x" * 300),
+        ("generate", "--pab", "x" * 300),
+        ("generate", "--model", "open_sora", "--weights", "x" * 300),
+        ("schedule", "--config", "x" * 300),
+        ("schedule", "--config", "."),
+        ("compare", ".", "."),
+        ("report", "."),
+        ("verify", "."),
+        ("generate", "--output", "/proc/self/v.gif"),
+        ("schedule", "--preset", "latte", "--plot", "x" * 300),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:40],
+)
+def test_paths_that_lead_nowhere_end_with_one_line_and_code_2(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("error: ")
+
+
+def test_names_are_no_markup_and_no_escapes(tmp_path):
+    name = "[red]x[/red] [/] :cat: \x1b[31m.yaml"
+    line = invoke("schedule", "--config", tmp_path / name).output
+    assert "[red]x[/red] [/] :cat: \\x1b[31m.yaml" in line
+
+
+def test_ctrl_c_ends_any_command_with_130(demo, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DemoPipeline, "__call__", interrupted)
+    result = invoke("generate", "--model", demo, "--device", "cpu", "--output", tmp_path / "v.gif", "--quiet")
+    assert (result.exit_code, result.output) == (130, "error: interrupted\n")
+    assert not list(tmp_path.iterdir())
