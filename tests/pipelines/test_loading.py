@@ -8,10 +8,10 @@ import pytest
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, LattePipeline
-from pab_kernels.demo.text import TextEmbedding
 from safetensors.torch import save_file
 
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.demo_text import TextEmbedding
 from pab_kernels.pipelines.loading import Source, load_pipeline, load_text, resolve_model, text_encoder_bytes
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
 from pab_kernels.pipelines.vae import load_vae
