@@ -35,7 +35,7 @@ struct Fp8AttentionParams {
     const void* v;          // [batch, heads, head_dim, pitch]: transposed, the tokens of every 16 in another order
     const float* q_scale;   // [batch, heads, tokens]
     const float* k_scale;   // [batch, heads, steps] of 128 tokens
-    const float* v_scale;   // [batch, heads, blocks] of 512 tokens
+    const float* v_scale;   // [batch, heads, blocks] of 256 tokens
     int batch, tokens, heads, head_dim;
     int columns, pitch;
     float softmax_scale;

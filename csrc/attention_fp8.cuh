@@ -23,7 +23,7 @@ struct Fp8Plan {
     using Elem = __nv_fp8_e4m3;
     using Out = Out_;
     static constexpr int D = D_, keys = 128, stages = 3, consumers = 2;
-    static constexpr int block = 4;  // steps that share a scale of the values
+    static constexpr int block = 2;  // steps that share a scale of the values
     static constexpr int threads = 128 * (consumers + 1);
     static constexpr int consumer_registers = 240, producer_registers = 24;
     static constexpr int group_rows = 64, rows = group_rows * consumers;

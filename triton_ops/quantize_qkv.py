@@ -1,8 +1,8 @@
 """Queries, keys and values in e4m3 for attention on Hopper (csrc/attention_fp8.cuh), in Triton: one pass over them.
 
-A program takes 512 tokens of one head, 128 at a time, once for the largest value and once to write; the second time
+A program takes 256 tokens of one head, 128 at a time, once for the largest value and once to write; the second time
 they are in L2. Queries get a scale each. Keys have a constant row taken out, which the softmax does not see, and get a
-scale for every 128; values one for 512, and are written transposed, the tokens of every 16 in the order in which the
+scale for every 128; values one for 256, and are written transposed, the tokens of every 16 in the order in which the
 attention kernel's lanes hold their weights.
 """
 
@@ -17,7 +17,7 @@ from pab_kernels.triton_ops.quantize import E4M3_LIMIT, LEAST
 
 STEP = 128
 """Tokens that share a scale of keys, and are written at a time."""
-BLOCK = 512
+BLOCK = 256
 """Tokens that share a scale of values."""
 
 

@@ -29,6 +29,8 @@ MAX_FRAMES = 128
 """Longest sequence along T that the temporal kernels take."""
 MAX_CHANNELS = 32768
 """Widest row that Triton holds: that of the pass between two GEMMs, and of GELU and quantisation."""
+MAX_SCORES = 16384
+"""Longest row of scores that Triton's softmax takes."""
 MAX_PLANE_CHANNELS = 4608
 """Most channels of a plane that Triton's group norm and growing take."""
 TRITON_HEAD_DIMS = (72,)
@@ -260,6 +262,7 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
     "conv_planes": (("triton", _no_triton_conv), ("cudnn", _no_cudnn), ("reference", _serves_all)),
     "channel_sums": (("triton", _no_triton_planes), ("reference", _serves_all)),
     "group_norm_silu": (("triton", _no_triton_planes), ("reference", _serves_all)),
+    "softmax_rows": (("triton", _no_triton_rows(MAX_SCORES)), ("reference", _serves_all)),
     "grow_planes": (("triton", _no_triton_planes), ("reference", _serves_all)),
     "attention": (
         ("cuda", _no_cuda_attention),

@@ -204,7 +204,7 @@ def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, center: Tensor, softmax_s
     q, k, v = (_wide(x).transpose(1, 2) for x in (q, k, v))
     scores = rounded(q, 1) @ rounded(k - center.to(k.dtype)[:, :, None], 128).mT * softmax_scale
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v, 512)
+    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v, 256)
     return (sums / weights.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
 
 

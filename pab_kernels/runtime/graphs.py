@@ -108,8 +108,9 @@ class StepGraphs:
                 with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
                     torch.zeros(1, device=stream.device)
                 raise
-        # Its first replay shows that it is the step: what was launched elsewhere is done by now, and not in it.
-        torch.cuda.synchronize(self._lane.device)
+            # Its first replay shows that it is the step: what was launched elsewhere is done by now, and not in it.
+            # A device that another thread captures on must not be waited for: hence here.
+            torch.cuda.synchronize(self._lane.device)
         output.fill_(_UNTOUCHED)
         graph.replay()
         if bool((output == _UNTOUCHED).all()):

@@ -64,7 +64,7 @@ def test_reference(kind):
 def test_quantized_rows(tokens, head_dim, monkeypatch):
     interpret_e4m3(monkeypatch)
     q, k, v = draw("offsets", 2, tokens, 3, head_dim, "cpu")
-    columns, steps, blocks = -(-head_dim // 16) * 16, -(-tokens // 128), -(-tokens // 512)
+    columns, steps, blocks = -(-head_dim // 16) * 16, -(-tokens // 128), -(-tokens // 256)
     q8, k8 = (torch.full((2, tokens, 3, columns), float("nan")).to(E4M3) for _ in "qk")
     v8 = torch.full((2, 3, head_dim, 128 * steps), float("nan")).to(E4M3)
     scales = [torch.full((2, 3, count), float("nan")) for count in (tokens, steps, blocks)]
@@ -80,7 +80,7 @@ def test_quantized_rows(tokens, head_dim, monkeypatch):
     wide_v[..., tokens_at] = v8.float().unflatten(-1, (-1, 16))
     wide_v = wide_v.flatten(-2)
     assert (wide_v[..., tokens:] == 0).all()
-    wide_v = wide_v[..., :tokens] * scales[2].repeat_interleave(512, 2)[:, :, None, :tokens]
+    wide_v = wide_v[..., :tokens] * scales[2].repeat_interleave(256, 2)[:, :, None, :tokens]
     for got, wanted in ((wide_q, q.float()), (wide_k, k - center[:, None]), (wide_v.permute(0, 3, 1, 2), v.float())):
         torch.testing.assert_close(got, wanted, rtol=0.0626, atol=wanted.abs().max().item() * 2**-17)
 
