@@ -32,6 +32,7 @@ class Shape:
     head_dim: int
     norm: bool
     pair_stride: int | None  # None: no rotation
+    across: bool = False  # a norm across the heads
 
 
 SHAPES = {
@@ -39,6 +40,8 @@ SHAPES = {
     "spatial-480p": Shape(30, 1590, 16, 72, True, None),
     "norm-rope": Shape(30, 1590, 16, 72, True, 1),
     "full": Shape(2, 9600, 24, 96, False, 16),
+    "wan-1.3b": Shape(1, 32760, 12, 128, True, 1, across=True),
+    "wan-14b": Shape(1, 32760, 40, 128, True, 1, across=True),
 }
 
 
@@ -60,7 +63,8 @@ class Inputs:
 def make(shape: Shape) -> Inputs:
     kwargs: Any = {"dtype": torch.bfloat16, "device": "cuda"}
     qkv = torch.randn(shape.batch, shape.positions, 3, shape.heads, shape.head_dim, **kwargs)
-    q_weight, k_weight = (torch.randn(shape.head_dim, **kwargs) if shape.norm else None for _ in range(2))
+    width = shape.head_dim * (shape.heads if shape.across else 1)
+    q_weight, k_weight = (torch.randn(width, **kwargs) if shape.norm else None for _ in range(2))
     rope = None
     if shape.pair_stride is not None:
         angles = torch.randn(shape.positions, shape.head_dim // 2, device="cuda")
@@ -89,7 +93,10 @@ def run_triton(i: Inputs) -> None:
 def run_eager(i: Inputs) -> None:
     """What a model without kernels does."""
     for part, weight in ((i.qkv[:, :, 0], i.q_weight), (i.qkv[:, :, 1], i.k_weight)):
-        y = part if weight is None else F.rms_norm(part, part.shape[-1:], weight, EPS)
+        y = part
+        if weight is not None:
+            rows = part if len(weight) == part.shape[-1] else part.flatten(2)
+            y = F.rms_norm(rows, weight.shape, weight, EPS).view(part.shape)
         if i.rope is not None:
             cos, sin = (table[:, None].to(y.dtype) for table in i.rope)
             y = reference.rotate_pairs_ref(y, cos, sin, i.pair_stride)
@@ -102,7 +109,15 @@ BACKENDS: dict[str, Callable[[Inputs], None]] = {"triton": run_triton, "eager": 
 def check(run: Callable[[Inputs], None], i: Inputs) -> None:
     """Compare one call with the reference, and leave qkv as it was."""
     before, wanted = i.qkv.clone(), i.qkv.clone()
-    reference.qk_norm_rope_ref(wanted, i.q_weight, i.k_weight, i.rope, pair_stride=i.pair_stride, eps=EPS)
+    ops.qk_norm_rope(
+        wanted,
+        q_weight=i.q_weight,
+        k_weight=i.k_weight,
+        rope=i.rope,
+        pair_stride=i.pair_stride,
+        eps=EPS,
+        backend="reference",
+    )
     run(i)
     # Eager rounds between its kernels: this is to catch wrong results, tests/ judge the digits.
     torch.testing.assert_close(i.qkv, wanted, atol=1e-1, rtol=6e-2)
@@ -133,15 +148,18 @@ def sweep(names: list[str]) -> None:
     for name in names:
         shape = SHAPES[name]
         inputs = rotated(shape)
-        default = default_config(shape.heads)
+        default = default_config(1, shape.heads * shape.head_dim) if shape.across else default_config(shape.heads)
         tiles = sorted({4, 8, 16, default.rows})
         configs = {Config(*each) for each in itertools.product(tiles, (1, 2, 4), (1,))}
         configs |= {Config(rows, tokens, 2) for rows in (8, 16) for tokens in (1, 2)}
+        if shape.across:
+            configs = {Config(1, tokens, warps) for tokens in (1, 2) for warps in (2, 4, 8, 16)}
         for config in sorted({*configs, default}):
 
-            def run(i: Inputs, config: Config = config) -> None:
+            def run(i: Inputs, config: Config = config, across: bool = shape.across) -> None:
                 cos, sin = i.rope or (None, None)
-                args = (i.qkv, i.q_weight, i.k_weight, cos, sin, i.pair_stride, EPS)
+                qkv = i.qkv.flatten(3).unsqueeze(3) if across else i.qkv
+                args = (qkv, i.q_weight, i.k_weight, cos, sin, i.pair_stride, EPS)
                 qk_norm_rope_triton(*args, config=config)
 
             check(run, inputs[0])

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "attention_sm90.cuh"
 #include "checks.h"
+#include "hopper_host.h"
 
 namespace {
 
@@ -54,41 +55,6 @@ void check_arguments(const AttentionParams& p, const std::string& dtype) {
     check_operand("v", p.v, p.batch, p.keys, p.heads);
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// A function of the driver, found at run time: so the build needs no driver.
-Encode tensor_map_encoder() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "attention: cudaGetDriverEntryPointByVersion");
-#else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
-          "attention: cudaGetDriverEntryPoint");
-#endif
-    if (found != cudaDriverEntryPointSuccess)
-        throw std::runtime_error("attention: no cuTensorMapEncodeTiled in driver");
-    return reinterpret_cast<Encode>(function);
-}
-
-// Of a 4-d tensor, boxes of `columns` in its first dimension and `rows` in its third. Strides in bytes.
-CUtensorMap encode(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[4],
-                   const cuuint64_t (&strides)[3], int columns, int rows, CUtensorMapSwizzle swizzle,
-                   CUtensorMapL2promotion promotion) {
-    static const Encode function = tensor_map_encoder();
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
-    const cuuint32_t steps[] = {1, 1, 1, 1};
-    CUtensorMap map;
-    const CUresult error =
-        function(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                 swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) {
-        throw std::runtime_error("attention: cuTensorMapEncodeTiled: error " + std::to_string(error));
-    }
-    return map;
-}
-
 // From so many keys on a load also brings the rest of its 256 bytes into L2. On an H100 that gained 7% at 3600 keys and
 // lost 6 to 12% at 300 to 1590.
 constexpr int prefetched_keys = 2048;
@@ -100,12 +66,14 @@ CUtensorMap tensor_map(const AttentionOperand& x, const AttentionParams& p, int 
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.heads),
                                 static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(p.batch)};
     const cuuint64_t strides[] = {bytes(p.heads, x.stride_h), bytes(tokens, x.stride_n), bytes(p.batch, x.stride_b)};
-    return encode(std::is_same_v<Elem, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                  x.data, sizes, strides, columns, rows,
-                  columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                  : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                  : CU_TENSOR_MAP_SWIZZLE_32B,
-                  p.keys < prefetched_keys ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+    const CUtensorMapDataType type =
+        std::is_same_v<Elem, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUtensorMapSwizzle swizzle = columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                       : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                       : CU_TENSOR_MAP_SWIZZLE_32B;
+    return encode_tensor_map(
+        type, x.data, sizes, strides, columns, rows, swizzle,
+        p.keys < prefetched_keys ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 template <typename P>
@@ -130,7 +98,7 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
                                     static_cast<cuuint64_t>(p.batch)};
         const cuuint64_t strides[] = {static_cast<cuuint64_t>(4 * pitch), 16,
                                       static_cast<cuuint64_t>(4 * pitch * p.heads)};
-        args.key_scales = encode(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.key_scales, sizes, strides, P::keys, 1,
+        args.key_scales = encode_tensor_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.key_scales, sizes, strides, P::keys, 1,
                                  CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE);
     }
     args.cos = p.cos;
@@ -166,12 +134,7 @@ void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t str
 void attention(const AttentionParams& params, const std::string& dtype, int device, void* stream) {
     check_arguments(params, dtype);
     const DeviceGuard guard(device);
-    int major = 0, minor = 0, multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check(major == 9 && minor == 0, "device",
-          "compute capability is " + std::to_string(major) + "." + std::to_string(minor) + ", must be 9.0");
+    const int multiprocessors = hopper_multiprocessors(device);
     const bool norm = params.q_weight != nullptr;
     const auto run = dtype == "bfloat16" ? (norm ? launch_best<__nv_bfloat16, true> : launch_best<__nv_bfloat16, false>)
                                          : (norm ? launch_best<__half, true> : launch_best<__half, false>);

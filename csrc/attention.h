@@ -28,3 +28,19 @@ struct AttentionParams {
 
 // Throws std::invalid_argument that names the argument, or std::runtime_error when the launch fails.
 void attention(const AttentionParams& params, const std::string& dtype, int device, void* stream);
+
+// Self-attention on rows in e4m3, as triton_ops/quantize_qkv.py writes them; all contiguous.
+struct Fp8AttentionParams {
+    const void *q, *k;      // [batch, tokens, heads, columns], zeros from column head_dim on
+    const void* v;          // [batch, heads, head_dim, pitch]: transposed, the tokens of every 16 in another order
+    const float* q_scale;   // [batch, heads, tokens]
+    const float* k_scale;   // [batch, heads, steps] of 128 tokens
+    const float* v_scale;   // [batch, heads, blocks] of 256 tokens
+    int batch, tokens, heads, head_dim;
+    int columns, pitch;
+    float softmax_scale;
+    void* out;  // [batch, tokens, heads * head_dim], contiguous
+};
+
+// As `attention`; `dtype` is that of `out`.
+void fp8_attention(const Fp8AttentionParams& params, const std::string& dtype, int device, void* stream);

@@ -55,6 +55,9 @@ struct AttentionArgs {
     const void *q_weight, *k_weight;      // [D], of the RMSNorm
     CUtensorMap key_scales;               // [B, 1, H, Lk], 1 / rms of each key
     const float *cos, *sin;               // [Lq, D / 2], rotary embedding of the queries; or nullptr
+    // Of e4m3 (attention_fp8.cuh): scales [B, H, Lq] of queries, [B, H, steps] of keys, [B, H, blocks of steps] of
+    // values.
+    const float *q_scale, *k_scale, *v_scale;
     float eps;                            // of the RMSNorm
     int queries, keys, heads;
     int row_tiles;     // tiles of one head
@@ -143,4 +146,22 @@ __device__ __forceinline__ void for_tiles(const AttentionArgs& args, const Share
         if (again && !(uniform(load_shared<int>(shared.again(number))) >> number % 32 & 1)) continue;
         f(tile_at<P>(args, index), number);
     }
+}
+
+// Barriers, and bits of tiles. All threads of the block.
+template <typename P>
+__device__ __forceinline__ void init_shared(const Shared<P>& shared) {
+    if (threadIdx.x == 0) {
+        barrier_init(shared.q_full(), 1);
+        barrier_init(shared.q_empty(), 4 * P::consumers);  // an arrival a warp
+        for (int s = 0; s < P::stages; ++s) {
+            barrier_init(shared.k_full(s), 1);
+            barrier_init(shared.k_empty(s), 4 * P::consumers);
+            barrier_init(shared.v_full(s), 1);
+            barrier_init(shared.v_empty(s), 4 * P::consumers);
+        }
+        barrier_init_fence();
+    }
+    if (threadIdx.x < again_words) store_shared(shared.again(32 * threadIdx.x), 0u);
+    __syncthreads();
 }

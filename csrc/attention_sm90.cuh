@@ -332,19 +332,7 @@ __global__ void __launch_bounds__(P::threads, 1) attention_sm90_kernel(const __g
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t raw[];
     const Shared<P> shared{(shared_address(raw) + 1023) / 1024 * 1024};
-    if (threadIdx.x == 0) {
-        barrier_init(shared.q_full(), 1);
-        barrier_init(shared.q_empty(), 4 * P::consumers);  // an arrival a warp
-        for (int s = 0; s < P::stages; ++s) {
-            barrier_init(shared.k_full(s), 1);
-            barrier_init(shared.k_empty(s), 4 * P::consumers);
-            barrier_init(shared.v_full(s), 1);
-            barrier_init(shared.v_empty(s), 4 * P::consumers);
-        }
-        barrier_init_fence();
-    }
-    if (threadIdx.x < again_words) store_shared(shared.again(32 * threadIdx.x), 0);
-    __syncthreads();
+    init_shared(shared);
     // All who have tiles of this block: the consumers have said which ones are to be computed again.
     const auto meet = [] { named_sync(1 + P::consumers, 128 * P::consumers + 32); };
     if (threadIdx.x < 128) {

@@ -103,3 +103,8 @@ __device__ __forceinline__ void or_shared(uint32_t address, uint32_t bits) {
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
+
+__device__ __forceinline__ void store_shared(uint32_t address, float4 x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                 : "memory");
+}

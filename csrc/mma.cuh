@@ -29,6 +29,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     }
 }
 
+// Four values in e4m3, the first in the lowest byte.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+    uint16_t low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    return static_cast<uint32_t>(high) << 16 | low;
+}
+
 // d[16, 8] += a[16, 16] @ b[16, 8]. This lane holds
 //   a: rows g and g + 8 of columns (2c, 2c + 1), then of columns (2c + 8, 2c + 9)
 //   b: rows (2c, 2c + 1), then rows (2c + 8, 2c + 9), of column g

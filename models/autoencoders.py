@@ -48,6 +48,15 @@ HUB_IDS = {
     "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0/vae",
 }
 
+IMAGES: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+"""diffusers' AutoencoderKL as Latte and Open-Sora use it."""
+
 
 def build(family: str, **config: Any) -> Any:
     """Build a family's autoencoder with its parameters on the current device, in eval mode and without gradients.

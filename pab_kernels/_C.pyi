@@ -43,4 +43,21 @@ def attention(
     device: int,
     stream: int,
 ) -> None: ...
+def fp8_attention(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    q_scale: int,
+    k_scale: int,
+    v_scale: int,
+    shape: Sequence[int],
+    columns: int,
+    pitch: int,
+    dtype: str,
+    softmax_scale: float,
+    out: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def build_info() -> dict[str, Any]: ...

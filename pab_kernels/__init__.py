@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pab_kernels.config import PABConfig
     from pab_kernels.runtime.accelerate import accelerate
     from pab_kernels.runtime.handle import PABHandle
+    from pab_kernels.runtime.pair import PABHandles
     from pab_kernels.runtime.report import Report
     from pab_kernels.schedule import Schedule, StepVariant
 
@@ -23,6 +24,7 @@ _HOMES = {
     "runtime.report": ("Report",),
     "runtime.accelerate": ("accelerate",),
     "runtime.handle": ("PABHandle",),
+    "runtime.pair": ("PABHandles",),
     "schedule": ("Schedule", "StepVariant"),
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "Mlp",
     "PABConfig",
     "PABHandle",
+    "PABHandles",
     "Report",
     "Schedule",
     "SelfAttention",

@@ -30,7 +30,8 @@ SWITCHES = (*KINDS, "mlp", "stack", "guidance")
 
 LINEAR_PRECISIONS = ("fp8", "fp8-all")
 CACHE_DTYPES = ("fp8", "int8")
-"""What `linear_precision` and `cache_dtype` may be, besides None: see `PABConfig`."""
+ATTENTION_PRECISIONS = ("fp8",)
+"""What `linear_precision`, `cache_dtype` and `attention_precision` may be, besides None: see `PABConfig`."""
 
 ALL_BLOCKS = range(sys.maxsize)
 NO_BLOCKS = range(0)
@@ -74,6 +75,8 @@ class PABConfig:
         all of them: then the result does not hang on a measurement. By default all stay in the model's dtype.
     linear_exclude : sequence of str
         Patterns of layers that stay in the model's dtype all the same, such as "spatial.0.*" or "*.mlp".
+    attention_precision : {"fp8"}, optional
+        Compute spatial and full self-attention in e4m3 where that was measured faster, on Hopper GPUs only.
     cache_dtype : {"fp8", "int8"}, optional
         Keep slots in one byte an element with a scale a row: half the memory. By default in the model's dtype.
 
@@ -116,6 +119,7 @@ class PABConfig:
     guidance_order: int = 0
     linear_precision: str | None = None
     linear_exclude: tuple[str, ...] = ()
+    attention_precision: str | None = None
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +134,7 @@ class PABConfig:
         self._set("mlp_temporal_broadcast_config", values.mlp_windows)
         values.check_choice("linear_precision", self.linear_precision, LINEAR_PRECISIONS)
         self._set("linear_exclude", values.patterns)
+        values.check_choice("attention_precision", self.attention_precision, ATTENTION_PRECISIONS)
         values.check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         for kind in SWITCHES:
             if kind != "mlp" and getattr(self, f"{kind}_broadcast"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import queue
 import signal
 import subprocess
+import tempfile
 import textwrap
+import threading
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,13 +146,33 @@ def save_video(frames: Frames, path: Path, fps: float = 8, least_size: int = 256
     OSError
         It could not be written, such as on a full disk; what was at `path` is as it was.
     """
+    with video_writer(path, fps, least_size) as add:
+        add(frames)
+
+
+@contextmanager
+def video_writer(path: Path, fps: float, least_size: int = 1) -> Iterator[Callable[[Frames], None]]:
+    """A function that takes the next frames [n, H, W, 3] of a video; an .mp4 is encoded while others are still made.
+
+    The file is there when the block ends, and not at all if it ends by an error. Parameters and errors are those of
+    `save_video`.
+    """
     if path.suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"output: got {path.name!r}, must end in .mp4 or .gif")
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise ValueError(f"frames: got {list(frames.shape)} {frames.dtype}, must be [T, H, W, 3] uint8")
-    frames = _enlarged(frames, least_size)
     with replaced(path) as partial:
-        (_write_mp4 if path.suffix == ".mp4" else _write_gif)(frames, partial, fps)
+        video = _Mp4(partial, fps) if path.suffix == ".mp4" else _Gif(partial, fps)
+
+        def add(frames: Frames) -> None:
+            if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+                raise ValueError(f"frames: got {list(frames.shape)} {frames.dtype}, must be [T, H, W, 3] uint8")
+            video.add(_enlarged(frames, least_size))
+
+        try:
+            yield add
+        except BaseException:
+            video.stop()
+            raise
+        video.close()
 
 
 def why_no_mp4() -> str | None:
@@ -156,37 +180,96 @@ def why_no_mp4() -> str | None:
     return "`pip install imageio[ffmpeg]`" if importlib.util.find_spec("imageio_ffmpeg") is None else None
 
 
-def _write_mp4(frames: Frames, path: Path, fps: float) -> None:
-    """By ffmpeg itself: imageio does not notice that it failed, and leaves the matrix to a guess."""
-    import imageio_ffmpeg
+class _Mp4:
+    """ffmpeg itself: imageio does not notice that it failed, and leaves the matrix to a guess. A thread feeds it."""
 
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:  # colours are kept of every other row and column
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    def __init__(self, path: Path, fps: float) -> None:
+        self.path, self.fps = path, fps
+        self.process: subprocess.Popen[bytes] | None = None
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close` or `stop`
+        self.waiting: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._feed, daemon=True)
+
+    def add(self, frames: Frames) -> None:
         height, width = frames.shape[1:3]
-    matrix = "bt709" if height >= HD else "smpte170m"
-    tags = f"colorspace={matrix}:color_primaries={matrix}:color_trc={matrix}:range=tv"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror", "-y"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
-    command += ["-vf", f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p,setparams={tags}"]
-    command += ["-c:v", "libx264", "-crf", "18", f"file:{path}"]
-    pixels = np.ascontiguousarray(frames).data.cast("B")
-    done = subprocess.run(command, input=pixels, capture_output=True, check=False)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
-        why = signal.strsignal(-done.returncode) if done.returncode < 0 else lines[-1]
-        raise OSError(f"ffmpeg did not write the video: {why}")
+        if height % 2 or width % 2:  # colours are kept of every other row and column
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self._command(*frames.shape[1:3]), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.errors
+            )
+            self.thread.start()
+        self.waiting.put(np.ascontiguousarray(frames))
+
+    def _command(self, height: int, width: int) -> list[str]:
+        import imageio_ffmpeg
+
+        matrix = "bt709" if height >= HD else "smpte170m"
+        tags = f"colorspace={matrix}:color_primaries={matrix}:color_trc={matrix}:range=tv"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-xerror", "-y"]
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps)]
+        command += ["-i", "pipe:0"]
+        command += ["-vf", f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p,setparams={tags}"]
+        return [*command, "-c:v", "libx264", "-crf", "18", f"file:{self.path}"]
+
+    def _feed(self) -> None:
+        assert self.process is not None
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it ended early; why is said by `close`
+            while (frames := self.waiting.get()) is not None:
+                self.process.stdin.write(frames.data.cast("B"))
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        if self.process is None:
+            raise ValueError("frames: got none, must be at least one")
+        self.waiting.put(None)
+        self.thread.join()
+        code = self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines() or [f"it ended with {code}"]
+        self.errors.close()
+        if code:
+            raise OSError(f"ffmpeg did not write the video: {signal.strsignal(-code) if code < 0 else lines[-1]}")
+
+    def stop(self) -> None:
+        """End without a file."""
+        if self.process is not None:
+            self.process.kill()
+            self.waiting.put(None)
+            self.thread.join()
+            self.process.wait()
+        self.errors.close()
 
 
-def _write_gif(frames: Frames, path: Path, fps: float) -> None:
+class _Gif:
     """Frame by frame: Pillow's `save` makes one of neighbours that are equal."""
-    with path.open("wb") as file:
-        for i, frame in enumerate(frames):
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self.file = path.open("wb")
+        self.fps, self.empty = fps, True
+
+    def add(self, frames: Frames) -> None:
+        for frame in frames:
             image = Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE)
-            if i == 0:
-                file.writelines(GifImagePlugin.getheader(image, info={"loop": 0})[0])
-            file.writelines(GifImagePlugin.getdata(image, duration=1000 / fps, include_color_table=True))
-        file.write(b";")
+            if self.empty:
+                self.file.writelines(GifImagePlugin.getheader(image, info={"loop": 0})[0])
+                self.empty = False
+            self.file.writelines(GifImagePlugin.getdata(image, duration=1000 / self.fps, include_color_table=True))
+
+    def close(self) -> None:
+        """Write the end."""
+        with self.file:
+            if self.empty:
+                raise ValueError("frames: got none, must be at least one")
+            self.file.write(b";")
+
+    def stop(self) -> None:
+        """End without a file."""
+        with suppress(OSError):
+            self.file.close()
 
 
 def save_frame(frame: Frames, path: Path, least_size: int = 256) -> None:

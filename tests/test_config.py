@@ -69,6 +69,7 @@ def test_documents_example_loads_unchanged():
         ({"linear_precision": "int8"}, ValueError, ["linear_precision", "'int8'", "fp8, fp8-all"]),
         ({"linear_exclude": "spatial.0.*"}, TypeError, ["linear_exclude", "'spatial.0.*'", "list"]),
         ({"linear_exclude": [0]}, TypeError, ["linear_exclude", "[0]", "list"]),
+        ({"attention_precision": "int8"}, ValueError, ["attention_precision", "'int8'", "fp8"]),
         ({"cache_dtype": "fp16"}, ValueError, ["cache_dtype", "'fp16'", "fp8, int8"]),
         ({"cache_dtype": ["fp8"]}, ValueError, ["cache_dtype", "['fp8']", "fp8, int8"]),
         ({"spatial_range": 10**400}, ValueError, ["spatial_range", "1000", "at most 2147483647"]),

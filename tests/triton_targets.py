@@ -24,6 +24,7 @@ from pab_kernels.triton_ops.group_norm_silu import channel_sums_triton, group_no
 from pab_kernels.triton_ops.grow_planes import grow_planes_triton
 from pab_kernels.triton_ops.key_scales import key_scales_triton
 from pab_kernels.triton_ops.qk_norm_rope import qk_norm_rope_triton
+from pab_kernels.triton_ops.quantize_qkv import quantize_qkv_triton
 from pab_kernels.triton_ops.residual_norm_modulate import residual_norm_modulate_triton
 from pab_kernels.triton_ops.scaled_linear_gelu import scaled_linear_gelu_triton
 from pab_kernels.triton_ops.temporal_attention import temporal_attention_triton
@@ -94,6 +95,11 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 x, [make(2, 8, 1152), s], [vector, vector], vector, vector, None, "layer", None, 1e-6, s, s
             ),
         )
+    q8, k8, v8 = (make(1, 200, 2, 80, dtype=e4m3), make(1, 200, 2, 80, dtype=e4m3), make(1, 2, 72, 256, dtype=e4m3))
+    q_scale, k_scale, v_scale = (make(1, 2, count, dtype=f32) for count in (200, 2, 1))
+    q, k, v = make(1, 200, 3, 2, 72).unbind(2)
+    results = (q8, k8, v8, q_scale, k_scale, v_scale)
+    yield "quantize_qkv", lambda: quantize_qkv_triton(q, k, v, make(1, 2, 72, dtype=f32), results)
     yield "gelu_quantize", lambda: gelu_quantize_triton(make(8, 4608), make(8, 4608, dtype=e4m3), make(8, dtype=f32))
     planes, kernel = make(2, 9, 9, 64), make(1, 64, 3, 3, 3, 64)
     yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,8 @@ class SelfAttention(Weights):
 
     `sequence` says which tokens see each other: those of a frame, those of a position, or all of them.
     `q_norm` and `k_norm` are RMSNorm weights: [D] norms each head, [H * D] all heads together. With `rotary` queries
-    and keys are rotated by the step's tables; `pair_stride` is that of `ops.qk_norm_rope`.
+    and keys are rotated by the step's tables; `pair_stride` is that of `ops.qk_norm_rope`, `precision` that of
+    `ops.self_attention`.
     """
 
     qkv: Linear | Fp8Linear  # [3C, C], rows ordered q, k, v, then heads
@@ -86,6 +87,7 @@ class SelfAttention(Weights):
     norm_eps: float = 1e-6
     rotary: bool = False
     pair_stride: int = 1
+    precision: str | None = None
 
     layer: ClassVar[str] = "qkv"
     fp8: ClassVar[tuple[str, ...]] = ("qkv",)
@@ -189,8 +191,8 @@ def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | No
         y = ops.temporal_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps)
     else:
         qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
-        stride = weights.pair_stride
-        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, pair_stride=stride, eps=eps)
+        options: dict[str, Any] = {"pair_stride": weights.pair_stride, "precision": weights.precision}
+        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps, **options)
     return linear(y, weights.proj, out)
 
 

@@ -18,6 +18,7 @@ from rich import box
 from rich.table import Table
 
 from pab_kernels.cli import options
+from pab_kernels.cli.whole_runs import whole_runs
 from pab_kernels.files import append, check_outputs, replaced
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def bench(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps, by default the workload's.")] = None,
     pab: options.Pab = None,
     scale: Annotated[str, typer.Option(help="full, or tiny: two narrow layers, to try it out.")] = "full",
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Time text, denoising, decoding and writing of this runtime instead.")
+    ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     cache_device: options.CacheDevice = None,
@@ -78,6 +82,8 @@ def bench(
     pab bench --workload open_sora-480p-2s --report reports/480p
 
     pab bench --workload latte-16x512 --scale tiny --device cpu
+
+    pab bench --workload open_sora-360p-2s --end-to-end
     """
     from pab_kernels import workloads as named
     from pab_kernels.config import PABConfig
@@ -106,6 +112,11 @@ def bench(
         names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
         if scale == "tiny":
             chosen = chosen.tiny()
+        if end_to_end:
+            if csv_file is not None or report_folder is not None:
+                raise ValueError("end-to-end: got it with --csv or --report, must be with --json alone")
+            whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny")
+            return
 
         problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
         fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +19,10 @@ from pab_kernels.cli import options
 from pab_kernels.files import check_outputs
 
 if TYPE_CHECKING:
-    from pab_kernels.pipelines.generate import Generated, Step
-    from pab_kernels.pipelines.loading import Pipeline
+    from pab_kernels.pipelines.generate import Generated, Request, Step
+    from pab_kernels.pipelines.loading import Pipeline, Source
+    from pab_kernels.pipelines.sizes import VideoSize
+    from pab_kernels.quality import Frames
 
 DEMO_PROMPT = "a red circle moves right over a striped background"
 
@@ -30,15 +34,27 @@ def generate(
     model: options.Model = "demo",
     weights: options.Weights = None,
     text_encoder: options.TextEncoder = None,
-    vae: Annotated[
-        str | None, typer.Option(help="A video decoder for diffusers; without one latents are saved.")
+    vae: options.Vae = None,
+    random_weights: Annotated[
+        bool, typer.Option(help="No checkpoint, text encoder or decoder's weights: for timing.")
+    ] = False,
+    latents_only: Annotated[bool, typer.Option("--latents-only", help="Write latents, for `pab decode`.")] = False,
+    decode_memory: options.DecodeMemory = None,
+    seamless: options.Seamless = False,
+    offload_text: Annotated[
+        bool, typer.Option("--offload-text", help="Keep the text encoder in host memory while the transformer runs.")
+    ] = False,
+    image: Annotated[Path | None, typer.Option(help="Open-Sora: the first frame of the video.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Open-Sora: a video to go on from.")] = None,
+    from_frame: Annotated[
+        int | None, typer.Option(help="The first of the 17 frames of --video; by default its last 17.")
     ] = None,
-    random_weights: Annotated[bool, typer.Option(help="No checkpoint and no text encoder: for timing.")] = False,
+    fit: Annotated[str | None, typer.Option(help="crop or pad an --image or --video of another aspect.")] = None,
     resolution: options.Resolution = None,
     duration: options.Duration = None,
     aspect: options.Aspect = None,
     size: options.Size = None,
-    image: Annotated[bool, typer.Option("--image", help="One frame; Latte leaves temporal attention out.")] = False,
+    still: Annotated[bool, typer.Option("--still", help="One frame; Latte leaves temporal attention out.")] = False,
     pab: options.Pab = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
     guidance: options.Guidance = None,
@@ -57,6 +73,7 @@ def generate(
     cache_device: options.CacheDevice = None,
     cache_dtype: options.CacheDtype = None,
     linear_precision: options.LinearPrecision = None,
+    attention_precision: options.AttentionPrecision = None,
 ) -> None:
     """Generate videos from text, with Pyramid Attention Broadcast.
 
@@ -70,32 +87,41 @@ def generate(
 
     pab generate --model open_sora --resolution 480p --duration 2s --random-weights --json > run.json
 
-    pab generate --model open_sora --resolution 720p --image --random-weights --steps 2
+    pab generate --model open_sora --resolution 360p --image first.png --fit crop --prompt "the waves roll in"
+
+    pab generate --model open_sora --resolution 720p --still --random-weights --steps 2
     """
     from pab_kernels.pipelines import generate as generation
+    from pab_kernels.pipelines import outputs
+    from pab_kernels.pipelines.decoding import parse_bytes
+    from pab_kernels.pipelines.given import encode
     from pab_kernels.pipelines.loading import Source, load_pipeline, resolve_model
     from pab_kernels.pipelines.sizes import family_size
+    from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 
     with options.clean_errors():
-        source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights)
+        source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights, latents_only)
+        memory = None if decode_memory is None else parse_bytes(decode_memory)
         family = source.family
         defaults = generation.DEFAULTS[family]
         sizes = partial(family_size, family, resolution=resolution, duration=duration, aspect=aspect, size=size)
-        video = sizes(image=image)
-        of_one_frame = video is not None and video.frames == 1
+        shape = sizes(image=still)
+        of_one_frame = shape is not None and shape.frames == 1
         if output is None:
             output = Path("outputs/image.png" if of_one_frame else "outputs/video.mp4")
-        generation.check_output(output, source, of_one_frame)
+        outputs.check_output(output, source, of_one_frame)
+        frames = _given_frames(family, source, shape, image, video, from_frame, fit)
         request = generation.Request(
             [text for text in prompt or [DEMO_PROMPT] for _ in range(videos)],
             negative_prompt,
             defaults.steps if steps is None else steps,
             defaults.guidance if guidance is None else guidance,
             seed or [0],
-            video,
+            shape,
         )
         pab = defaults.preset if pab is None else pab
-        config = generation.pab_settings(pab, cache_dtype=cache_dtype, linear_precision=linear_precision)
+        small = {"linear_precision": linear_precision, "attention_precision": attention_precision}
+        config = generation.pab_settings(pab, cache_dtype=cache_dtype, **small)
         if compare and config is None:
             raise ValueError("pab: got 'off' with --compare, must be a preset or a file: there is nothing to compare")
         place = options.device_named(device)
@@ -103,23 +129,37 @@ def generate(
         options.on_host(cache_device)
         generation.check_memory(source, request, config, place, number, cache_device)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
-        files = generation.output_files(output, len(request.prompts), source.decodes, compare or not source.decodes)
+        files = outputs.output_files(output, len(request.prompts), source.decodes, compare or not source.decodes)
         longest = [_preview_path(output, name, request.steps) for name in runs if preview is not None]
         check_outputs(
             {"output": [path for both in files for path in both], "preview": longest},
-            inputs=(model, weights, text_encoder, vae, pab),
+            inputs=(model, weights, text_encoder, vae, pab, image, video),
         )
-        pipe = load_pipeline(source, sizes(), dtype=number, device=place)  # the weights are those of a video
+        pipe = load_pipeline(  # the weights are those of a video
+            source, sizes(), dtype=number, device=place, decode_memory=memory, seamless=seamless
+        )
+        given = None
+        if frames is not None and shape is not None and isinstance(pipe, TextToVideoPipeline):
+            given = encode(pipe.vae, frames, shape, request.all_seeds[0])
         results, previews = {}, []
-        with _progress(quiet) as bar:
+        with _progress(quiet) as bar, ExitStack() as stack:
             for name, settings in runs.items():
                 task = bar.add_task(name, total=request.steps, variant="")
                 watch = _Watch(bar, task, pipe, partial(_preview_path, output, name), preview)
                 on_step = watch if not quiet or preview is not None else None
-                results[name] = generation.generate(pipe, request, settings, on_step, cache_device)
+                sinks = None
+                if source.decodes and not of_one_frame and name == list(runs)[-1]:
+                    sinks = stack.enter_context(outputs.video_writers(pipe, output, len(request.prompts)))
+                results[name] = generation.generate(
+                    pipe, request, settings, on_step, cache_device, sinks, given, offload_text
+                )
                 previews += watch.written
-        written = [*previews, *generation.save(results, request, pipe, config, output)]
+            start = time.perf_counter()
+            stack.close()  # what is still being encoded
+            writing = time.perf_counter() - start
+        written = [*previews, *outputs.save(results, request, pipe, config, output)]
         summary = generation.summary(results, request) | {
+            "writing": writing,
             "model": family,
             "pab": None if config is None else config.to_dict(),
             "device": str(place),
@@ -129,10 +169,36 @@ def generate(
     if as_json:
         typer.echo(json.dumps(_plain(summary), indent=1, allow_nan=False))
     elif not quiet:
-        _print(results, summary)
+        _print(results, summary, request)
     if not all(result.finite for result in results.values()):
         options.print_error("the result is not finite: what was written is of no use")
         raise typer.Exit(1)
+
+
+def _given_frames(
+    family: str,
+    source: Source,
+    size: VideoSize | None,
+    image: Path | None,
+    video: Path | None,
+    from_frame: int | None,
+    fit: str | None,
+) -> Frames | None:
+    """The frames that an image or a video gives, in the size of the new video."""
+    from pab_kernels.pipelines import given
+
+    if image is None and video is None:
+        if from_frame is not None or fit is not None:
+            raise ValueError("from_frame, fit: got one without --image or --video")
+        return None
+    if image is not None and (video is not None or from_frame is not None):
+        raise ValueError("image: got it with --video or --from-frame, must be given alone")
+    if family != "open_sora" or size is None:
+        raise ValueError(f"image, video: got one for {family}, but only open_sora goes on from frames")
+    if not source.decodes:
+        raise ValueError("image, video: got one with --latents-only, but they need the autoencoder")
+    frames = given.load_image(image) if image is not None else given.load_frames(str(video), from_frame)
+    return given.fit(frames, size, fit)
 
 
 def _preview_path(output: Path, run: str, step: int) -> Path:
@@ -173,7 +239,7 @@ def _progress(quiet: bool) -> Progress:
     )
 
 
-def _print(results: Mapping[str, Generated], summary: Mapping[str, Any]) -> None:
+def _print(results: Mapping[str, Generated], summary: Mapping[str, Any], request: Request) -> None:
     """For people: the files, the runtime's report, and a table with a column a run."""
     from pab_kernels.pipelines.memory import gib
 
@@ -182,7 +248,15 @@ def _print(results: Mapping[str, Generated], summary: Mapping[str, Any]) -> None
         console.print(f"wrote {path}", soft_wrap=True)
     runs = list(results.values())
     table = Table("", *results)
+    if runs[-1].frames is not None and request.size is not None:
+        options.say_size(console, request.size, runs[-1].frames[0].shape[1:3])
     table.add_row("seconds", *(f"{run.seconds:.2f}" for run in runs))
+    for part in runs[-1].parts:
+        table.add_row(f"  {part}", *(f"{run.parts[part]:.2f}" for run in runs))
+    if runs[-1].frames is not None:
+        count = sum(len(video) for video in runs[-1].frames)
+        table.add_row("  writing, beyond decoding", *[""] * (len(runs) - 1), f"{summary['writing']:.2f}")
+        table.add_row("frames a second, of all but writing", *(f"{count / run.seconds:.1f}" for run in runs))
     if (report := runs[-1].report) is not None:
         console.print(str(report))
         blank = [""] * (len(runs) - 1)

@@ -9,6 +9,7 @@ import typer
 from pab_kernels.cli import options
 from pab_kernels.cli.bench import bench
 from pab_kernels.cli.compare import compare
+from pab_kernels.cli.decode import decode
 from pab_kernels.cli.generate import generate
 from pab_kernels.cli.info import info
 from pab_kernels.cli.profile import profile
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (generate, profile, tune, quality, compare, bench, report, info, schedule, verify):
+for command in (generate, decode, profile, tune, quality, compare, bench, report, info, schedule, verify):
     app.command()(command)
 
 

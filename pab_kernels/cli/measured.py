@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +38,7 @@ Prompt = Annotated[list[str] | None, typer.Option(help="What to show; repeat it.
 Videos = Annotated[int, typer.Option(min=1, help="How many videos, where no prompts are given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Chooses the demo's prompts, and the noise of every video.")]
 Steps = Annotated[int | None, typer.Option(min=LEAST_STEPS, help="Denoising steps; by default the model's own.")]
-Vae = Annotated[str | None, typer.Option(help="A video decoder for diffusers.")]
+Vae = options.Vae
 RandomWeights = Annotated[bool, typer.Option(help="No checkpoint and no text encoder.")]
 
 
@@ -106,8 +107,8 @@ def load(given: Mapping[str, Any], compared: bool = True) -> tuple[Pipeline, Req
         given["vae"],
         given.get("random_weights", False),
     )
-    if compared and not source.decodes:
-        raise ValueError(f"model: got {given['model']!r}, which gives latents: needs --vae, as videos are compared")
+    if not compared and given["vae"] is None and (source.random_weights or source.family not in ("demo", "latte")):
+        source = dataclasses.replace(source, latents_only=True)  # nothing would look at the videos
     defaults = generation.DEFAULTS[source.family]
     count, seed = given["videos"], given["seed"]
     if given["prompt"]:

@@ -15,11 +15,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pab_kernels.config import CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
+from pab_kernels.config import ATTENTION_PRECISIONS, CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
 from pab_kernels.strict_yaml import printable
 
 if TYPE_CHECKING:
     import torch
+
+    from pab_kernels.pipelines.sizes import VideoSize
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed while running, 2 wrong option or file. PAB_DEBUG=1 shows tracebacks."
 INTERRUPTED = 130
@@ -139,6 +141,15 @@ def on_host(cache_device: str | None) -> bool:
     return cache_device == "cpu"
 
 
+def say_size(console: Console, size: VideoSize, real: tuple[int, int]) -> None:
+    """Say it where a video's height and width are not those that were asked for."""
+    if (size.height, size.width) != real:
+        console.print(
+            f"The video is {real[1]}x{real[0]}, not {size.width}x{size.height}: latents are eighths, rounded down.",
+            soft_wrap=True,
+        )
+
+
 def _families() -> list[str]:
     return ["demo", *PRESETS]
 
@@ -157,6 +168,20 @@ Model = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="The model's checkpoint: a file, folder or hub id.")]
 TextEncoder = Annotated[str | None, typer.Option(help="T5 or mT5: a folder or hub id.")]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        help="The video decoder: a file, folder or hub id; by default the family's own. Also one of diffusers."
+    ),
+]
+DecodeMemory = Annotated[
+    str | None,
+    typer.Option(help="What a piece of the decoder may take, such as 4GiB: picks how large pieces are."),
+]
+Seamless = Annotated[
+    bool,
+    typer.Option("--seamless", help="Decode without the originals' seams: other numbers than theirs, see the docs."),
+]
 Guidance = Annotated[float | None, typer.Option("--guidance", "--cfg", help="Guidance scale.")]
 Pab = Annotated[
     str | None,
@@ -187,6 +212,13 @@ LinearPrecision = Annotated[
     typer.Option(
         help="fp8: the blocks' linears in fp8 where that is faster; fp8-all: all of them, measured or not.",
         autocompletion=lambda: list(LINEAR_PRECISIONS),
+    ),
+]
+AttentionPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: spatial and full attention in e4m3 where that is faster, on Hopper GPUs.",
+        autocompletion=lambda: list(ATTENTION_PRECISIONS),
     ),
 ]
 Resolution = Annotated[

@@ -60,7 +60,7 @@ def backends() -> dict[str, table.Choice]:
     fp8 = torch.empty(16, 16, dtype=torch.float8_e4m3fn, device=device)
     fp8_linear = fp8, fp8, torch.empty(16, dtype=torch.bfloat16, device=device)
     spatial, full, text = empty(1, 1590, 16, 72), empty(1, 2048, 24, 96), empty(1, 300, 16, 72)
-    wan, ltx = empty(1, 2048, 12, 128), empty(1, 2048, 32, 64)
+    wan, ltx = empty(1, 8192, 12, 128), empty(1, 2048, 32, 64)
     length = torch.empty(1, dtype=torch.int32, device=device)
     return {
         "residual_norm_modulate": table.choose("residual_norm_modulate", empty(1, 1, 1152)),
@@ -73,5 +73,6 @@ def backends() -> dict[str, table.Choice]:
         "attention, full 3D": table.choose("attention", full, full, full),
         "attention, Wan": table.choose("attention", wan, wan, wan),
         "attention, LTX-Video": table.choose("attention", ltx, ltx, ltx),
+        "attention, in e4m3": table.choose("fp8_attention", wan, wan, wan),
         "attention, text lengths": table.choose("attention", spatial, text, text, length),
     }

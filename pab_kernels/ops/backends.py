@@ -29,6 +29,8 @@ MAX_FRAMES = 128
 """Longest sequence along T that the temporal kernels take."""
 MAX_CHANNELS = 32768
 """Widest row that Triton holds: that of the pass between two GEMMs, and of GELU and quantisation."""
+MAX_SCORES = 16384
+"""Longest row of scores that Triton's softmax takes."""
 MAX_PLANE_CHANNELS = 4608
 """Most channels of a plane that Triton's group norm and growing take."""
 TRITON_HEAD_DIMS = (72,)
@@ -40,6 +42,9 @@ HOPPER_KEYS = {72: 144, 96: 257, 128: 257}
 the best of SDPA from 144 keys on at 72 (H100), and on an H200 at 257, 512, 9,600 and more keys at 96 and 128."""
 HOPPER_QUERIES = 144
 """Fewest queries for it: it takes 128 or 192 at a time, and fewer were not timed."""
+FP8_TOKENS = {96: 4096, 128: 4096}
+"""Head dimensions at which attention in e4m3 was measured faster than in 16 bits (H200, 9,600 and 32,760 tokens, the
+quantisation not counted), and from how many tokens on it serves."""
 HOPPER_ROPE = (96, 16)
 """Head dimension and pair stride at which it rotates queries itself: then both channels of a pair are in one lane."""
 
@@ -160,16 +165,23 @@ def _built_for_hopper() -> bool:
     return any(name.startswith("90a") for name in _C.build_info()["architectures"])
 
 
-def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
-    head_dim = q.shape[-1]
+def no_hopper(device: torch.device) -> str | None:
+    """Why `device` has no attention of csrc/, in e4m3 or 16 bits; None if it has."""
     if _C is None:
         return "the CUDA kernels were left out of this build"
-    if q.device.type != "cuda":
-        return f"cuda needs a CUDA tensor, got one on {q.device.type}"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
+    if device.type != "cuda":
+        return f"cuda needs a CUDA tensor, got one on {device.type}"
+    if torch.cuda.get_device_capability(device) != (9, 0):
         return "cuda needs compute capability 9.0"
     if not _built_for_hopper():
         return "the CUDA kernels were not built for sm_90a"
+    return None
+
+
+def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
+    head_dim = q.shape[-1]
+    if why_not := no_hopper(q.device):
+        return why_not
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"cuda takes float16 and bfloat16, got {q.dtype}"
     if head_dim not in HOPPER_KEYS:
@@ -180,6 +192,15 @@ def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = 
         strides = zip(x.shape[:3], x.stride()[:3], strict=True)
         if x.storage_offset() % 8 or any(size > 1 and (stride % 8 or stride == 0) for size, stride in strides):
             return "cuda needs rows on 16-byte boundaries, none of them shared"
+    return None
+
+
+def _no_fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if why_not := _no_cuda_attention(q, k, v) or _no_triton(q):
+        return why_not
+    least = FP8_TOKENS.get(q.shape[-1])
+    if least is None or q.shape[1] < least:
+        return f"fp8 attention is for head_dim and tokens of at least {FP8_TOKENS}, elsewhere 16 bits are no slower"
     return None
 
 
@@ -241,11 +262,17 @@ BACKENDS: dict[str, tuple[tuple[str, Refusal], ...]] = {
     "conv_planes": (("triton", _no_triton_conv), ("cudnn", _no_cudnn), ("reference", _serves_all)),
     "channel_sums": (("triton", _no_triton_planes), ("reference", _serves_all)),
     "group_norm_silu": (("triton", _no_triton_planes), ("reference", _serves_all)),
+    "softmax_rows": (("triton", _no_triton_rows(MAX_SCORES)), ("reference", _serves_all)),
     "grow_planes": (("triton", _no_triton_planes), ("reference", _serves_all)),
     "attention": (
         ("cuda", _no_cuda_attention),
         ("triton", _no_triton_attention),
         ("sdpa", _serves_all),
+        ("reference", _serves_all),
+    ),
+    "fp8_attention": (
+        ("cuda", _no_fp8_attention),
+        ("attention", _serves_all),
         ("reference", _serves_all),
     ),
 }

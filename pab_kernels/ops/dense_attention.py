@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pab_kernels.ops import backends, reference
 from pab_kernels.ops.backends import resolve
 from pab_kernels.ops.checks import check_float, check_last_contiguous, check_like, check_shape, check_tensor
+from pab_kernels.ops.fp8_attention import fp8_attention
 from pab_kernels.ops.query_key import across_heads, check_qkv, key_scales, qk_norm_rope
 from pab_kernels.ops.registration import register
 
@@ -87,6 +88,7 @@ def self_attention(
     pair_stride: int = 1,
     eps: float = 1e-6,
     softmax_scale: float | None = None,
+    precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of all tokens on all, straight from the QKV GEMM's output: `qk_norm_rope`, then `attention`.
@@ -102,6 +104,8 @@ def self_attention(
         As for `qk_norm_rope`.
     softmax_scale, backend
         As for `attention`.
+    precision : {"fp8"}, optional
+        In e4m3 where that is faster: then it is `qk_norm_rope` and `fp8_attention`, of which `backend` is one.
 
     Returns
     -------
@@ -118,8 +122,13 @@ def self_attention(
     q, k, v = qkv.unbind(2)
     if qkv.numel() == 0:
         return qkv.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
-    name = resolve("attention", backend, q, k, v, None)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if precision not in (None, "fp8"):
+        raise ValueError(f"precision: got {precision!r}, must be 'fp8' or None")
+    if precision == "fp8" and resolve("fp8_attention", backend, q, k, v) != "attention":
+        qk_norm_rope(qkv, q_weight=q_weight, k_weight=k_weight, rope=rope, pair_stride=pair_stride, eps=eps)
+        return fp8_attention(q, k, v, softmax_scale=scale, backend=backend)
+    name = resolve("attention", None if precision else backend, q, k, v, None)
     form = backends.choose_preparation(
         name,
         backends.Preparation(

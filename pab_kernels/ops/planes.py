@@ -296,6 +296,42 @@ def _grow_planes(x: Tensor, times: int, space: int, out: Tensor, backend: str) -
         reference.grow_planes_ref(x, times, space, out)
 
 
+def softmax_rows(scores: Tensor, scale: float, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
+    """``softmax(scale * scores)`` over the last dimension, rounded once.
+
+    Parameters
+    ----------
+    scores : Tensor
+        [..., N], contiguous.
+    scale : float
+    dtype : torch.dtype
+        Of the result.
+    backend : {"triton", "reference"}, optional
+        Forces a backend.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, stride, or backend, naming the argument.
+    """
+    check_float("scores", check_tensor("scores", scores))
+    if scores.ndim == 0 or not scores.is_contiguous():
+        raise ValueError(f"scores: shape is {list(scores.shape)}, must have a dimension and be contiguous")
+    out = torch.empty_like(scores, dtype=dtype)
+    if out.numel() > 0:
+        torch.ops.pab.softmax_rows(scores, scale, out, resolve("softmax_rows", backend, scores))
+    return out
+
+
+def _softmax_rows(scores: Tensor, scale: float, out: Tensor, backend: str) -> None:
+    if backend == "triton":
+        from pab_kernels.triton_ops.softmax_rows import softmax_rows_triton
+
+        softmax_rows_triton(scores, scale, out)
+    else:
+        out.copy_(torch.softmax(reference.wide(scores) * scale, -1))
+
+
 def _check_planes(name: str, value: Tensor) -> None:
     check_float(name, check_tensor(name, value))
     check_shape(name, value, ("T", "H + 1", "W + 1", "C"))
@@ -324,6 +360,9 @@ register(
     ("out",),
     _group_norm_silu,
     writes_only,
+)
+register(
+    "softmax_rows(Tensor scores, float scale, Tensor(a!) out, str backend) -> ()", ("out",), _softmax_rows, writes_only
 )
 register(
     "grow_planes(Tensor x, int times, int space, Tensor(a!) out, str backend) -> ()",

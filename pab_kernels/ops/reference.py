@@ -188,6 +188,26 @@ def temporal_attention_ref(
     return y.to(qkv.dtype) if out is None else out.copy_(y)
 
 
+def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, center: Tensor, softmax_scale: float) -> Tensor:
+    """`fp8_attention` of q, k, v [B, N, H, D], with `center` [B, H, D] taken out of the keys.
+
+    Rounds where the kernel does; all sums are wide.
+    """
+    e4m3 = torch.float8_e4m3fn
+
+    def rounded(x: Tensor, tokens: int) -> Tensor:
+        """[B, H, N, D] with a scale for so many tokens."""
+        padded = F.pad(x, (0, 0, 0, -x.shape[2] % tokens)).unflatten(2, (-1, tokens))
+        scale = padded.abs().amax((-1, -2), keepdim=True).clamp(min=TINY) / LIMITS[e4m3]
+        return ((padded / scale).to(e4m3).to(x.dtype) * scale).flatten(2, 3)[:, :, : x.shape[2]]
+
+    q, k, v = (_wide(x).transpose(1, 2) for x in (q, k, v))
+    scores = rounded(q, 1) @ rounded(k - center.to(k.dtype)[:, :, None], 128).mT * softmax_scale
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v, 256)
+    return (sums / weights.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+
 def attention_ref(
     q: Tensor,
     k: Tensor,

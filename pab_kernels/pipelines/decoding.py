@@ -1,4 +1,4 @@
-"""Decodes latents of Open-Sora and Open-Sora-Plan by the piece: in half precision on a GPU on planes, else by the host.
+"""Decodes latents by the piece: in half precision on a GPU on planes, else by the host.
 
 Pieces are the originals' unless something else is asked for. While one is decoded, the frames of the one before are on
 their way to the host's memory, so that a video file can be written beside.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pab_kernels.models.hosts.open_sora_plan_vae import CausalVAE
 from pab_kernels.models.hosts.open_sora_vae import SPATIAL_SCALE, OpenSoraVAE
 from pab_kernels.models.hosts.tiles import Tiling
 from pab_kernels.ops.checks import check_shape
 from pab_kernels.ops.planes import from_planes
+from pab_kernels.pipelines.sizes import VideoSize
+from pab_kernels.pipelines.vae import decode
 from pab_kernels.quality import Frames
 from pab_kernels.runtime.decoders import PlaneDecoder, plan_decoder, spatial_decoder, temporal_decoder
 from pab_kernels.runtime.graphs import StepGraphs
@@ -50,11 +52,37 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Frames that are done: uint8 [n, H, W, 3], and whether all numbers of them were finite."""
+class Decoded:
+    """A video, uint8 [F, H, W, 3], and whether all numbers of it were finite before they became bytes."""
 
     frames: Frames
     finite: bool
+
+
+Sink = Callable[[Frames], None]
+
+
+def decode_video(
+    vae: Any,
+    latents: Tensor,
+    size: VideoSize,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    sink: Sink | None = None,
+) -> Decoded:
+    """The video of latents [C, T, H, W], from a `VideoDecoder` or any video autoencoder of diffusers.
+
+    `scale` and `shift` are those that the latter's latents need, and `size` what it is cut to; the former knows them.
+    `sink` gets frames as they are done.
+    """
+    if isinstance(vae, VideoDecoder):
+        return vae.decode(latents, size.frames, sink)
+    factors, offsets = (torch.tensor(values, device=latents.device).view(-1, 1, 1, 1) for values in (scale, shift))
+    video = decode(vae, (latents * factors + offsets)[None], size)[0]
+    frames = (video.nan_to_num(0.0) * 255).round().to(torch.uint8).numpy()
+    if sink is not None:
+        sink(frames)
+    return Decoded(frames, bool(video.isfinite().all()))
 
 
 class VideoDecoder:
@@ -62,12 +90,12 @@ class VideoDecoder:
 
     Parameters
     ----------
-    vae : OpenSoraVAE or CausalVAE
+    vae : OpenSoraVAE, CausalVAE, or diffusers' AutoencoderKL, which decodes Latte's frames one by one
         Its weights are packed once: where they change, make another decoder.
     memory : int, optional
-        Bytes that a piece may take beside the weights. It picks how many frames of Open-Sora are decoded at a time,
-        which changes nothing else, 4 GiB by default; and the tiles of Open-Sora-Plan, which are the original script's
-        by default and blend where they meet.
+        Bytes that a piece may take beside the weights. It picks how many frames of Open-Sora and Latte are decoded at
+        a time, which changes nothing else, 4 GiB by default; and the tiles of Open-Sora-Plan, which are the original
+        script's by default and blend where they meet.
     seamless : bool
         Not the original's pieces: Open-Sora's chunks of 17 frames see the chunk before and fade over from it;
         Open-Sora-Plan's frames are decoded whole, so that norms span them, in chunks of time as `memory` allows.
@@ -85,6 +113,7 @@ class VideoDecoder:
         self.memory = memory
         self.seamless = seamless
         self.is_open_sora = isinstance(vae, OpenSoraVAE)
+        self.is_plan = isinstance(vae, CausalVAE)
         self._packed: dict[str, PlaneDecoder] = {}
         self._graphs: dict[tuple[str | int, ...], StepGraphs] = {}
         self._lanes: dict[torch.device, Lane] = {}
@@ -92,7 +121,8 @@ class VideoDecoder:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return self.vae.latent_channels
+        own = self.vae if self.is_open_sora or self.is_plan else self.vae.config
+        return own.latent_channels
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -110,11 +140,6 @@ class VideoDecoder:
         """Whether this decoder's kernels serve: on a GPU in half precision."""
         return self.parameter.is_cuda and self.parameter.dtype in (torch.float16, torch.bfloat16)
 
-    def size(self, latents: tuple[int, ...], frames: int) -> tuple[int, int, int]:
-        """Frames, height and width of the video of latents (T, H, W) for a video of `frames`."""
-        made = frames if self.is_open_sora else 4 * (latents[0] - 1) + 1
-        return made, 8 * latents[1], 8 * latents[2]
-
     def check(self, latents: Tensor, frames: int) -> None:
         """Raise ValueError unless `latents` [C, T, H, W] can be those of a video of `frames`."""
         check_shape("latents", latents, (self.latent_channels, "T", "H", "W"))
@@ -124,26 +149,21 @@ class VideoDecoder:
 
     def _frames_of(self, latents: int, frames: int) -> int:
         if not self.is_open_sora:
-            return 4 * (latents - 1) + 1
+            return 4 * (latents - 1) + 1 if self.is_plan else latents
         return latents * self.vae.temporal_vae.factor - sum(self.vae.dropped(latents, frames))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, frames: int) -> Piece:
-        """All frames [B, F, H, W, 3] of the transformer's latents [B, C, T, H, W]."""
-        videos = [list(self.pieces(video, frames)) for video in latents]
-        stacked = np.stack([np.concatenate([piece.frames for piece in pieces]) for pieces in videos])
-        return Piece(stacked, all(piece.finite for pieces in videos for piece in pieces))
-
-    @torch.no_grad()
-    def pieces(self, latents: Tensor, frames: int) -> Iterator[Piece]:
-        """The frames of a video [C, T, H, W] in order, as they are done; one piece is always under way.
+    def decode(self, latents: Tensor, frames: int, sink: Sink | None = None) -> Decoded:
+        """Decode a video.
 
         Parameters
         ----------
         latents : Tensor
-            As the transformer gives them.
+            [C, T, H, W], as the transformer gives them.
         frames : int
             Of the video.
+        sink : callable, optional
+            Gets uint8 frames [n, H, W, 3] in order, as they are done, while the next ones are decoded.
 
         Raises
         ------
@@ -153,44 +173,55 @@ class VideoDecoder:
         self.check(latents, frames)
         parameter = self.parameter
         z = latents[None].to(parameter.device, parameter.dtype)
-        before: Callable[[], Piece] | None = None
+        host: Tensor | None = None
+        on_the_way: list[tuple[int, int, torch.cuda.Event | None]] = []
+        finite = []
+
+        def hand_over() -> None:
+            start, end, done = on_the_way.pop(0)
+            if done is not None:
+                done.synchronize()
+            if sink is not None and host is not None:
+                sink(host[start:end].numpy())
+
+        start = 0
         for video in self._videos(z, frames):
-            done = self._to_host(video)
-            if before is not None:
-                yield before()
-            before = done
-        if before is not None:
-            yield before()
+            if host is None:  # tiles that overlap by a part of a latent give another width
+                host = torch.empty((frames, *video.shape[1:]), dtype=torch.uint8, pin_memory=video.is_cuda)
+            finite.append(video.isfinite().all())
+            end = start + len(video)
+            host[start:end].copy_(self._bytes(video), non_blocking=True)
+            done = torch.cuda.current_stream(video.device).record_event() if video.is_cuda else None
+            on_the_way.append((start, end, done))
+            start = end
+            if len(on_the_way) > 1:
+                hand_over()
+        hand_over()
+        assert host is not None
+        return Decoded(host.numpy(), bool(torch.stack(finite).all()))
 
-    def _to_host(self, video: Tensor) -> Callable[[], Piece]:
-        """Start to bring frames [n, H, W, 3], about [-1, 1], to the host as bytes; the function waits for them."""
-        finite = video.isfinite().all()
+    def _bytes(self, video: Tensor) -> Tensor:
+        """Frames about [-1, 1] as uint8; what is not finite is black."""
         pixels = video.float().nan_to_num(-1.0).clamp_(-1, 1).add_(1).mul_(127.5)
-        # Open-Sora rounds, Open-Sora-Plan cuts off.
-        pixels = (pixels.add_(0.5) if self.is_open_sora else pixels).to(torch.uint8)
-        if not pixels.is_cuda:
-            return lambda: Piece(pixels.numpy(), bool(finite))
-        host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(pixels, non_blocking=True)
-        done = torch.cuda.current_stream(pixels.device).record_event()
-
-        def wait() -> Piece:
-            done.synchronize()
-            return Piece(host.numpy(), bool(finite))
-
-        return wait
+        # The others round, Open-Sora-Plan cuts off.
+        return (pixels if self.is_plan else pixels.add_(0.5)).to(torch.uint8)
 
     def _videos(self, z: Tensor, frames: int) -> Iterator[Tensor]:
         """Pieces [n, H, W, 3] of the video of latents [1, C, T, H, W]."""
-        if self.is_open_sora:
-            spatial = self._temporal(z, frames)
+        if not self.is_plan:
+            spatial = self._temporal(z, frames) if self.is_open_sora else z / SPATIAL_SCALE
             count = -(-spatial.shape[2] // self.frames_at_once(z.shape[3], z.shape[4]))
             yield from (self._spatial(piece) for piece in spatial.tensor_split(count, dim=2))
             return
         for chunk in self.vae.decode_chunks(z, self.tiling(z.shape[2:]), self._plan_piece):
             yield chunk[0].permute(1, 2, 3, 0)
 
-    # Open-Sora
+    # Open-Sora, Latte
+
+    @property
+    def _images(self) -> Any:
+        """The image autoencoder."""
+        return self.vae.spatial_vae.module if self.is_open_sora else self.vae
 
     def _temporal(self, z: Tensor, frames: int) -> Tensor:
         """Spatial latents [1, C, F, H, W], over their scale."""
@@ -208,7 +239,7 @@ class VideoDecoder:
             Not even one.
         """
         if not self.on_planes:
-            return self.vae.spatial_vae.frames_at_once or 2**30
+            return 4
         each = self._decoder("spatial").nbytes(1, height, width)
         memory = MEMORY if self.memory is None else self.memory
         if each > memory:
@@ -220,7 +251,7 @@ class VideoDecoder:
 
     def _spatial(self, z: Tensor) -> Tensor:
         if not self.on_planes:
-            return self.vae.spatial_vae.decode(z)[0].permute(1, 2, 3, 0)
+            return self._images.decode(z[0].transpose(0, 1)).sample.permute(0, 2, 3, 1)
         return self._run("spatial", z[0])[:, :-1, :-1]
 
     # Open-Sora-Plan
@@ -275,7 +306,7 @@ class VideoDecoder:
             if name == "plan":
                 self._packed[name] = plan_decoder(self.vae)
             elif name == "spatial":
-                self._packed[name] = spatial_decoder(self.vae.spatial_vae.module)
+                self._packed[name] = spatial_decoder(self._images)
             else:
                 self._packed[name] = temporal_decoder(self.vae.temporal_vae)
         return self._packed[name]

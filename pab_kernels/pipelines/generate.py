@@ -15,7 +15,7 @@ import torch
 from diffusers.pipelines.latte.pipeline_latte import LattePipeline
 from torch import Tensor
 
-from pab_kernels import figures, quality
+from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.pipelines import latents, memory
 from pab_kernels.pipelines.arguments import seeds_of
@@ -23,7 +23,8 @@ from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
-from pab_kernels.pipelines.sizes import FPS, VideoSize
+from pab_kernels.pipelines.sizes import VideoSize
+from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 from pab_kernels.quality import Frames
 from pab_kernels.runtime.accelerate import accelerate
 from pab_kernels.runtime.handle import PABHandle
@@ -92,6 +93,8 @@ class Generated:
     """Whether all frames and latents are."""
     seconds: float
     """Of everything: text, denoising, decoding."""
+    parts: Mapping[str, float]
+    """Seconds of "text", "denoising" and "decoding", as far as the pipeline takes them apart."""
     report: Report | None
     peak_bytes: int | None
     """Most GPU memory in use at once, None on a CPU."""
@@ -144,31 +147,6 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
-def check_output(output: Path, source: Source, of_one_frame: bool = False) -> None:
-    """Raise ValueError for a kind of file that cannot be written."""
-    if of_one_frame:
-        if output.suffix != ".png":
-            raise ValueError(f"output: got {output.name!r}, must end in .png: it is a single image")
-        return
-    if output.suffix not in figures.VIDEO_SUFFIXES:
-        raise ValueError(f"output: got {output.name!r}, must end in .mp4 or .gif")
-    if output.suffix == ".mp4" and source.decodes and (lacks := figures.why_no_mp4()) is not None:
-        raise ValueError(f"output: got {output.name!r}, must end in .gif: .mp4 needs {lacks}")
-
-
-def output_files(output: Path, count: int, decodes: bool, pictures: bool) -> list[tuple[Path, Path | None]]:
-    """The video or image, or else latents, of each of `count` prompts, and its contact sheet; what `save` writes."""
-    videos = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
-    sheet = "-sheet" if decodes and output.suffix == ".png" else ""
-    return [
-        (
-            path if decodes else path.with_suffix(".safetensors"),
-            path.with_name(f"{path.stem}{sheet}.png") if pictures else None,
-        )
-        for path in videos
-    ]
-
-
 def check_memory(
     source: Source,
     request: Request,
@@ -196,6 +174,9 @@ def generate(
     config: PABConfig | None,
     on_step: OnStep | None = None,
     cache_device: str | None = None,
+    sinks: Sequence[Callable[[Frames], None]] | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
+    offload_text: bool = False,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -208,26 +189,61 @@ def generate(
         Called with a `Step` after every call of the transformer.
     cache_device : str, optional
         As for `accelerate`.
+    sinks : sequence of callable, optional
+        For each prompt one that takes frames of its video as they are decoded.
+    given : (latents [1, C, T, H, W], mask [1, T]), optional
+        Frames that Open-Sora goes on from, for every prompt.
+    offload_text : bool
+        The text encoder waits in host memory while the transformer runs.
     """
     device = pipe.transformer.device
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
+    if isinstance(pipe, TextToVideoPipeline):
+        pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
-        frames, hidden = _run(pipe, request, None if on_step is None else _Steps(on_step, handle))
+        frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:
         hidden = hidden.cpu()  # waits for the GPU
+    denoised = time.perf_counter()
     finite = (frames is None or bool(np.isfinite(frames).all())) and (hidden is None or bool(hidden.isfinite().all()))
+    videos = None if frames is None else tuple(_bytes(frames))
+    if isinstance(pipe, TextToVideoPipeline) and pipe.vae is not None and hidden is not None:
+        videos, whole = _decode(pipe, hidden, request, sinks)
+        finite &= whole
+    elif videos is not None and sinks is not None:
+        for sink, video in zip(sinks, videos, strict=True):
+            sink(video)
+    end = time.perf_counter()
+    parts = {"denoising": denoised - start}
+    if isinstance(pipe, TextToVideoPipeline):
+        parts = {"text": pipe.text_seconds, "denoising": denoised - start - pipe.text_seconds}
+        if videos is not None:
+            parts["decoding"] = end - denoised
     return Generated(
-        frames=None if frames is None else tuple(_bytes(frames)),
+        frames=videos,
         latents=hidden,
         finite=finite,
-        seconds=time.perf_counter() - start,
+        seconds=end - start,
+        parts=parts,
         report=report,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
+
+
+def _decode(
+    pipe: TextToVideoPipeline, hidden: Tensor, request: Request, sinks: Sequence[Callable[[Frames], None]] | None
+) -> tuple[tuple[Frames, ...], bool]:
+    """Videos of latents, whose frames go to their sinks as they are done; and whether all numbers were finite."""
+    size = request.size
+    if isinstance(pipe, LatteLatents):
+        size = pipe.size(1 if size is not None and size.frames == 1 else None)
+    assert size is not None
+    done = [pipe.decode_one(row, size, None if sinks is None else sinks[i]) for i, row in enumerate(hidden)]
+    return tuple(video.frames for video in done), all(video.finite for video in done)
 
 
 class _Steps:
@@ -263,8 +279,13 @@ def _bytes(frames: np.ndarray) -> np.ndarray:
     return (np.nan_to_num(frames, nan=0.0) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[np.ndarray | None, Tensor | None]:
-    """Frames [B, T, H, W, 3] in [0, 1], and latents."""
+def denoise(
+    pipe: Pipeline,
+    request: Request,
+    after_step: _Steps | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
+) -> tuple[np.ndarray | None, Tensor | None]:
+    """Frames [B, T, H, W, 3] in [0, 1] of pipelines that decode themselves, or latents."""
     arguments: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
         "num_inference_steps": request.steps,
@@ -287,80 +308,11 @@ def _run(pipe: Pipeline, request: Request, after_step: _Steps | None) -> tuple[n
             arguments |= {"frames": 1, "enable_temporal_attentions": False}
         return None, pipe(prompts, **arguments)
     if isinstance(pipe, OpenSoraPipeline):
-        hidden = pipe(prompts, size=size, **arguments)
-    else:
-        hidden = pipe(prompts, frames=size.frames, height=size.height, width=size.width, **arguments)
-    return None if pipe.vae is None else pipe.decode(hidden, size).numpy(), hidden
-
-
-def save(
-    results: Mapping[str, Generated], request: Request, pipe: Pipeline, config: PABConfig | None, output: Path
-) -> list[Path]:
-    """Write the last of `results`: a video for each prompt, or its latents where there is no decoder.
-
-    Several results (with and without PAB), and latents, get a contact sheet as a PNG beside the file.
-
-    Parameters
-    ----------
-    results : mapping of str to Generated
-        Names and runs of the same request.
-    request : Request
-    pipe : Pipeline
-    config : PABConfig or None
-        For the latents' metadata.
-    output : Path
-        .mp4 or .gif, of an image .png; the i-th of several prompts gets "-i" before the suffix, latents get
-        .safetensors instead.
-
-    Returns
-    -------
-    list of Path
-        The files written.
-    """
-    last = list(results.values())[-1]
-    files = output_files(output, len(request.prompts), last.frames is not None, last.frames is None or len(results) > 1)
-    for i, (path, _) in enumerate(files):
-        if last.frames is not None:
-            if path.suffix == ".png":
-                figures.save_frame(last.frames[i], path)
-            else:
-                figures.save_video(last.frames[i], path, FPS.get(getattr(pipe, "family", "latte"), 8))
-        else:
-            assert last.latents is not None
-            latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
-    for i, (_, sheet) in enumerate(files):  # only now: a picture that fails costs no video
-        if sheet is not None:
-            figures.contact_sheet(_rows(results, i), sheet, request.prompts[i])
-    return [path for both in files for path in both if path is not None]
-
-
-def _rows(results: Mapping[str, Generated], index: int) -> dict[str, Frames]:
-    """Of each run the video of one prompt, or a look at its latents."""
-    if rows := {name: run.frames[index] for name, run in results.items() if run.frames is not None}:
-        return rows
-    hidden = {name: run.latents[index] for name, run in results.items() if run.latents is not None}
-    first = next(iter(hidden.values()))
-    return {name: latents.first_look(value, like=first) for name, value in hidden.items()}
-
-
-def _metadata(request: Request, pipe: Any, config: PABConfig | None, index: int) -> dict[str, Any]:
-    """What it takes to decode the latents later, and to make them again."""
-    size = request.size
-    if isinstance(pipe, LatteLatents) or size is None:
-        size = pipe.size(1 if size is not None and size.frames == 1 else None)
-    return {
-        "family": pipe.family,
-        **{name: value for name, value in dataclasses.asdict(size).items() if name != "latent"},
-        "fps": FPS[pipe.family],
-        "latent_scale": pipe.latent_scale,
-        "latent_shift": pipe.latent_shift,
-        "prompt": request.prompts[index],
-        "negative_prompt": request.negative_prompt,
-        "seed": request.all_seeds[index],
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "pab": None if config is None else config.to_dict(),
-    }
+        if given is not None:
+            first, mask = (part.expand(len(prompts), *part.shape[1:]) for part in given)
+            arguments |= {"given_latents": first, "given_mask": mask}
+        return None, pipe(prompts, size=size, **arguments)
+    return None, pipe(prompts, frames=size.frames, height=size.height, width=size.width, **arguments)
 
 
 def comparison(result: Generated, baseline: Generated) -> dict[str, Any]:
@@ -390,6 +342,7 @@ def summary(results: Mapping[str, Generated], request: Request) -> dict[str, Any
         "runs": {
             name: {
                 "seconds": run.seconds,
+                "parts": dict(run.parts),
                 "finite": run.finite,
                 "peak_bytes": run.peak_bytes,
                 "report": None if run.report is None else dataclasses.asdict(run.report),

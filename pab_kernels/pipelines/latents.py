@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from pab_kernels.files import replaced
+from pab_kernels.pipelines.sizes import VideoSize
 from pab_kernels.quality import Frames
 
 
@@ -52,9 +53,30 @@ def load(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return file.get_tensor("latents"), metadata
+            latents = file.get_tensor("latents")
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a file of latents: {error}") from error
+    if latents.ndim != 4 or latents.numel() == 0 or not latents.is_floating_point():
+        raise ValueError(
+            f"{path}: latents are {list(latents.shape)} {latents.dtype}, must be [C, T, H, W] and floating"
+        )
+    return latents, metadata
+
+
+def size_of(metadata: Mapping[str, Any], path: str | os.PathLike[str], shape: Sequence[int]) -> VideoSize:
+    """The size of the video that latents [C, T, H, W] of a file are of.
+
+    Raises
+    ------
+    ValueError
+        The metadata do not say it.
+    """
+    sides = [metadata.get(name) for name in ("frames", "height", "width")]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    if not whole or not isinstance(metadata.get("family"), str):
+        raise ValueError(f"{path}: says neither family nor size, must be a file that `pab generate` wrote")
+    frames, height, width = map(int, sides)  # type: ignore[arg-type]
+    return VideoSize(frames, height, width, (shape[1], shape[2], shape[3]))
 
 
 def first_look(latents: Tensor, like: Tensor | None = None) -> Frames:

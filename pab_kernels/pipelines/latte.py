@@ -1,4 +1,4 @@
-"""Latte without its text encoder and VAE, to time it on random weights. With them, diffusers' LattePipeline serves."""
+"""Latte without its text encoder, to time it on random weights. With one, diffusers' LattePipeline serves."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ class LatteLatents(TextToVideoPipeline):
     Parameters
     ----------
     transformer : LatteTransformer3DModel
+    vae : VideoDecoder, optional
+        Of an image autoencoder.
     """
 
     family = "latte"
     latent_scale = (1 / 0.18215,)
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, vae: Any = None) -> None:
         text = RandomText(transformer.config.caption_channels)
-        super().__init__(transformer, text, DDIMScheduler(beta_schedule="linear", clip_sample=False))
+        super().__init__(transformer, text, DDIMScheduler(beta_schedule="linear", clip_sample=False), vae)
 
     def size(self, frames: int | None = None) -> VideoSize:
         """The one size of the transformer, or of a single image of it.

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.pipelines.latte.pipeline_latte import LattePipeline
 from torch import nn
 
-from pab_kernels.models import checkpoints, weight_files
+from pab_kernels.models import autoencoders, checkpoints, weight_files
+from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
 from pab_kernels.pipelines.sizes import PLAN_SIZES, VideoSize
 from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder, cast_encoder
-from pab_kernels.pipelines.vae import load_vae
+from pab_kernels.pipelines.vae import is_of_diffusers, load_vae
 
 LATTE_ID = "maxin-cn/Latte-1"
+LATENT_CHANNELS = 4
+"""Of all families."""
 PLAN_IDS = {
     "open_sora_plan_v110": "LanguageBind/Open-Sora-Plan-v1.1.0",
     "open_sora_plan_v120": "LanguageBind/Open-Sora-Plan-v1.2.0",
@@ -37,7 +41,8 @@ class Source:
     """Where a pipeline comes from.
 
     `model` is "demo", a family, a folder or hub id of a Latte pipeline, or a folder of a demo model; `weights`,
-    `text_encoder` and `vae` are files, folders or hub ids, None for the official ones (no VAE: the result is latents).
+    `text_encoder` and `vae` are files, folders or hub ids, None for the official ones. With `latents_only` there is no
+    decoder, and the result is latents.
     Latte's weights are those of its transformer, or a whole pipeline. With `random_weights` there is neither checkpoint
     nor text encoder.
 
@@ -52,6 +57,7 @@ class Source:
     text_encoder: str | None = None
     vae: str | None = None
     random_weights: bool = False
+    latents_only: bool = False
 
     def __post_init__(self) -> None:
         if self.random_weights and (self.weights or self.text_encoder):
@@ -67,6 +73,8 @@ class Source:
         if self.family not in (*FAMILIES, "demo"):
             known = ", ".join(("demo", *FAMILIES))
             raise ValueError(f"model: got {self.model!r}, must be {known}, or a folder or hub id of a Latte pipeline")
+        if self.latents_only and (self.vae is not None or (self._has_own_decoder and not self.random_weights)):
+            raise ValueError(f"latents_only: got it for {self.model!r} with a decoder, must be given without one")
         own_vae = self.model not in FAMILIES or self.model == "latte"
         if own_vae and (self.vae or self.text_encoder):
             raise ValueError(f"vae, text_encoder: got one for {self.model!r}, which has its own")
@@ -74,7 +82,11 @@ class Source:
     @property
     def decodes(self) -> bool:
         """Whether the pipeline makes videos; otherwise latents."""
-        return self.vae is not None or (self.family in ("demo", "latte") and not self.random_weights)
+        return not self.latents_only
+
+    @property
+    def _has_own_decoder(self) -> bool:
+        return self.family in ("demo", "latte")
 
     @property
     def family(self) -> str:
@@ -98,6 +110,8 @@ def load_pipeline(
     dtype: torch.dtype,
     device: torch.device | str,
     overrides: Mapping[str, Any] | None = None,
+    decode_memory: int | None = None,
+    seamless: bool = False,
 ) -> Pipeline:
     """Load what `source` names.
 
@@ -110,6 +124,8 @@ def load_pipeline(
         Of all modules.
     overrides : mapping, optional
         Config values of random weights that differ from the released model.
+    decode_memory, seamless
+        Of the decoder: see `VideoDecoder`.
 
     Raises
     ------
@@ -122,16 +138,96 @@ def load_pipeline(
     if family == "demo":
         path = None if source.model == "demo" else source.model
         return DemoPipeline.from_pretrained(path, dtype=dtype, device=device)
+    if family == "latte" and not source.random_weights:
+        return _load_latte(source, dtype, device)
     if source.random_weights:
         settings = {**_plan_config(family, size), **(overrides or {})}
         transformer: Any = checkpoints.random_weights(family, dtype=dtype, device=device, **settings)
-        if family == "latte":
-            return LatteLatents(transformer)
-        return _assemble(source, transformer, RandomText(transformer.config.caption_channels))
+    else:
+        transformer = checkpoints.load(family, _weights(source, size), dtype=dtype, device=device)
+    vae = None
+    if source.decodes:
+        vae = load_decoder(source, dtype=dtype, device=device, memory=decode_memory, seamless=seamless)
     if family == "latte":
-        return _load_latte(source, dtype, device)
-    transformer = checkpoints.load(family, _weights(source, size), dtype=dtype, device=device)
-    return _assemble(source, transformer, load_text(family, source.text_encoder, dtype=dtype, device=device))
+        return LatteLatents(transformer, vae)
+    if source.random_weights:
+        text: TextEncoder = RandomText(transformer.config.caption_channels)
+    else:  # the largest part comes last: what is wrong with the others is said before
+        text = load_text(family, source.text_encoder, dtype=dtype, device=device)
+    cls = OpenSoraPipeline if family == "open_sora" else OpenSoraPlanPipeline
+    return cls(transformer, text, vae)
+
+
+def load_decoder(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    memory: int | None = None,
+    seamless: bool = False,
+) -> Any:
+    """The decoder of Open-Sora, Open-Sora-Plan or Latte: the one that `source` names, or the official one.
+
+    Open-Sora-Plan's lies in a folder `vae` beside its transformers.
+
+    Returns
+    -------
+    VideoDecoder
+        Or a video autoencoder of diffusers, where `source.vae` is one.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        It is neither here nor can it be fetched, or it is one of another family.
+    """
+    family = source.family
+    if source.vae is not None and family != "latte" and is_of_diffusers(source.vae):
+        return load_vae(source.vae, LATENT_CHANNELS, dtype=dtype, device=device)
+    if source.vae is None and source.random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vae: Any = _random_decoder(family, dtype, device)
+    elif family == "latte":
+        vae = _load_images(source.vae or LATTE_ID, dtype, device)
+    else:
+        place = source.vae or _vae_beside(source.weights) or autoencoders.HUB_IDS[family]
+        try:
+            vae = autoencoders.load(family, place, dtype=dtype, device=device)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"vae: {error} `--latents-only` needs none.") from error
+    return VideoDecoder(vae, memory=memory, seamless=seamless)
+
+
+def _vae_beside(weights: str | None) -> str | None:
+    """A folder `vae` in the folder of weights, or beside it."""
+    if weights is None:
+        return None
+    places = (folder / "vae" for folder in (Path(weights), Path(weights).parent))
+    return next((str(place) for place in places if place.is_dir()), None)
+
+
+def _random_decoder(family: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    if family != "latte":
+        return autoencoders.random_weights(family, dtype=dtype, device=device)
+    with torch.device(device):
+        vae: Any = AutoencoderKL(**autoencoders.IMAGES)
+    return nn.Module.to(vae, dtype=dtype).eval().requires_grad_(False)
+
+
+def _load_images(source: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """Latte's image autoencoder."""
+    place: dict[str, Any] = {"pretrained_model_name_or_path": _part(source, "vae")}
+    if not Path(source).exists():
+        place["subfolder"] = "vae"
+    try:
+        vae: Any = AutoencoderKL.from_pretrained(**place)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"vae: {source} is no image autoencoder of diffusers here, and could not be fetched ({error}). On a "
+            f"machine with a network run `hf download {LATTE_ID} --include 'vae/*' --local-dir Latte-1`, and pass "
+            "`--vae Latte-1`."
+        ) from error
+    return nn.Module.to(vae, device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def load_text(
@@ -204,15 +300,6 @@ def _part(source: str, name: str) -> str:
     """The folder `name` of a diffusers pipeline, or the source itself."""
     inner = Path(source) / name
     return str(inner) if inner.is_dir() else source
-
-
-def _assemble(source: Source, transformer: Any, text: TextEncoder) -> OpenSoraPipeline | OpenSoraPlanPipeline:
-    parameter = next(transformer.parameters())
-    vae = None
-    if source.vae is not None:
-        vae = load_vae(source.vae, transformer.config.in_channels, dtype=parameter.dtype, device=parameter.device)
-    cls = OpenSoraPipeline if source.family == "open_sora" else OpenSoraPlanPipeline
-    return cls(transformer, text, vae)
 
 
 def _weights(source: Source, size: VideoSize | None) -> str:

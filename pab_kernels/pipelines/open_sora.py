@@ -18,9 +18,10 @@ from pab_kernels.pipelines.arguments import (
     check_steps,
 )
 from pab_kernels.pipelines.denoising import GivenFrames, Progress, Run, StepCallback, TakeStep
+from pab_kernels.pipelines.prompts import clean_prompt
 from pab_kernels.pipelines.samplers import RFlowScheduler
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
-from pab_kernels.pipelines.text import TextEncoder, clean_prompt
+from pab_kernels.pipelines.text import TextEncoder
 from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 from pab_kernels.runtime.handle import handle_of
 
@@ -129,8 +130,8 @@ class OpenSoraPipeline(TextToVideoPipeline):
         """What STDiT3 takes besides latents and timestep; the text's rows are those of the prompts, then the null."""
         null = self.transformer.y_embedder.y_embedding
         suffix = "" if score is None else f" aesthetic score: {score:.1f}."
-        texts = [clean_prompt(text) for text in prompts.texts]
-        texts = [text if "aesthetic score:" in text else text + suffix for text in texts]
+        texts = [text if "aesthetic score:" in text else text + suffix for text in prompts.texts]
+        texts = [clean_prompt(text) for text in texts]
         y, mask = self._encode(texts, len(null))
         if guided:
             uncond, uncond_mask = null.to(y.dtype).expand_as(y).clone(), mask.clone()

@@ -12,8 +12,9 @@ from torch import Tensor
 from pab_kernels.models.hosts import OpenSoraPlanV110
 from pab_kernels.pipelines.arguments import Generators, NegativePrompt, Prompt, Prompts, Seed, check_guidance
 from pab_kernels.pipelines.denoising import Progress, Run, StepCallback
+from pab_kernels.pipelines.prompts import clean_prompt
 from pab_kernels.pipelines.sizes import VideoSize, plan_size
-from pab_kernels.pipelines.text import TextEncoder, clean_prompt
+from pab_kernels.pipelines.text import TextEncoder
 from pab_kernels.pipelines.text_to_video import TextToVideoPipeline
 
 TEXT_LENGTH = {"open_sora_plan_v110": 300, "open_sora_plan_v120": 512}
@@ -146,9 +147,11 @@ class OpenSoraPlanPipeline(TextToVideoPipeline):
     def _arguments(self, prompts: Prompts, guided: bool) -> dict[str, Any]:
         """What the transformer takes besides latents and timestep; the text's rows are the negatives, then the rest."""
         length = TEXT_LENGTH[self.family]
-        text, mask = self._encode([clean_prompt(prompt) for prompt in prompts.texts], length)
+        text, mask = self._encode([clean_prompt(prompt, self.family) for prompt in prompts.texts], length)
         if guided:
-            negative, negative_mask = self._encode([clean_prompt(prompt) for prompt in prompts.negatives], length)
+            negative, negative_mask = self._encode(
+                [clean_prompt(prompt, self.family) for prompt in prompts.negatives], length
+            )
             if self.family == "open_sora_plan_v110":
                 # The original gives the negative prompt as many tokens as the prompt has, padding included. Here it
                 # keeps those it has beyond that.

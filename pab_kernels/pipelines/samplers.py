@@ -35,7 +35,7 @@ _FLOW = {
 }
 """diffusers' samplers of rectified flow alone, by name, since not every version has them all."""
 
-_MORE = ("prev_timestep", "starting_mask_ratio", "old_pred_original_sample")
+_MORE = {"prev_timestep", "starting_mask_ratio", "old_pred_original_sample"}
 """Arguments of a step that only its own pipeline gives."""
 
 
@@ -168,11 +168,9 @@ def check_scheduler(scheduler: Any, predictions: Sequence[str]) -> None:
     step = getattr(scheduler, "step", None)
     if step is None or not hasattr(scheduler, "set_timesteps"):
         raise ValueError(f"scheduler: got {name}, must have set_timesteps and step as diffusers' have")
-    parameters = inspect.signature(step).parameters.values()
-    needed = [
-        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
-    ]
-    if len(needed) > 3 or any(name in inspect.signature(step).parameters for name in _MORE):
+    parameters = inspect.signature(step).parameters
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 3 or parameters.keys() & _MORE:
         raise ValueError(f"scheduler: got {name}, whose step takes more than prediction, timestep and latents")
     prediction = prediction_of(scheduler)
     if prediction not in predictions:

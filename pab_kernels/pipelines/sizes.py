@@ -165,17 +165,17 @@ def family_size(
             raise ValueError(f"{name}: got {value!r} for {family}, which does not take it: {options}")
     if family == "demo":
         if image:
-            raise ValueError("image: got it for demo, whose weights make videos of one length")
+            raise ValueError("still: got it for demo, whose weights make videos of one length")
         return None
     if family == "open_sora":
         if image and duration is not None:
-            raise ValueError(f"image, duration: got both, must be one of them: duration is {duration!r}")
+            raise ValueError(f"still, duration: got both, must be one of them: duration is {duration!r}")
         return open_sora_size(resolution or "480p", aspect or "9:16", 1 if image else duration or "2s")
     if family == "latte":
         return VideoSize(1, 512, 512, (1, 64, 64)) if image else VideoSize(16, 512, 512, (16, 64, 64))
     if family in DIFFUSERS_SIZES:
         if image:
-            raise ValueError(f"image: got it for {family}, which is not made for images here")
+            raise ValueError(f"still: got it for {family}, which is not made for images here")
         return _diffusers_size(family, resolution, size)
     if family not in PLAN_SIZES:
         known = ", ".join(("latte", "open_sora", *PLAN_SIZES, *DIFFUSERS_SIZES))

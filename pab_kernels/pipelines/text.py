@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -23,11 +22,6 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Embeddings [B, length, channels] and mask bool [B, length], True where a token is real."""
-
-
-def clean_prompt(prompt: str) -> str:
-    """Lower case, single spaces, HTML entities resolved. The original also takes out addresses and file names."""
-    return " ".join(html.unescape(prompt).lower().split())
 
 
 def _check_length(prompts: Sequence[str], lengths: Sequence[int], limit: int) -> None:

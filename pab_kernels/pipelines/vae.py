@@ -58,6 +58,19 @@ def load_vae(source: str | Path, channels: int, *, dtype: torch.dtype, device: t
     return nn.Module.to(vae, device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def is_of_diffusers(source: str | Path) -> bool:
+    """Whether a folder, or one named `vae` in it, or a hub id is said to hold an autoencoder of diffusers."""
+    inner = Path(source) / "vae"
+    place = inner if inner.is_dir() else Path(source)
+    if place.is_file():
+        return False
+    try:
+        config: Any = AutoencoderKL.load_config(str(place if place.exists() else source))
+    except Exception:  # not there, no network, no JSON: the other loader says what is wrong
+        return False
+    return str(config.get("_class_name", "")).startswith("AutoencoderKL")
+
+
 def check_vae(vae: Any, channels: int) -> None:
     """Raise ValueError unless `vae` decodes [B, channels, T, H, W]."""
     own = getattr(vae.config, "latent_channels", None) or getattr(vae.config, "z_dim", None)

@@ -20,6 +20,7 @@ def accelerate(
     config: PABConfig,
     *,
     linear_precision: str | None = None,
+    attention_precision: str | None = None,
     cache_dtype: str | None = None,
     cache_device: torch.device | str | None = None,
     cuda_graphs: bool = True,
@@ -36,6 +37,8 @@ def accelerate(
         each run with ``handle.begin(timesteps)``. Of a pipeline with a `transformer_2` both are accelerated.
     config : PABConfig
     linear_precision : {"fp8", "fp8-all"}, optional
+        Instead of the config's.
+    attention_precision : {"fp8"}, optional
         Instead of the config's.
     cache_dtype : {"fp8", "int8"}, optional
         Instead of the config's.
@@ -69,9 +72,14 @@ def accelerate(
     TypeError, ValueError
         The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
         linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
-        Or an argument is out of range, or `linear_precision` is fp8 on a device without fp8 tensor cores.
+        Or an argument is out of range, or `linear_precision` is fp8 on a device without fp8 tensor cores, or
+        `attention_precision` on one that is not a Hopper GPU.
     """
-    given = {"linear_precision": linear_precision, "cache_dtype": cache_dtype}
+    given = {
+        "linear_precision": linear_precision,
+        "attention_precision": attention_precision,
+        "cache_dtype": cache_dtype,
+    }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if changes and isinstance(config, PABConfig):
         config = dataclasses.replace(config, **changes)

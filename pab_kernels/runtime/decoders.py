@@ -155,7 +155,7 @@ def _plan_upsampling(block: Any) -> Upsample:
         return Upsample(conv, times=2, space=2)
     assert isinstance(block, TimeUpsampleRes2x)
     # alpha * x + (1 - alpha) * conv(x): the second factor goes into the weights, the first to the residual.
-    alpha = torch.sigmoid(block.mix_factor.double()).item()
+    alpha = 0.5 if block.mix_factor.is_meta else torch.sigmoid(block.mix_factor.double()).item()
     parts = conv.weight, block.conv.conv.bias
     weight, bias = ((part.double() * (1 - alpha)).to(part.dtype) for part in parts)  # type: ignore[union-attr]
     return Upsample(Conv(weight, bias, "first", residual_scale=alpha), times=2, mixed=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -93,8 +95,9 @@ class StepGraphs:
 
     def _capture(self, step: Callable[[dict[str, Tensor]], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._lane.device)
-        # Other threads may do what they like meanwhile; only captures come one after the other.
-        with CAPTURES:
+        # Other threads may do what they like meanwhile; only captures come one after the other. Nothing is collected,
+        # since what a finalizer launches on this stream would become part of the graph.
+        with CAPTURES, _uncollected():
             try:
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     output = step(self._inputs)
@@ -105,10 +108,23 @@ class StepGraphs:
                 with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
                     torch.zeros(1, device=stream.device)
                 raise
-        # Its first replay shows that it is the step: what was launched elsewhere is done by now, and not in it.
-        torch.cuda.synchronize(self._lane.device)
+            # Its first replay shows that it is the step: what was launched elsewhere is done by now, and not in it.
+            # A device that another thread captures on must not be waited for: hence here.
+            torch.cuda.synchronize(self._lane.device)
         output.fill_(_UNTOUCHED)
         graph.replay()
         if bool((output == _UNTOUCHED).all()):
             raise RuntimeError("the capture recorded nothing: the step was launched on another device or stream")
         return graph, output
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's cyclic garbage collection."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

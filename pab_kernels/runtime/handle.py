@@ -22,7 +22,7 @@ from pab_kernels.runtime.doubt import Doubts
 from pab_kernels.runtime.guidance import Conditional, Halves, Pairs
 from pab_kernels.runtime.identity import Identity
 from pab_kernels.runtime.lane import CAPTURES, Lane
-from pab_kernels.runtime.precision import Fp8Linears
+from pab_kernels.runtime.precision import Fp8Linears, with_fp8_attention
 from pab_kernels.runtime.rectified_flow import FlowInputs
 from pab_kernels.runtime.report import Report
 from pab_kernels.runtime.run import Forward, Run
@@ -96,6 +96,8 @@ class PABHandle:
             self._finalizer = weakref.finalize(self, _collected, stand_in, self._adapter, self._lane)
             self._finalizer.atexit = False
             try:
+                if config.attention_precision is not None:
+                    with_fp8_attention(self._adapter.stack)  # or it says why not
                 if config.linear_precision is not None:
                     measure = config.linear_precision == "fp8"
                     self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure)
@@ -298,6 +300,8 @@ class PABHandle:
             if self._fp8 is not None:
                 with CAPTURES:  # it may measure with graphs
                     stack = self._fp8.at(call.layout.rows)
+            if run.schedule.config.attention_precision is not None:
+                stack = with_fp8_attention(stack)
             options = (self._lane, self._cuda_graphs, self._cache_device, self._pool, forward)
             found = Workspace(self._adapter, stack, run.schedule, call, *options, halves)
             self._shapes.add(key, forward, found)

@@ -17,6 +17,7 @@ from pab_kernels.ops.planes import (
     grow_planes,
     pack_upsampled,
     pack_weight,
+    softmax_rows,
 )
 
 SCORE_BYTES = 2**30
@@ -188,8 +189,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention [B, N, C] with one head, wider than any fused kernel takes: scores in float32, two GEMMs."""
     if not (q.is_cuda and torch.__version__ >= "2.8"):
         return F.scaled_dot_product_attention(q, k, v)
-    scores = torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(q.shape[-1] ** -0.5)
-    return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+    scores = torch.bmm(q, k.mT, out_dtype=torch.float32)
+    return torch.bmm(softmax_rows(scores, q.shape[-1] ** -0.5, v.dtype), v)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
-from pab_kernels.blocks.branches import Mlp, Weights, mlp
+from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
-from pab_kernels.ops.backends import no_fp8
+from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
 
@@ -154,6 +154,29 @@ def layer_name(block: Block, branch: Branch) -> str:
 def layer_linears(weights: Weights) -> dict[str, Linear | Fp8Linear]:
     """The linears of that layer, by their names in the weights."""
     return {name: getattr(weights, name) for name in weights.fp8}
+
+
+def with_fp8_attention(stack: BlockStack) -> BlockStack:
+    """The blocks with spatial and full self-attention in e4m3.
+
+    Raises
+    ------
+    ValueError
+        The device or this build has no such kernel.
+    """
+    if why_not := no_hopper(stack.device):
+        raise ValueError(f"attention_precision: got fp8, must be None here: {why_not}")
+
+    def changed(branch: Branch) -> Branch:
+        weights = branch.weights
+        if not isinstance(weights, SelfAttention) or weights.sequence == "temporal":
+            return branch
+        return dataclasses.replace(branch, weights=dataclasses.replace(weights, precision="fp8"))
+
+    blocks = []
+    for block in stack.blocks:
+        blocks.append(dataclasses.replace(block, branches=tuple(changed(branch) for branch in block.branches)))
+    return dataclasses.replace(stack, blocks=tuple(blocks))
 
 
 def fits_fp8(weights: Weights) -> bool:

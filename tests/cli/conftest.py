@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from pab_kernels.models import checkpoints
+from pab_kernels.models import autoencoders, checkpoints
 from pab_kernels.pipelines import sizes
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
 from pab_kernels.pipelines.demo_text import TextEmbedding
 from tests.pipeline_tools import TINY
+from tests.vae_tools import TINY_VAE
 
 
 @pytest.fixture
@@ -18,6 +19,10 @@ def tiny(monkeypatch):
         monkeypatch.setitem(checkpoints.FULL_SIZE, family, {**checkpoints.FULL_SIZE[family], **config})
         if family in sizes.PLAN_SIZES:
             monkeypatch.setitem(sizes.PLAN_SIZES[family], "17x64", (17, 64, 64))
+        if family in TINY_VAE:
+            whole = {**autoencoders.FULL_SIZE[family], **TINY_VAE[family]}
+            monkeypatch.setitem(autoencoders.FULL_SIZE, family, whole)
+    monkeypatch.setattr(autoencoders, "IMAGES", {**autoencoders.IMAGES, **TINY_VAE["open_sora"]["spatial"]})
 
 
 @pytest.fixture(scope="session")

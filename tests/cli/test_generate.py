@@ -33,7 +33,7 @@ def test_generate_runs_every_family_on_random_weights(tiny, family, tmp_path):
     output = pab(
         *("generate", "--model", family, *FAMILY_SIZES[family], "--random-weights", "--steps", 6, "--compare"),
         *("--prompt", "a cat", "--prompt", "a dog that runs", "--negative-prompt", "red", "--seed", 4, "--seed", 9),
-        *("--output", tmp_path / "v.mp4", "--device", "cpu", "--cfg", 3),
+        *("--output", tmp_path / "v.mp4", "--device", "cpu", "--cfg", 3, "--latents-only"),
     )
     assert re.search("finite .* yes .* yes", output)
     assert "speed-up" in output
@@ -62,7 +62,7 @@ def test_generate_loads_a_checkpoint_and_a_text_encoder(tiny, tmp_path):
     output = pab(
         *("generate", "--model", "open_sora", *FAMILY_SIZES["open_sora"], "--prompt", "a red cat"),
         *("--weights", tmp_path / "model.safetensors", "--text-encoder", tmp_path / "t5"),
-        *("--steps", 4, "--output", tmp_path / "v.mp4", "--device", "cpu"),
+        *("--steps", 4, "--output", tmp_path / "v.mp4", "--device", "cpu", "--latents-only"),
     )
     assert "4 transformer calls" in output
     assert latents.load(tmp_path / "v.safetensors")[0].isfinite().all()
@@ -141,7 +141,18 @@ def test_generate_writes_previews_of_every_second_step(demo, tmp_path):
 
 
 def test_generate_previews_latents(tiny, tmp_path):
-    arguments = ("--model", "latte", "--random-weights", "--steps", 2, "--preview", 1, "--device", "cpu")
+    arguments = (
+        "--model",
+        "latte",
+        "--random-weights",
+        "--latents-only",
+        "--steps",
+        2,
+        "--preview",
+        1,
+        "--device",
+        "cpu",
+    )
     pab("generate", *arguments, "--output", tmp_path / "v.mp4", "--quiet")
     frame = iio.imread(tmp_path / "v-denoising-step-001.png")
     assert frame.shape[2] == 3
@@ -279,6 +290,7 @@ def test_generate_does_not_write_what_it_reads(tiny, tmp_path):
     save_file({key: value.contiguous() for key, value in state.items()}, weights)
     before = weights.read_bytes()
     arguments = ("--model", "open_sora", *FAMILY_SIZES["open_sora"], "--device", "cpu", "--output", tmp_path / "v.mp4")
+    arguments = (*arguments, "--latents-only")
     for given in (weights, tmp_path):
         assert "output: got" in refused("generate", *arguments, "--weights", given)
     assert weights.read_bytes() == before
@@ -290,8 +302,8 @@ IMAGE_SIZES = {**FAMILY_SIZES, "open_sora": ["--resolution", "144p", "--aspect",
 @pytest.mark.parametrize("family", FAMILY_SIZES)
 def test_generate_makes_single_images(tiny, family, tmp_path):
     pab(
-        *("generate", "--model", family, *IMAGE_SIZES[family], "--random-weights", "--steps", 4, "--image"),
-        *("--prompt", "a cat", "--output", tmp_path / "v.png", "--device", "cpu", "--pab", "off"),
+        *("generate", "--model", family, *IMAGE_SIZES[family], "--random-weights", "--steps", 4, "--still"),
+        *("--prompt", "a cat", "--output", tmp_path / "v.png", "--device", "cpu", "--pab", "off", "--latents-only"),
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.png", "v.safetensors"]
     hidden, metadata = latents.load(tmp_path / "v.safetensors")
@@ -301,8 +313,8 @@ def test_generate_makes_single_images(tiny, family, tmp_path):
 
 def test_generate_makes_one_frame_of_open_sora_by_its_duration_too(tiny, tmp_path):
     common = ("generate", "--model", "open_sora", "--resolution", "144p", "--random-weights", "--steps", 4, "--seed", 3)
-    for name, choice in (("a", ("--image",)), ("b", ("--duration", 1))):
-        pab(*common, *choice, "--output", tmp_path / f"{name}.png", "--device", "cpu")
+    for name, choice in (("a", ("--still",)), ("b", ("--duration", 1))):
+        pab(*common, *choice, "--output", tmp_path / f"{name}.png", "--device", "cpu", "--latents-only")
     first, second = (latents.load(tmp_path / f"{name}.safetensors")[0] for name in "ab")
     assert torch.equal(first, second)
 
@@ -317,7 +329,7 @@ def test_generate_decodes_a_single_image_and_compares_two(tiny, tmp_path):
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
     out = tmp_path / "out"
     pab(
-        *("generate", "--model", "open_sora", *IMAGE_SIZES["open_sora"], "--prompt", "a cat", "--image", "--compare"),
+        *("generate", "--model", "open_sora", *IMAGE_SIZES["open_sora"], "--prompt", "a cat", "--still", "--compare"),
         *("--weights", tmp_path / "model.safetensors", "--text-encoder", tmp_path / "t5", "--vae", tmp_path / "vae"),
         *("--steps", 6, "--output", out / "v.png", "--device", "cpu"),
     )
@@ -328,7 +340,7 @@ def test_generate_decodes_a_single_image_and_compares_two(tiny, tmp_path):
 def test_generate_makes_several_videos_of_each_prompt(tiny, tmp_path):
     common = ("generate", "--model", "open_sora_plan_v120", "--size", "17x64", "--random-weights", "--steps", 4)
     prompts = ("--prompt", "a cat", "--prompt", "a dog", "--seed", 5, "--device", "cpu", "--pab", "off")
-    pab(*common, *prompts, "--videos", 2, "--output", tmp_path / "v.mp4")
+    pab(*common, *prompts, "--latents-only", "--videos", 2, "--output", tmp_path / "v.mp4")
     found = [latents.load(tmp_path / f"v-{i}.safetensors") for i in range(4)]
     assert [(metadata["prompt"], metadata["seed"]) for _, metadata in found] == [
         ("a cat", 5),
@@ -342,9 +354,9 @@ def test_generate_makes_several_videos_of_each_prompt(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "open_sora", "--image", "--duration", "2s"], "image, duration: got both"),
-        (["--image"], "image: got it for demo, whose weights make videos of one length"),
-        (["--model", "latte", "--image", "--output", "v.mp4"], "must end in .png: it is a single image"),
+        (["--model", "open_sora", "--still", "--duration", "2s"], "still, duration: got both"),
+        (["--still"], "still: got it for demo, whose weights make videos of one length"),
+        (["--model", "latte", "--still", "--output", "v.mp4"], "must end in .png: it is a single image"),
         (["--model", "open_sora", "--output", "v.png"], "must end in .mp4 or .gif"),
         (["--videos", "2", "--seed", "1", "--seed", "2", "--seed", "3"], "seed must be given once or for each of 2"),
         (["--seed", str(2**64)], "must fit 64 bits"),

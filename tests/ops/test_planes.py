@@ -17,6 +17,7 @@ from pab_kernels.ops.planes import (
     grow_planes,
     pack_upsampled,
     pack_weight,
+    softmax_rows,
     to_planes,
 )
 from pab_kernels.triton_ops import conv_planes as kernels
@@ -139,6 +140,56 @@ def test_group_norm_silu(backend, device, dtype, shape, per_frame, silu):
     sums = channel_sums(planes, backend=backend)
     torch.testing.assert_close(sums[..., 0].double(), wide.sum((2, 3)).T, rtol=1e-4, atol=1e-2)
     assert torch.equal(group_norm_silu(planes, weight, bias, groups, sums=sums, **given), out)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 65, 3600])
+@pytest.mark.parametrize(("backend", "device", "dtype"), [*ON_CPU, *(p for p in ON_GPU if p.values[0] != "cudnn")])
+def test_softmax_rows(backend, device, dtype, columns):
+    scores = draw(2, 3, columns, device=device, dtype=torch.float32, scale=30)
+    out = softmax_rows(scores, 0.3, dtype, backend=backend)
+    assert out.dtype == dtype
+    exact = torch.softmax(scores.double() * 0.3, -1)
+    torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+X, WEIGHT = torch.zeros(2, 3, 4, 16), torch.zeros(1, 8, 3, 3, 3, 16)
+ERRORS = {
+    "three dimensions": (
+        lambda: conv_planes(X[0], WEIGHT),
+        ValueError,
+        r"x: shape is .*must be \[T, H \+ 1, W \+ 1, C\]",
+    ),
+    "no pixel": (lambda: conv_planes(X[:, :1].contiguous(), WEIGHT), ValueError, "must have a pixel beside"),
+    "strides": (lambda: conv_planes(X.mT, WEIGHT), ValueError, "x: strides are .*must be contiguous"),
+    "weight shape": (
+        lambda: conv_planes(X, WEIGHT[..., :8]),
+        ValueError,
+        r"weight: shape is .*must be \[1, N, KT, 3, 3, 16\]",
+    ),
+    "phases": (lambda: conv_planes(X, WEIGHT, space=2), ValueError, r"must be \[4, N, KT, 2, 2, 16\]"),
+    "front": (lambda: conv_planes(X, WEIGHT, front="last"), ValueError, "front: got 'last', must be zeros or first"),
+    "bias": (lambda: conv_planes(X, WEIGHT, torch.zeros(7)), ValueError, r"bias: shape is \[7\], must be \[8\]"),
+    "residual": (
+        lambda: conv_planes(X, WEIGHT, residual=X),
+        ValueError,
+        r"residual: shape is .*must be \[2, 3, 4, 8\]",
+    ),
+    "dtype": (lambda: conv_planes(X, WEIGHT.half()), TypeError, "weight: dtype is torch.float16, must be"),
+    "backend": (lambda: conv_planes(X, WEIGHT, backend="cuda"), ValueError, "must be one of triton, cudnn, reference"),
+    "groups": (
+        lambda: group_norm_silu(X, X[0, 0, 0], X[0, 0, 0], 3, eps=1e-6),
+        ValueError,
+        "groups: got 3, must divide",
+    ),
+    "times": (lambda: grow_planes(X, 3, 1), ValueError, "times, space: got 3 and 1, must be 1 or 2"),
+    "scores": (lambda: softmax_rows(X.mT, 1.0, torch.float32), ValueError, "scores: shape is .*contiguous"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 @pytest.mark.parametrize(("times", "space"), [(2, 2), (2, 1), (1, 2), (1, 1)])

@@ -5,6 +5,7 @@ wrong; and on a GPU a sum in bfloat16 would be a sum in bfloat16.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pab_kernels import triton_ops
 
 FILES = sorted(Path(next(iter(triton_ops.__path__))).glob("*.py"))
 WIDE = {"kv_len", "cos", "sin", "row_scale", "weight_scale", "at_sum", "vectors"}
-"""Pointers to float32 or int32, whatever the tensors are; the ops check it."""
+"""Pointers to float32 or int32, whatever the tensors are, as those whose comment says so; the ops check it."""
 MOVES = {"trans", "reshape", "split", "join", "permute", "broadcast_to", "expand_dims", "ravel"}
 
 
@@ -27,6 +28,7 @@ class Loads:
             for node in tree.body
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list)
         }
+        self.wide = WIDE | set(re.findall(r"^ +(\w+),  # .*\b(?:float32|int32)\b", source, re.MULTILINE))
         self.wrong: set[str] = set()
         self._done: dict[tuple[str, tuple[bool, ...]], bool] = {}
         for name, function in self.functions.items():
@@ -86,8 +88,10 @@ class Loads:
         if called == "load":  # tl.load, or that of a tensor descriptor
             pointer = node.args[0] if of_language else owner
             assert pointer is not None
+            while isinstance(pointer, ast.BinOp):  # offsets are added to the right
+                pointer = pointer.left
             first = next(each.id for each in ast.walk(pointer) if isinstance(each, ast.Name))
-            return first not in WIDE
+            return first not in self.wide
         on = owner is not None and not of_language and self._raw(owner, names)
         if called == "to":
             return on and "float32" not in ast.unparse(node.args[0])

@@ -8,10 +8,10 @@ import pytest
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, LattePipeline
-from pab_kernels.demo.text import TextEmbedding
 from safetensors.torch import save_file
 
 from pab_kernels.pipelines.demo import DemoPipeline, demo_scheduler, demo_transformer
+from pab_kernels.pipelines.demo_text import TextEmbedding
 from pab_kernels.pipelines.loading import Source, load_pipeline, load_text, resolve_model, text_encoder_bytes
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
 from pab_kernels.pipelines.vae import load_vae
@@ -31,7 +31,7 @@ def _checkpoint(family: str, folder) -> str:
 def test_a_pipeline_loads_from_folders(family, tmp_path):
     weights = _checkpoint(family, tmp_path / "weights")
     save_text(tiny_text(), tmp_path / "t5")
-    source = Source(family, weights, str(tmp_path / "t5"))
+    source = Source(family, weights, str(tmp_path / "t5"), latents_only=True)
     pipe: Any = load_pipeline(source, None, dtype=torch.float32, device="cpu")
     assert torch.equal(run(pipe, "a cat"), run(tiny_pipeline(family), "a cat"))
     assert text_encoder_bytes(source, torch.bfloat16) == 2 * sum(p.numel() for p in pipe.text_encoder.parameters())
@@ -68,7 +68,7 @@ def test_plan_weights_lie_in_a_folder_for_each_size(tmp_path):
     save_text(tiny_text(), tmp_path / "text_encoder")
     save_text(tiny_text(), tmp_path / "tokenizer")
     size = VideoSize(29, 480, 640, (8, 60, 80))
-    source = Source("open_sora_plan_v120", str(tmp_path / "all"), str(tmp_path))
+    source = Source("open_sora_plan_v120", str(tmp_path / "all"), str(tmp_path), latents_only=True)
     assert load_pipeline(source, size, dtype=torch.float32, device="cpu") is not None
 
 
@@ -128,10 +128,10 @@ def test_a_given_decoder_makes_a_video(tmp_path):
     hidden = torch.randn(2, 4, *size.latent)
     video = pipe.decode(hidden, size)
     assert video.shape == (2, 17, 64, 64, 3)
-    assert 0 <= video.min() < video.max() <= 1
+    assert video.dtype == torch.uint8
     raw = vae.decode(hidden[1:] / 0.18215).sample  # type: ignore[operator]
     expected = (raw[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
-    assert torch.allclose(video[1], expected[:17], atol=1e-5)
+    assert (video[1].float() - expected[:17] * 255).abs().max() < 0.51
 
 
 def test_decoders_that_do_not_fit_are_refused(tmp_path):
@@ -255,7 +255,9 @@ def test_damaged_parts_are_named_and_not_called_missing(content, tmp_path):
     part.mkdir()
     (part / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"text_encoder: {part} cannot be loaded: "):
-        load_pipeline(Source("open_sora", weights, str(part)), None, dtype=torch.float32, device="cpu")
+        load_pipeline(
+            Source("open_sora", weights, str(part), latents_only=True), None, dtype=torch.float32, device="cpu"
+        )
     assert text_encoder_bytes(Source("open_sora", weights, str(part)), torch.float32) == 0
     with pytest.raises(ValueError, match=f"vae: {part}"):
         load_vae(part, 4, dtype=torch.float32, device="cpu")

@@ -9,14 +9,10 @@ from torch import nn
 from transformers import MT5Config, MT5EncoderModel
 
 from pab_kernels.pipelines.loading import Source, load_text, text_encoder_bytes
-from pab_kernels.pipelines.text import RandomText, T5Text, cast_encoder, clean_prompt
+from pab_kernels.pipelines.text import RandomText, T5Text, cast_encoder
 from tests.pipeline_tools import CAPTION, FAMILIES, save_text, tiny_pipeline, tiny_text
 
 PROMPT = ["a red cat"]
-
-
-def test_prompts_are_cleaned():
-    assert clean_prompt("  A &amp; B\n C ") == "a & b c"
 
 
 def test_random_text_depends_on_the_prompt_alone():

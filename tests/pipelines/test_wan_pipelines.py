@@ -10,8 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanVideoToVideoPipeline
 
-from pab_kernels import PABConfig, accelerate
-from pab_kernels.runtime.pair import PABHandles
+from pab_kernels import PABConfig, PABHandles, accelerate
 from tests.wan_tools import (
     PIPELINES,
     forwards_per_step,

@@ -201,15 +201,16 @@ def test_a_failed_capture_is_freed_and_tried_once_more(device, monkeypatch, fail
 def test_fused_weights_and_slots_are_freed_with_the_handle_still_there(device):
     model = latte()
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
     handle = accelerate(model, PAB)
     for _ in range(3):
         run(model, handle, latents(), text(60))
     handle.close()
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()  # one a stream, which would stay with torch
     torch.cuda.empty_cache()
-    # Workspaces of cuBLAS, one a stream, stay with torch.
-    assert torch.cuda.memory_allocated() - before < 2**26
+    assert torch.cuda.memory_allocated() - before < 2**25, "fused weights alone are 60 MB"
     assert handle.report().calls == len(TIMESTEPS)
 
 

@@ -115,6 +115,13 @@ def test_sizes_that_do_not_fit_stay_where_fp8_must_pay(monkeypatch):
     assert layer_types(Fp8Linears(stack, measure=False).at(4))["mlp"] == {Fp8Linear}
 
 
+def test_attention_in_fp8_is_that_of_spatial_blocks(monkeypatch):
+    monkeypatch.setattr(precision, "no_hopper", lambda device: None)
+    stack = precision.with_fp8_attention(adapter_for(tiny_latte()).stack)
+    attention = [b.weights for block in stack.blocks for b in block.branches if isinstance(b.weights, SelfAttention)]
+    assert {(weights.sequence, weights.precision) for weights in attention} == {("spatial", "fp8"), ("temporal", None)}
+
+
 def test_errors(model, monkeypatch):
     config = PABConfig(linear_precision="fp8")
     with pytest.raises(ValueError, match=r"linear_precision: got fp8, must be None here: fp8 GEMMs need a CUDA GPU"):
@@ -127,6 +134,9 @@ def test_errors(model, monkeypatch):
         accelerate(model, PABConfig(linear_precision="fp8", linear_exclude=("spatial.9.qkv",)))
     with pytest.raises(ValueError, match=r"linear_precision: got 'fp4', must be null or one of fp8, fp8-all"):
         accelerate(model, PABConfig(), linear_precision="fp4")
+    with pytest.raises(ValueError, match=r"attention_precision: got fp8, must be None here: .*cuda"):
+        accelerate(model, PABConfig(), attention_precision="fp8")
+    assert "forward" not in model.__dict__
     part = Linear(torch.randn(16, 16), torch.randn(16))
     with pytest.raises(TypeError, match=r"up, down: are Fp8Linear and Linear, must be alike"):
         Mlp(Fp8Linear.of(part), part)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.runtime.requests_tools import SIZES, serve
+from pab_kernels import Schedule
+from tests.runtime.requests_tools import PAB, SIZES, STEPS, TEXTS, serve
 
 
 def test_requests_on_a_cpu_leave_nothing_behind() -> None:
@@ -21,8 +22,8 @@ def test_requests_on_a_gpu_leave_nothing_behind_and_replay_what_was_captured(dev
     memory, report, again = serve(160, torch.device(device))
     assert again > 20
     assert report.shapes == len(SIZES)
-    variants = 5
-    assert report.captured <= variants * len(SIZES) * 2, "two paddings of text"
+    variants = len(set(Schedule(PAB, STEPS)))
+    assert report.captured == variants * len(SIZES) * len(TEXTS), "once for each shape, and for each padding of text"
     settled = memory[100]
     assert memory[-1].allocated <= settled.allocated
     assert memory[-1].reserved <= settled.reserved

@@ -1,0 +1,31 @@
+"""pab bench --end-to-end on a CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cli_tools import pab, refused
+
+
+@pytest.mark.parametrize("workload", ["open_sora-144p-2s", "open_sora_plan_v110-65x512", "open_sora_plan_v120-29x480p"])
+def test_the_parts_of_a_whole_run(workload, tmp_path):
+    output = pab(
+        *("bench", "--workload", workload, "--scale", "tiny", "--end-to-end", "--steps", 4, "--repeats", 1),
+        *("--runs", "runtime,runtime+pab", "--device", "cpu", "--json", tmp_path / "e.json"),
+    )
+    assert "this runtime, PAB" in output
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["end_to_end"].keys() == {"runtime", "runtime+pab"}
+    for run in result["end_to_end"].values():
+        assert run["frames"] == 17
+        assert len(run["runs"]) == 1
+        assert all(seconds >= 0 for seconds in run["runs"][0].values())
+        assert run["runs"][0].keys() == {"text", "denoising", "decoding", "writing"}
+
+
+def test_what_has_no_whole_run_is_refused():
+    common = ("--scale", "tiny", "--end-to-end", "--device", "cpu")
+    assert "must be of open_sora" in refused("bench", "--workload", "latte-16x512", *common)
+    assert "must name one of runtime" in refused("bench", "--workload", "open_sora-144p-2s", *common, "--runs", "eager")

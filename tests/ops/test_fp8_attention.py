@@ -1,0 +1,165 @@
+"""Attention in e4m3: its quantisation in Triton's interpreter, and on a Hopper GPU the kernel against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pab_kernels import ops
+from pab_kernels.ops import backends, reference
+from pab_kernels.triton_ops.quantize_qkv import quantize_qkv_triton
+from tests.hopper_tools import HEAD_DIMS, expected
+from tests.quantized_tools import interpret_e4m3
+
+E4M3 = torch.float8_e4m3fn
+KINDS = ["plain", "offsets", "outliers", "peaks"]
+
+
+def draw(kind: str, batch: int, tokens: int, heads: int, head_dim: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh q, k, v cut out of one tensor: Gaussian, with means, with outlier channels, or with far larger scores."""
+    torch.manual_seed(tokens + head_dim)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device)
+    if kind == "offsets":
+        qkv[:, :, 1] += 6 * torch.randn(heads, head_dim, device=device).sign()
+        qkv[:, :, 2] += 3
+    if kind == "outliers":
+        qkv[:, :, 1] += 3 * torch.randn(heads, head_dim, device=device)
+        qkv[:, :, 1, :, 5] *= 20
+        qkv[:, :, 2, :, 7] *= 30
+    if kind == "peaks":
+        qkv[:, :, 0] *= 3
+        qkv[:, 0, 1] *= 8
+        qkv[:, tokens // 2, 0] = 3 * qkv[:, 0, 1]
+    q, k, v = qkv.bfloat16().unbind(2)
+    return q, k, v
+
+
+def error(y: Tensor, wanted: Tensor) -> float:
+    return ((y.double() - wanted).norm() / wanted.norm()).item()
+
+
+def simulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What rounding alone costs."""
+    center = k[:, :: max(1, k.shape[1] // 512)].float().mean(1)
+    return reference.fp8_attention_ref(q.double(), k.double(), v.double(), center.double(), q.shape[-1] ** -0.5)
+
+
+# On a CPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference(kind):
+    """Five per cent for Gaussian rows, and centring keys keeps it there where they have a mean."""
+    q, k, v = draw(kind, 1, 700, 2, 72, "cpu")
+    v = v - 3 if kind == "offsets" else v  # they would hide the error
+    y = ops.fp8_attention(q, k, v, backend="reference")
+    assert error(y, expected(q, k, v)) < {"outliers": 0.25, "peaks": 0.1}.get(kind, 0.065)
+    whole = reference.fp8_attention_ref(q, k, v, torch.zeros(1, 2, 72), 72**-0.5)
+    if kind == "offsets":
+        assert error(whole, expected(q, k, v)) > 2 * error(y, expected(q, k, v))
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 72), (130, 96), (700, 72), (513, 128)])
+def test_quantized_rows(tokens, head_dim, monkeypatch):
+    interpret_e4m3(monkeypatch)
+    q, k, v = draw("offsets", 2, tokens, 3, head_dim, "cpu")
+    columns, steps, blocks = -(-head_dim // 16) * 16, -(-tokens // 128), -(-tokens // 256)
+    q8, k8 = (torch.full((2, tokens, 3, columns), float("nan")).to(E4M3) for _ in "qk")
+    v8 = torch.full((2, 3, head_dim, 128 * steps), float("nan")).to(E4M3)
+    scales = [torch.full((2, 3, count), float("nan")) for count in (tokens, steps, blocks)]
+    center = k.float().mean(1)
+    quantize_qkv_triton(q, k, v, center, (q8, k8, v8, scales[0], scales[1], scales[2]))
+    assert (q8[..., head_dim:].float() == 0).all()
+    assert (k8[..., head_dim:].float() == 0).all()
+    wide_q = q8[..., :head_dim].float() * scales[0].transpose(1, 2)[..., None]
+    wide_k = k8[..., :head_dim].float() * scales[1].repeat_interleave(128, 2)[..., :tokens].transpose(1, 2)[..., None]
+    # Place 4c + u of 16 has token 2c + u % 2 + u // 2 * 8.
+    tokens_at = torch.tensor([i // 4 * 2 + i % 2 + i % 4 // 2 * 8 for i in range(16)])
+    wide_v = torch.empty(2, 3, head_dim, 8 * steps, 16)
+    wide_v[..., tokens_at] = v8.float().unflatten(-1, (-1, 16))
+    wide_v = wide_v.flatten(-2)
+    assert (wide_v[..., tokens:] == 0).all()
+    wide_v = wide_v[..., :tokens] * scales[2].repeat_interleave(256, 2)[:, :, None, :tokens]
+    for got, wanted in ((wide_q, q.float()), (wide_k, k - center[:, None]), (wide_v.permute(0, 3, 1, 2), v.float())):
+        torch.testing.assert_close(got, wanted, rtol=0.0626, atol=wanted.abs().max().item() * 2**-17)
+
+
+def test_bad_arguments():
+    q, k, v = draw("plain", 1, 20, 2, 72, "cpu")
+    with pytest.raises(ValueError, match="softmax_scale: got -1"):
+        ops.fp8_attention(q, k, v, softmax_scale=-1.0)
+    with pytest.raises(ValueError, match="k: "):
+        ops.fp8_attention(q, k[:, :10], v)
+    with pytest.raises(ValueError, match="precision: got 'fp4'"):
+        ops.self_attention(torch.zeros(1, 20, 3, 2, 72), precision="fp4")
+
+
+def test_where_there_is_no_kernel_it_is_attention():
+    q, k, v = draw("plain", 1, 20, 2, 72, "cpu")
+    choice = backends.choose("fp8_attention", q, k, v)
+    assert choice.backend == "attention"
+    assert "cuda" in choice.reason.lower()
+    torch.testing.assert_close(ops.fp8_attention(q, k, v), ops.attention(q, k, v))
+    qkv = torch.stack((q, k, v), 2)
+    torch.testing.assert_close(ops.self_attention(qkv.clone(), precision="fp8"), ops.self_attention(qkv.clone()))
+
+
+# On the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 127, 128, 129, 513, 1590])
+def test_errs_no_more_than_its_rounding(tokens, head_dim, kind, hopper):
+    q, k, v = draw(kind, 2, tokens, 3, head_dim, hopper)
+    wanted = expected(q, k, v)
+    ours, rounding = error(ops.fp8_attention(q, k, v, backend="cuda"), wanted), error(simulated(q, k, v), wanted)
+    assert ours <= 1.15 * rounding + 5e-3, f"{ours:.4f}, the rounding alone {rounding:.4f}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_scores_far_above_those_of_the_first_step(head_dim, hopper):
+    """Weights infinite by the first offset: the tile is computed again."""
+    q, k, v = (x.clone() for x in draw("plain", 1, 900, 2, head_dim, hopper))
+    k[:, 3] *= 30
+    q[:, 500:520] = 10 * k[:, 3:4]
+    wanted = expected(q, k, v)
+    assert error(ops.fp8_attention(q, k, v, backend="cuda"), wanted) <= 1.2 * error(simulated(q, k, v), wanted) + 5e-3
+
+
+@pytest.mark.gpu
+def test_sums_of_many_keys(hopper):
+    """Values with a mean: the tensor cores alone would lose a third of it."""
+    q, k, v = draw("offsets", 1, 32760, 1, 128, hopper)
+    some = torch.cat((torch.arange(100), torch.arange(32660, 32760))).to(hopper)
+    y = ops.fp8_attention(q, k, v, backend="cuda")
+    assert torch.isfinite(y).all()
+    assert error(y[:, some], expected(q[:, some], k, v)) < 2e-2
+
+
+@pytest.mark.gpu
+def test_repeats_bit_for_bit_and_in_a_graph(hopper):
+    q, k, v = draw("plain", 2, 1590, 4, 96, hopper)
+    first = ops.fp8_attention(q, k, v, backend="cuda")
+    for _ in range(3):
+        assert torch.equal(ops.fp8_attention(q, k, v, backend="cuda"), first)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.fp8_attention(q, k, v, backend="cuda")
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_self_attention(dtype, hopper):
+    q, k, v = draw("plain", 1, 700, 4, 128, hopper)
+    qkv, weight = torch.stack((q, k, v), 2).to(dtype), (torch.rand(128, device=hopper) + 0.5).to(dtype)
+    wanted = ops.self_attention(qkv.clone(), q_weight=weight, k_weight=weight, backend="cuda")
+    y = ops.self_attention(qkv.clone(), q_weight=weight, k_weight=weight, precision="fp8", backend="cuda")
+    assert 1e-3 < error(y, wanted.double()) < 0.1
