@@ -385,6 +385,7 @@ def _give_back(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:
         pass  # what the caller does from here on is after all that was done here
     with torch.inference_mode(False):
         adapter.restore()
+    lane.close()
 
 
 def _collected(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:
