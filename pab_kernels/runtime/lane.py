@@ -36,7 +36,10 @@ class Lane:
         self.device = device
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self.stream = _FREE[device].pop() if _FREE[device] else torch.cuda.Stream(device)
+            try:
+                self.stream = _FREE[device].pop()
+            except IndexError:
+                self.stream = torch.cuda.Stream(device)
         self._entered: list[tuple[torch.cuda.Stream, torch.cuda.StreamContext]] = []
 
     def __enter__(self) -> Lane:
