@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_the_runtime_is_the_plain_form(family: str, name: str) -> None:
 def test_other_ways_of_guidance(name: str, options: dict[str, Any]) -> None:
     config = PABConfig.from_dict(CONFIGS[name])
     host, inputs = tiny("latte")
-    half = "first" if options.get("first") else None
+    half: Literal["first"] | None = "first" if options.get("first") else None
     wanted = expected("latte", config, **options)
     with accelerate(host, config, forwards_per_step=options.get("forwards", 1), conditional=half) as handle:
         handle.begin(TIMESTEPS)

@@ -127,7 +127,7 @@ def generate(
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
         options.on_host(cache_device)
-        generation.check_memory(source, request, config, place, number, cache_device)
+        generation.check_memory(source, request, config, place, number, cache_device, memory, seamless, offload_text)
         runs = {"without PAB": None, "with PAB": config} if compare else {"denoising": config}
         files = outputs.output_files(output, len(request.prompts), source.decodes, compare or not source.decodes)
         longest = [_preview_path(output, name, request.steps) for name in runs if preview is not None]

@@ -26,6 +26,8 @@ def info(
     cache_device: options.CacheDevice = None,
     cache_dtype: options.CacheDtype = None,
     linear_precision: options.LinearPrecision = None,
+    decode_memory: options.DecodeMemory = None,
+    seamless: options.Seamless = False,
 ) -> None:
     """Print versions, GPU and backends; or the memory that a run needs.
 
@@ -35,12 +37,16 @@ def info(
 
     pab info --model open_sora --resolution 480p --duration 8s
     """
+    from pab_kernels.pipelines.decoding import parse_bytes
+
     with options.clean_errors():
         if model is None:
             _print_machine()
         else:
             small = {"cache_dtype": cache_dtype, "linear_precision": linear_precision}
-            _print_memory(model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device, small)
+            bound = None if decode_memory is None else parse_bytes(decode_memory)
+            given = (model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device)
+            _print_memory(*given, small, bound, seamless)
 
 
 def _print_machine() -> None:
@@ -67,6 +73,8 @@ def _print_memory(
     dtype: str,
     cache_device: str | None,
     small: dict[str, str | None],
+    bound: int | None,
+    seamless: bool,
 ) -> None:
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines import memory
@@ -103,7 +111,16 @@ def _print_memory(
     if on_host:
         table.add_row("slots in host memory", f"{memory.gib(need.host):.1f}")
     console.print(table)
-    console.print("Without text encoder and VAE.")
+    decoder = memory.decoder_memory(family, video.latent, run.dtype, bound, seamless)
+    if decoder is None:
+        console.print("Without text encoder and VAE.")
+    else:
+        weights, piece = (memory.gib(part) for part in decoder)
+        console.print(
+            f"Without text encoder. The decoder adds {weights:.1f} of weights, and once the latents are there "
+            f"{piece:.1f} for its largest piece.",
+            soft_wrap=True,
+        )
     others = [f"{name} {memory.gib(memory.estimate(each, shape).total):.1f}" for name, each in memory.smaller_runs(run)]
     if others:
         console.print(f"In all with less, GiB: {'; '.join(others)}", soft_wrap=True)

@@ -152,6 +152,34 @@ class VideoDecoder:
             return 4 * (latents - 1) + 1 if self.is_plan else latents
         return latents * self.vae.temporal_vae.factor - sum(self.vae.dropped(latents, frames))
 
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weights that have been packed so far."""
+        return sum(decoder.weight_bytes for decoder in self._packed.values())
+
+    def piece_bytes(self, latents: tuple[int, int, int]) -> int:
+        """Most memory that a piece of latents (T, H, W) takes on planes, weights not counted.
+
+        Raises
+        ------
+        ValueError
+            No piece fits the memory bound.
+        """
+        frames, height, width = latents
+        if not self.is_plan:
+            each = self._decoder("spatial").nbytes(1, height, width)
+            most = self._frames_within(each, height, width) * each
+            if self.is_open_sora:
+                chunk = self.vae.latents_of(self.vae.micro_frame_size) if self.vae.micro_frame_size else frames
+                chunk = min(chunk * (2 if self.seamless else 1), frames)
+                most = max(most, self._decoder("temporal").nbytes(chunk, height, width))
+            return most
+        tiling = self.tiling(latents)
+        if tiling is None:
+            return self._piece_bytes(frames, height, width)
+        side = tiling.tile_latent_min_size
+        return self._piece_bytes(min(tiling.tile_latent_min_size_t, frames), min(side, height), min(side, width))
+
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int, sink: Sink | None = None) -> Decoded:
         """Decode a video.
@@ -240,7 +268,9 @@ class VideoDecoder:
         """
         if not self.on_planes:
             return 4
-        each = self._decoder("spatial").nbytes(1, height, width)
+        return self._frames_within(self._decoder("spatial").nbytes(1, height, width), height, width)
+
+    def _frames_within(self, each: int, height: int, width: int) -> int:
         memory = MEMORY if self.memory is None else self.memory
         if each > memory:
             raise ValueError(

@@ -154,8 +154,14 @@ def check_memory(
     device: torch.device,
     dtype: torch.dtype,
     cache_device: str | None = None,
+    decode_memory: int | None = None,
+    seamless: bool = False,
+    offload_text: bool = False,
 ) -> None:
     """Refuse a run that will not fit in the GPU's free memory; nothing is checked on a CPU.
+
+    The decoder's weights lie there all the time, its pieces once the latents are made. `offload_text` leaves the text
+    encoder out.
 
     Raises
     ------
@@ -165,7 +171,12 @@ def check_memory(
     if device.type == "cuda" and request.size is not None:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
         run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
-        memory.check_fits(run, torch.cuda.mem_get_info(device)[0], extra=text_encoder_bytes(source, dtype))
+        extra = 0 if offload_text else text_encoder_bytes(source, dtype)
+        if source.decodes and source.family != "demo":
+            decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
+            weights, piece = decoder or (0, 0)
+            extra += weights + max(0, piece - memory.estimate(run).activations)
+        memory.check_fits(run, torch.cuda.mem_get_info(device)[0], extra=extra)
 
 
 def generate(

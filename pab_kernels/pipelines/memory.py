@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.branches import CrossAttention, Weights
 from pab_kernels.config import KINDS, PABConfig
-from pab_kernels.models import adapter_for, checkpoints
+from pab_kernels.models import adapter_for, autoencoders, checkpoints
 from pab_kernels.ops.quantized import DTYPES
+from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
 from pab_kernels.runtime.plan import slot_keys, slot_places
 from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_shapes
@@ -171,6 +173,27 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
         slot_count=run.forwards * len(slots),
         host=run.forwards * len(slots) * model.slot(run) if run.cache_on_host else 0,
     )
+
+
+def decoder_memory(
+    family: str, latent: tuple[int, int, int], dtype: torch.dtype, bound: int | None = None, seamless: bool = False
+) -> tuple[int, int] | None:
+    """Bytes of a family's released decoder and of its largest piece on planes; None where it is not this package's.
+
+    Weights are counted with their packed copies.
+
+    Raises
+    ------
+    ValueError
+        No piece fits `bound`.
+    """
+    if family not in (*autoencoders.CLASSES, "latte"):
+        return None
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL(**autoencoders.IMAGES) if family == "latte" else autoencoders.build(family)
+    decoder = VideoDecoder(torch.nn.Module.to(vae, dtype), memory=bound, seamless=seamless)
+    piece = decoder.piece_bytes(latent)
+    return sum(parameter.nbytes for parameter in vae.parameters()) + decoder.packed_bytes, piece
 
 
 def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:

@@ -50,12 +50,22 @@ class PlaneDecoder:
         x = run(self.layers, self.conv_in(to_planes(z, self.channels)))
         return self.conv_out(self.norm(x), sums=False).planes
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the packed copies."""
+        return sum(conv.weight.nbytes for layer in (self, *self.layers) for conv in convolutions(layer))
+
     def nbytes(self, frames: int, height: int, width: int) -> int:
         """Most memory of a piece of so many latents, weights not counted."""
         shape = self.conv_in.shape((frames, height, width, self.channels))
         most, shape = most_live(self.layers, shape)
         most = max(most, plane_elements(shape) + self.conv_out.live(shape))
         return most * self.conv_out.weight.element_size()
+
+
+def convolutions(layer: Any) -> list[Conv]:
+    """Those that a layer holds."""
+    return [value for value in vars(layer).values() if isinstance(value, Conv)]
 
 
 def temporal_decoder(vae: TemporalVAE) -> PlaneDecoder:

@@ -125,6 +125,8 @@ class Run:
     def resume(self, step: int) -> None:
         """From `step` on another batch comes, as where guidance ends: nothing that was kept may be read by it.
 
+        What is left of a batch is not known to be two halves, so its guidance is not broadcast.
+
         Raises
         ------
         Mismatch
@@ -133,6 +135,7 @@ class Run:
         if self._last >= step:
             raise Mismatch(f"step {step}: its forwards differ in their batches: call begin(timesteps) for a new run")
         self.schedule = self.schedule.resumed(step)
+        self.guided = False
         self.shapes.clear()
 
     def goes_back(self, timestep: float) -> bool:

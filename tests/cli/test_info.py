@@ -56,3 +56,26 @@ def test_info_tells_what_would_run_in_fp8():
     assert re.search(r"No linears in fp8: linear_precision: got fp8, .* fp8 GEMMs need a CUDA GPU, got cpu", output)
     weights = [re.search(r"weights +│ +(\d\.\d)", text) for text in (output, pab("info", "--model", "latte"))]
     assert [match and match[1] for match in weights] == ["2.8", "2.0"], "QKV, text queries and MLPs twice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weights", "piece"),
+    [
+        (["--model", "open_sora", "--resolution", "480p"], 1.1, 3.9),
+        (["--model", "open_sora", "--resolution", "480p", "--decode-memory", "2GiB"], 1.1, 1.9),
+        (["--model", "latte"], 0.3, 3.8),
+        (["--model", "open_sora_plan", "--size", "93x480p"], 0.7, 8.5),
+        (["--model", "open_sora_plan", "--size", "65x512x512", "--decode-memory", "4GiB"], 0.7, 2.8),
+    ],
+    ids=str,
+)
+def test_info_counts_the_decoders_memory(arguments, weights, piece):
+    found = re.search(r"decoder adds (\d+\.\d) of weights.* (\d+\.\d) for its largest piece", pab("info", *arguments))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(weights, abs=0.06)
+    assert float(found[2]) == pytest.approx(piece, abs=0.06)
+
+
+def test_info_refuses_a_bound_that_no_piece_fits():
+    arguments = ("info", "--model", "open_sora", "--resolution", "480p", "--decode-memory", "100MiB")
+    assert "decode_memory: got 100 MiB, must be at least" in refused(*arguments)

@@ -74,3 +74,16 @@ def test_forwards_of_one_step_have_one_batch():
             run(model, [2], 2)
         run(model, [3], 2)
         assert torch.isfinite(run(model, [3], 3)[0]).all()
+
+
+def test_what_is_left_of_a_batch_is_not_two_halves_of_guidance():
+    """Two prompts without guidance: neither row may be made of the other."""
+    model = tiny_latte()
+    config = PABConfig(guidance_broadcast=True, guidance_range=3, guidance_threshold=(0, 1000))
+    with accelerate(model, config) as pab:
+        pab.begin(TIMESTEPS)
+        guided = run(model, [4, 4])
+        got = run(model, [2] * 7, 2)
+    wanted = run(model, [2] * 7, 2)
+    assert not close(guided[1], run(model, [4], 1)[0], 1e-4)  # guidance was broadcast before
+    assert all(close(a, b) for a, b in zip(got, wanted, strict=True))
