@@ -59,18 +59,18 @@ class Meter:
 
     def watch(
         self, yardstick: Yardstick, named: Mapping[str, PABConfig], others: int
-    ) -> Callable[[str, PABConfig], Trial]:
+    ) -> Callable[[str, PABConfig, int | None], Trial]:
         """The yardstick's trials, shown; they are shorter than a run, by what they share with the one without PAB."""
         most = max(yardstick.calls(config) for config in named.values())
         ahead = sum(yardstick.calls(config) for config in named.values()) + others * most
         task = self._bar.tasks[self._task]
         self._bar.update(self._task, total=task.completed + ahead)
 
-        def try_out(name: str, config: PABConfig) -> Trial:
+        def try_out(name: str, config: PABConfig, videos: int | None = None) -> Trial:
             self.say(name)
             if name not in named:
-                self._bar.update(self._task, total=(task.total or 0) + yardstick.calls(config) - most)
-            return yardstick.try_out(name, config)
+                self._bar.update(self._task, total=(task.total or 0) + yardstick.calls(config, videos) - most)
+            return yardstick.try_out(name, config, videos)
 
         return try_out
 

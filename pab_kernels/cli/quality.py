@@ -64,7 +64,7 @@ def quality(
             try:
                 try_out = meter.watch(trials.Yardstick(pipe, request, meter.advance), chosen, 0)
                 for name, config in chosen.items():
-                    done.append(try_out(name, config))
+                    done.append(try_out(name, config, None))
                     if csv_file is not None:
                         results.write_csv(done, csv_file)
             except KeyboardInterrupt:

@@ -20,10 +20,10 @@ def tune(
     profile: Annotated[
         Path | None, typer.Option(help="profile.csv of a run with the same steps; by default one is made.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 2,
+    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 6,
     model: options.Model = "demo",
     prompt: measured.Prompt = None,
-    videos: measured.Videos = 4,
+    videos: measured.Videos = 8,
     seed: measured.Seed = 0,
     steps: measured.Steps = None,
     guidance: options.Guidance = None,
@@ -37,7 +37,10 @@ def tune(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Find settings of a wanted quality or speed, and write them as YAML for --pab. Ctrl-C keeps the best so far.
+    """Find settings of a wanted quality or speed, and write them as YAML for --pab.
+
+    Windows, ranges and orders of all kinds are weighed by the profile, and the likeliest tried: on half of the videos,
+    paired with the preset fast, and the best on all. Ctrl-C keeps the best so far; the same command then goes on.
 
     Examples:
 
@@ -51,16 +54,21 @@ def tune(
     from pab_kernels.tune import profile as profiles
     from pab_kernels.tune import trials as trying
     from pab_kernels.tune.frontier import frontier
+    from pab_kernels.tune.journal import Journal
     from pab_kernels.tune.results import Tuned
 
     with options.clean_errors():
         wanted = tuning.Target.parse(target)
         check_outputs({"output": Tuned.files(output)}, inputs=(profile, *measured.inputs(context.params)))
+        if profile is not None:
+            profiles.read_rows(profile)  # that it is one shall be known before the work
         pipe, request = measured.load(context.params)
         if wanted.measure != "speedup" and len(request.prompts) < 2:
             raise ValueError("videos: got 1, must be at least 2: one tells nothing of how others differ")
         result = Tuned(output, wanted, measured.origin(pipe, request, context.params))
-        named = measured.named(pipe)
+        journal = Journal(Tuned.journal(output), measured.origin(pipe, request, context.params))
+        named = {name: each for name, each in reversed(measured.named(pipe).items()) if name.endswith(":fast")}
+        named |= dict(list(measured.named(pipe).items())[:1])
         with measured.progress() as bar:
             meter = measured.Meter(bar, request, 1 + len(request.prompts) * (1 + len(named) + trials))
             try:
@@ -71,12 +79,15 @@ def tune(
                 yardstick = trying.Yardstick(pipe, request, meter.advance)
                 if profile is not None:
                     found = profiles.Profile.from_csv(profile, yardstick.timesteps)
-                search = tuning.Search(found, frontier(found, yardstick.unit_savings), wanted)
-                for trial in search.run(meter.watch(yardstick, named, trials), named, trials):
+                meter.say("frontier")
+                search = tuning.Search(found, frontier(found, yardstick.predicted_saving), wanted)
+                try_out = journal.around(meter.watch(yardstick, named, trials))
+                for trial in search.run(try_out, named, trials, few=max(2, len(request.prompts) // 2)):
                     result.add(trial)
             except KeyboardInterrupt:
                 options.print_error(f"interrupted after {len(result.trials)} trials")
                 result.finish(options.console())
                 raise typer.Exit(options.INTERRUPTED) from None
+        journal.close()
         if not result.finish(options.console()):
             raise typer.Exit(1)

@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy.stats import t as student
 
@@ -62,19 +62,33 @@ class Target:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of a measure over the videos tried, and the `margin` by which that of all videos may be lower."""
+    """A mean, and the `margin` by which the true one may be lower."""
 
     mean: float
     margin: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """By Student's t, one-sided, at `CONFIDENCE`. One video tells nothing of others: its margin is infinite."""
-        values = [min(value, LARGEST_PSNR) for value in values]
+        """Of all videos that there could be, by those tried.
+
+        By Student's t, one-sided, at `CONFIDENCE`. One video tells nothing of others: its margin is infinite.
+        """
+        values = _bounded(values)
         if len(values) < 2:
             return cls(values[0], math.inf)
         error = statistics.stdev(values) / math.sqrt(len(values))
         return cls(statistics.fmean(values), float(student.ppf(CONFIDENCE, len(values) - 1)) * error)
+
+    @classmethod
+    def paired(cls, values: Sequence[float], anchor: Sequence[float]) -> Estimate:
+        """Of the videos of `anchor`, by the differences on the first of them.
+
+        Videos differ far more from each other than settings do on one video, so a few pairs tell what many videos
+        would: the anchor's mean and the mean difference, with the standard error of the differences.
+        """
+        differences = [a - b for a, b in zip(_bounded(values), _bounded(anchor), strict=False)]
+        found = cls.of(differences)
+        return cls(statistics.fmean(_bounded(anchor)) + found.mean, found.margin)
 
     @property
     def low(self) -> float:
@@ -82,9 +96,16 @@ class Estimate:
         return self.mean - self.margin
 
 
+def _bounded(values: Sequence[float]) -> list[float]:
+    return [min(value, LARGEST_PSNR) for value in values]
+
+
 def estimate(trial: Trial, target: Target) -> Estimate:
-    """Of the measure of quality that counts."""
-    return Estimate.of(trial.values(target.quality))
+    """The mean over the search's videos of the measure of quality that counts: known, or by paired differences."""
+    values = trial.values(target.quality)
+    if trial.anchor is None:
+        return Estimate(statistics.fmean(_bounded(values)), 0.0)
+    return Estimate.paired(values, trial.anchor.values(target.quality))
 
 
 def reaches(trial: Trial, target: Target) -> bool:
@@ -97,8 +118,9 @@ def reaches(trial: Trial, target: Target) -> bool:
 def best(trials: Sequence[Trial], target: Target) -> Trial:
     """Of the trials that reach the target the one that saves most; for a speed the one of best quality.
 
-    If none reaches it, the one that comes nearest.
+    Those on all videos go before those on a few. If none reaches it, the one that comes nearest.
     """
+    trials = [trial for trial in trials if trial.anchor is None] or trials
     good = [trial for trial in trials if reaches(trial, target)]
     if (target.measure == "speedup") == bool(good):
         return max(good or trials, key=lambda trial: estimate(trial, target).low)
@@ -130,16 +152,45 @@ class Search:
             )
 
     def run(
-        self, try_out: Callable[[str, PABConfig], Trial], named: Mapping[str, PABConfig], count: int
+        self,
+        try_out: Callable[[str, PABConfig, int | None], Trial],
+        named: Mapping[str, PABConfig],
+        count: int,
+        few: int,
     ) -> Iterator[Trial]:
-        """Try the settings `named`, then up to `count` candidates; each trial as it is done."""
+        """Try the settings `named` on all videos, then up to `count` candidates; each trial as it is done.
+
+        Candidates are tried on the first `few` videos, paired with the first of the named trials. The one that is then
+        the best is tried on all; where it does not reach the target there, the search goes on below it.
+        """
         trials = []
         for name, config in named.items():
-            trials.append(try_out(name, config))
+            trials.append(try_out(name, config, None))
             yield trials[-1]
+        anchor = trials[0]
         tuned: dict[int, Trial] = {}
-        while len(tuned) < count and (index := self.propose(trials, tuned)) is not None:
-            tuned[index] = try_out(f"tuned {len(tuned) + 1}", self._candidates[index].config)
+        confirmed: set[int] = set()
+        while True:
+            index = self.propose(trials, tuned) if len(tuned) < count else None
+            if index is not None:
+                found = try_out(f"tuned {len(tuned) + 1}", self._candidates[index].config, few)
+                tuned[index] = found if len(found.videos) == len(anchor.videos) else replace(found, anchor=anchor)
+                trials.append(tuned[index])
+                yield tuned[index]
+                continue
+            open_ = {i: trial for i, trial in tuned.items() if i not in confirmed and trial.anchor is not None}
+            good = {i: trial for i, trial in open_.items() if reaches(trial, self._target)}
+            if not open_ or (not good and confirmed):
+                return
+            index = max(
+                good or open_, key=lambda i: open_[i].predicted if good else estimate(open_[i], self._target).low
+            )
+            known = [trial for i, trial in tuned.items() if i in confirmed and reaches(trial, self._target)]
+            if known and max(trial.predicted for trial in known) >= open_[index].predicted:
+                return
+            confirmed.add(index)
+            trials.remove(tuned[index])
+            tuned[index] = try_out(tuned[index].name, self._candidates[index].config, None)
             trials.append(tuned[index])
             yield tuned[index]
 

@@ -2,23 +2,32 @@
 
 An output that is broadcast is wrong by what it would have changed since it was computed. What counts is that
 difference as a share of the residual stream that it is added to (`Profile.impact`); squares add up over blocks and
-steps. So a profile predicts a setting's error, up to a factor that trials tell.
+steps. A forecast is wrong by what the line misses: with a second difference of s a step (`Profile.remainder`), n steps
+after the last call that computed and d after the one before it, by ``s * n * (n + d) / 2``. So a profile predicts a
+setting's error, up to a factor that trials tell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pab_kernels.config import PABConfig
+from pab_kernels.config import MLP_KINDS, PABConfig
 from pab_kernels.schedule import Schedule
 from pab_kernels.tune.profile import Profile
 
-RANGES = range(2, 11)
+STACK_RANGES = (2, 3, 4, 5)
+MULTIPLES = (2, 3, 4, 6)
+"""Ranges of the other kinds, in ranges of the stack: calls at which no block runs renew nothing."""
+STARTS = (1, 2, 3, 5, 0.15, 0.3, 0.5)
+ENDS = (0, 1, 2, 0.1, 0.25)
+"""Calls at either end of a run that are computed, or shares of it below 1."""
+PRICES = tuple(np.geomspace(1e-4, 1e2, 13))
+"""Of the error, against the share of time that is saved: each gives a place on the frontier."""
 
 
 @dataclass(frozen=True)
@@ -31,95 +40,134 @@ class Candidate:
 
 
 def predicted_error(profile: Profile, config: PABConfig) -> float:
-    """The error that the ranges and thresholds of `config` should cause in all blocks, up to a factor."""
+    """The error that `config` should cause in all blocks, up to a factor; blocks that do not broadcast are left out."""
     schedule = Schedule(config, profile.timesteps)
+    return sum(_kind_error(profile, schedule, kind) for kind in profile.parts)
+
+
+def _kind_error(profile: Profile, schedule: Schedule, kind: str) -> float:
+    rows = _rows(profile, schedule.config, kind)
+    impact, remainder = profile.impact[kind][rows], profile.remainder[kind][rows]
+    computed: list[int] = []
     total = 0.0
-    for kind in profile.kinds:
-        impact = profile.impact[kind]
-        late = np.zeros(len(impact))
-        for call, step in enumerate(schedule):
-            if getattr(step, kind):
-                late = late + impact[:, call]
-                total += float(late @ late)
-            else:
-                late = np.zeros(len(impact))
+    for call, step in enumerate(schedule):
+        if kind not in ("stack", "guidance") and step.stack and schedule.config.stack_block is None:
+            continue  # does not run
+        if not step.broadcasts(kind):
+            computed.append(call)
+        elif step.forecasts(kind):
+            age, reach = call - computed[-1], call - computed[-2]
+            # The remainder of a call looks one and two calls back: the first two have none.
+            late = np.nanmean(remainder[:, max(computed[-1], 2) : call + 1], axis=1) * age * reach / 2
+            total += float(late @ late)
+        else:
+            late = impact[:, computed[-1] + 1 : call + 1].sum(axis=1)
+            total += float(late @ late)
     return total
 
 
-def frontier(profile: Profile, unit_savings: Mapping[str, float]) -> list[Candidate]:
+def _rows(profile: Profile, config: PABConfig, kind: str) -> slice:
+    """The blocks that broadcast. A kind that several lists of blocks have is measured block by block, in turn."""
+    if kind in ("stack", "guidance"):
+        return slice(None)
+    rows, blocks = len(profile.impact[kind]), max(len(profile.impact[each]) for each in profile.kinds)
+    each = max(rows // blocks, 1)
+    found = config.blocks(MLP_KINDS[0] if kind == "mlp" else kind)
+    inside = [index for index in range(rows // each) if index in found]
+    return slice(inside[0] * each, (inside[-1] + 1) * each) if inside else slice(0, 0)
+
+
+Settings = dict[str, Any]
+
+
+def frontier(profile: Profile, saving: Callable[[PABConfig], float]) -> list[Candidate]:
     """The settings with the least predicted error for what they save, from the least to the most.
 
-    Every window and range is weighed for each kind by itself, then all combinations of the best.
+    A coordinate search, at several prices of the error: kind after kind takes the window, range and order at which
+    saving less price times error is most, until none changes. All settings that it weighs compete.
 
     Parameters
     ----------
     profile : Profile
-    unit_savings : mapping of str to float
-        For each kind of attention: the share of a step that its broadcast saves.
+    saving : callable
+        The share of the denoising time that settings should save.
     """
-    kinds = profile.kinds
-    options = [_best_windows(profile, kind) for kind in kinds]
-    grids = np.meshgrid(*(np.arange(len(option)) for option in options), indexing="ij")
-    picks = np.stack([grid.ravel() for grid in grids], axis=1)  # [combinations, kinds]
-    error, saving = np.zeros(len(picks)), np.zeros(len(picks))
-    for column, (kind, option) in enumerate(zip(kinds, options, strict=True)):
-        error += np.array([window.error for window in option])[picks[:, column]]
-        counts = np.array([window.broadcasts for window in option])[picks[:, column]]
-        saving += counts * unit_savings[kind] / len(profile.timesteps)
+    weighed: dict[PABConfig, Candidate] = {}
+
+    def weigh(chosen: dict[str, Settings]) -> Candidate:
+        config = PABConfig(**{key: value for settings in chosen.values() for key, value in settings.items()})
+        if config not in weighed:
+            weighed[config] = Candidate(config, predicted_error(profile, config), saving(config))
+        return weighed[config]
+
+    scale = predicted_error(profile, PABConfig(**_settings("spatial", _window(profile, 1, 1), 2, 0)))
+    scale = scale or _typical(profile)
+    kinds = sorted(profile.parts, key=lambda kind: (kind != "stack", kind != "guidance"))
+    for price in PRICES:
+        chosen: dict[str, Settings] = {}
+        for _ in range(2):
+            before = dict(chosen)
+            for kind in kinds:
+                every = chosen.get("stack", {}).get("stack_range", 1)
+                options = [{}, *_options(profile, kind, every)]
+                found = [weigh({**chosen, kind: option}) for option in options]
+                values = [candidate.saving - price * candidate.error / scale for candidate in found]
+                chosen[kind] = options[int(np.argmax(values))]
+            if chosen == before:
+                break
+    return _best(list(weighed.values()))
+
+
+def _typical(profile: Profile) -> float:
+    """An error to measure others by, where there is no spatial attention."""
+    return float(np.nanmean([np.nanmean(profile.impact[kind] ** 2) for kind in profile.parts])) or 1.0
+
+
+def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other beats, from the least saving to the most."""
     found: list[Candidate] = []
     least = math.inf
-    for index in np.lexsort((error, -saving)):  # from the most saving; of equal ones the least error first
-        if error[index] < least:
-            least = error[index]
-            windows = {kind: option[pick] for kind, option, pick in zip(kinds, options, picks[index], strict=True)}
-            config = PABConfig(**_settings(windows, profile.timesteps))
-            found.append(Candidate(config, float(error[index]), float(saving[index])))
-    return [candidate for candidate in reversed(found) if candidate.saving > 0]
+    for candidate in sorted(candidates, key=lambda each: (-each.saving, each.error)):
+        if candidate.error < least and candidate.saving > 0:
+            least = candidate.error
+            found.append(candidate)
+    return found[::-1]
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Calls [first, end) broadcast, but for every `every`-th; `error` is predicted."""
+def _options(profile: Profile, kind: str, every: int) -> Iterator[Settings]:
+    """Windows, ranges and orders of a kind; `every` is the stack's range."""
+    ranges = STACK_RANGES if kind == "stack" else tuple(multiple * every for multiple in MULTIPLES)
+    coarse = kind in ("stack", "guidance")
+    windows = [
+        _window(profile, start, end)
+        for start in (STARTS if coarse else (1, 0.15, 0.3))
+        for end in (ENDS if coarse else (1, 0.1))
+    ]
+    for window in dict.fromkeys(window for window in windows if window is not None):
+        for step in ranges:
+            for order in (0, 1):
+                yield _settings(kind, window, step, order)
 
-    first: int
-    end: int
-    every: int
-    broadcasts: int
-    error: float
+
+def _settings(kind: str, window: tuple[int, int] | None, every: int, order: int) -> Settings:
+    if window is None:
+        return {}
+    found = {f"{kind}_broadcast": True, f"{kind}_threshold": window, f"{kind}_range": every}
+    return found | ({f"{kind}_order": order} if order else {})
 
 
-def _best_windows(profile: Profile, kind: str) -> list[_Window]:
-    """For each number of broadcast calls the window and range with the least error, and the empty window."""
-    impact = profile.impact[kind]
+def _window(profile: Profile, start: float, end: float) -> tuple[int, int] | None:
+    """Thresholds that leave out so many calls at either end, halfway between timesteps, so that they fit other runs."""
     calls = [int(t) for t in profile.timesteps]
-    best = {0: _Window(0, 0, 1, 0, 0.0)}
-    for every in RANGES:
-        for first in range(1, len(calls)):
-            if calls[first] == calls[first - 1]:
-                continue  # no threshold lies between them
-            late = np.zeros(len(impact))
-            broadcasts, error = 0, 0.0
-            for call in range(first, len(calls)):
-                if call % every == 0:
-                    late = np.zeros(len(impact))
-                    continue
-                late = late + impact[:, call]
-                error += float(late @ late)
-                broadcasts += 1
-                ends = call + 1 == len(calls) or calls[call + 1] != calls[call]
-                if ends and (broadcasts not in best or error < best[broadcasts].error):
-                    best[broadcasts] = _Window(first, call + 1, every, broadcasts, error)
-    return [best[count] for count in sorted(best)]
-
-
-def _settings(windows: Mapping[str, _Window], timesteps: Sequence[float]) -> dict[str, Any]:
-    """The keys of `PABConfig` for these windows. Thresholds lie halfway between timesteps, so they fit other runs."""
-    calls = [int(t) for t in timesteps]
-    settings: dict[str, Any] = {}
-    for kind, window in windows.items():
-        if window.broadcasts:
-            after = calls[window.end] if window.end < len(calls) else calls[window.end - 1] - 1
-            lo = (calls[window.end - 1] + after) // 2
-            hi = (calls[window.first - 1] + calls[window.first] + 1) // 2
-            settings |= {f"{kind}_broadcast": True, f"{kind}_threshold": (lo, hi), f"{kind}_range": window.every}
-    return settings
+    first, last = (round(each * len(calls)) if each < 1 else int(each) for each in (start, end))
+    first, stop = max(first, 1), len(calls) - last
+    while first < stop and calls[first] == calls[first - 1]:
+        first += 1  # no threshold lies between equal timesteps
+    while first < stop < len(calls) and calls[stop] == calls[stop - 1]:
+        stop -= 1
+    if first >= stop:
+        return None
+    after = calls[stop] if stop < len(calls) else calls[stop - 1] - 1
+    hi = (calls[first - 1] + calls[first] + 1) // 2
+    lo = (calls[stop - 1] + after) // 2
+    return (lo, hi) if lo < hi else None

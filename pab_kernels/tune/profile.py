@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pab_kernels.config import KINDS
+from pab_kernels.config import KINDS, SWITCHES
 from pab_kernels.files import replaced
 from pab_kernels.pipelines.generate import OnStep, Request, generate
 from pab_kernels.pipelines.loading import Pipeline
@@ -22,16 +23,20 @@ EDGE = 0.15
 """The PAB document's split: 15 % of the steps at either end, and 70 % between them."""
 FLAT = 2.0
 """The flat middle is where the difference is at most this many times its smallest."""
-MEASURES = ("relative_l2", "mse", "impact")
+MEASURES = ("relative_l2", "mse", "impact", "remainder")
 COLUMNS = ("kind", "block", "step", "timestep", *MEASURES)
+
+
+MOST = 10_000
+"""Blocks and steps."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Differences between the attention outputs of each step and of the step before.
+    """Differences between the outputs of each step and of the step before, of all that can be broadcast.
 
     Each measure is, for each kind, an array [blocks, calls], with a row for each block that has this kind, in the
-    order of the model. The first call has no step before it: NaN.
+    order of the model; one row for the block stack, and for guidance. The first call has no step before it: NaN.
 
     Attributes
     ----------
@@ -43,13 +48,22 @@ class Profile:
         Mean of ``(new - old) ** 2``, which is what the PAB document shows.
     impact : dict of str to array
         ``||new - old|| / ||stream||``, where the stream is the residual stream with the output added: what the next
-        block sees of the difference. `tune` predicts quality from it.
+        block sees of the difference. `tune` predicts quality from it. Of guidance the guided prediction is the stream:
+        its difference counts as often as the scale multiplies it.
+    remainder : dict of str to array
+        What a forecast leaves of it: ``||new - (old + (old - older))|| / ||stream||``. The second call has none: NaN.
     """
 
     timesteps: tuple[float, ...]
     relative_l2: dict[str, NDArray[np.float64]]
     mse: dict[str, NDArray[np.float64]]
     impact: dict[str, NDArray[np.float64]]
+    remainder: dict[str, NDArray[np.float64]]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All that was measured, of `SWITCHES`."""
+        return tuple(kind for kind in SWITCHES if kind in self.impact)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -67,7 +81,7 @@ class Profile:
         with replaced(path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            for kind in self.kinds:
+            for kind in self.parts:
                 measures = [getattr(self, measure)[kind] for measure in MEASURES]
                 for block, step in np.ndindex(measures[0].shape):
                     if step > 0:
@@ -85,30 +99,64 @@ class Profile:
         ValueError
             It is no such file, or one of a run over other timesteps.
         """
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"profile: {path} has the columns {reader.fieldnames}, must have {', '.join(COLUMNS)}")
-            rows = list(reader)
-        found = {int(row["step"]): row["timestep"] for row in rows}
+        rows = read_rows(path)
+        found = {row.step: row.timestep for row in rows}
         if found != {step: f"{t:g}" for step, t in enumerate(timesteps) if step > 0}:
             raise ValueError(f"profile: {path} is of other timesteps than the {len(timesteps)} of this run")
         measures: dict[str, dict[str, NDArray[np.float64]]] = {measure: {} for measure in MEASURES}
-        for kind in KINDS:
-            own = [row for row in rows if row["kind"] == kind]
+        for kind in SWITCHES:
+            own = [row for row in rows if row.kind == kind]
             if own:
-                shape = (1 + max(int(row["block"]) for row in own), len(timesteps))
+                shape = (1 + max(row.block for row in own), len(timesteps))
                 for measure, values in measures.items():
                     values[kind] = np.full(shape, np.nan)
                     for row in own:
-                        values[kind][int(row["block"]), int(row["step"])] = float(row[measure])
+                        values[kind][row.block, row.step] = row.measures[measure]
         return cls(tuple(timesteps), **measures)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the file: the change of what can be broadcast, of one kind in one block at one step."""
+
+    kind: str
+    block: int
+    step: int
+    timestep: str
+    measures: Mapping[str, float]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of what `Profile.to_csv` wrote, which can be known before there is a run to compare them with.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no such file; the message names the line.
+    """
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"the columns are {reader.fieldnames!r:.200}, must be {', '.join(COLUMNS)}")
+            for line in reader:
+                block, step = int(line["block"]), int(line["step"])
+                if line["kind"] not in SWITCHES or not 0 <= block < MOST or not 0 < step < MOST:
+                    raise ValueError(f"got {line['kind']!r:.80}, block {block}, step {step}")
+                measures = {measure: float(line[measure]) for measure in MEASURES}
+                rows.append(Row(line["kind"], block, step, line["timestep"], measures))
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"profile: {path} is no profile, line {reader.line_num}: {error}") from error
+    return rows
 
 
 class Profiler(TappedBlocks):
     """Measures one run of a host, which computes everything; its outputs are what they are without it.
 
-    In memory is what each branch gave at the call before: one slot a branch.
+    In memory is what each branch gave at the two calls before: two slots a branch.
 
     Parameters
     ----------
@@ -117,18 +165,37 @@ class Profiler(TappedBlocks):
     forwards_per_step : int
         How often a step calls the host: 2 in Wan's pipelines. Each of these calls is compared with its like at the step
         before, and the measures are the mean of all.
+    guidance : float
+        Its scale, where a call, or the two of a step, are both halves of guidance; 1 or less measures none.
     """
 
-    def __init__(self, host: nn.Module, forwards_per_step: int = 1) -> None:
+    def __init__(self, host: nn.Module, forwards_per_step: int = 1, guidance: float = 1.0) -> None:
         self._forwards = forwards_per_step
-        self._before: dict[tuple[str, int, str, int], Tensor] = {}
+        self._first: Tensor | None = None
+        """The first prediction of a step that has two."""
+        self._before: dict[tuple[str, int, str, int], list[Tensor]] = {}
         self._norms: dict[tuple[str, int, str], list[Tensor]] = {}
-        self._numel = 0
+        self._numel: dict[str, int] = {}
+        self._guidance = guidance
+        self._entered: Tensor | None = None
+        """The stream as it came to the first block of this call."""
         super().__init__(host)
+        self._hooks = [host.register_forward_hook(self._after)]
+        final = getattr(host, "norm_out", None) or getattr(host, "final_layer", None)
+        if isinstance(final, nn.Module):
+            self._hooks.append(final.register_forward_pre_hook(self._before_final, with_kwargs=True))
 
     def close(self) -> None:
         super().close()
+        for hook in self._hooks:
+            hook.remove()
         self._before.clear()
+
+    def block(self, kind: str, index: int, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The stream after a block; the first one's input is remembered."""
+        if self._entered is None:
+            self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
+        return super().block(kind, index, run, *args, **kwargs)
 
     def branch(
         self,
@@ -139,21 +206,43 @@ class Profiler(TappedBlocks):
         compute: Callable[[], Tensor],
         gate: Tensor | None = None,
     ) -> Tensor:
-        """The branch's output; attention is compared with what the call before gave."""
+        """The branch's output; it is compared with what the calls before gave."""
         value = compute() if gate is None else gate * compute()
-        if name != "mlp":
-            # Open-Sora's temporal blocks have cross-attention too.
-            key = ("cross" if name == "cross" else kind, index, kind)
-            own = (*key, self.call % self._forwards)
-            before = self._before.get(own)
-            if before is not None:
-                norms = [
-                    torch.linalg.vector_norm(x, dtype=torch.float32) for x in (value - before, value, stream + value)
-                ]
-                self._norms.setdefault(key, []).append(torch.stack(norms))
-                self._numel = value.numel()
-            self._before[own] = value
+        # Open-Sora's temporal blocks have cross-attention too, and all blocks an MLP.
+        self._compare({"attention": kind}.get(name, name), index, kind, value, stream + value)
         return value
+
+    def _before_final(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if stream is not None and self._entered is not None and stream.shape == self._entered.shape:
+            self._compare("stack", 0, "", stream - self._entered, stream)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._entered = None
+        if self._guidance > 1:
+            sample = output if isinstance(output, Tensor) else output[0]
+            if self._forwards == 1:
+                halves = sample.chunk(2)
+            elif self.call % self._forwards == 0:
+                self._first = sample
+                return
+            else:
+                assert self._first is not None
+                halves = (self._first, sample)
+            # Guidance adds `scale - 1` differences to the conditional prediction; both are about as long.
+            self._compare("guidance", 0, "", (self._guidance - 1) * (halves[0] - halves[1]), halves[1])
+
+    def _compare(self, kind: str, index: int, block: str, value: Tensor, stream: Tensor) -> None:
+        key = (kind, index, block)
+        own = (*key, 0 if kind == "guidance" else self.call % self._forwards)
+        before = self._before.setdefault(own, [])
+        if before:
+            left = value - 2 * before[0] + before[1] if len(before) > 1 else torch.full_like(value, float("nan"))
+            parts = (value - before[0], value, stream, left)
+            norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in parts]
+            self._norms.setdefault(key, []).append(torch.stack(norms))
+            self._numel[kind] = value.numel()
+        self._before[own] = [value, *before[:1]]
 
     def profile(self, timesteps: Sequence[float]) -> Profile:
         """What the run over `timesteps` showed.
@@ -168,18 +257,20 @@ class Profiler(TappedBlocks):
                 f"timesteps: got {len(timesteps)}, must be {(self.call + 1) / self._forwards:g}, one a step: the "
                 f"transformer was called {self.call + 1} times"
             )
-        relative, mse, impact = {}, {}, {}
-        for kind in KINDS:
+        measures: dict[str, dict[str, NDArray[np.float64]]] = {measure: {} for measure in MEASURES}
+        for kind in SWITCHES:
             blocks = sorted(key for key in self._norms if key[0] == kind)
             if blocks:
                 norms = np.stack([torch.stack(self._norms[key]).double().cpu().numpy() for key in blocks])
-                norms = norms.reshape(len(blocks), -1, self._forwards, 3).mean(axis=2)
-                first = np.full((len(blocks), 1, 3), np.nan)
-                difference, output, stream = np.moveaxis(np.concatenate([first, norms], axis=1), -1, 0)
-                relative[kind] = difference / output
-                mse[kind] = difference**2 / self._numel
-                impact[kind] = difference / stream
-        return Profile(tuple(timesteps), relative, mse, impact)
+                each = 1 if kind == "guidance" else self._forwards
+                norms = norms.reshape(len(blocks), -1, each, 4).mean(axis=2)
+                first = np.full((len(blocks), 1, 4), np.nan)
+                difference, output, stream, left = np.moveaxis(np.concatenate([first, norms], axis=1), -1, 0)
+                measures["relative_l2"][kind] = difference / output
+                measures["mse"][kind] = difference**2 / self._numel[kind]
+                measures["impact"][kind] = difference / stream
+                measures["remainder"][kind] = left / stream
+        return Profile(tuple(timesteps), **measures)
 
 
 def measure(pipe: Pipeline, request: Request, on_step: OnStep | None = None) -> Profile:
@@ -193,7 +284,7 @@ def measure(pipe: Pipeline, request: Request, on_step: OnStep | None = None) -> 
     on_step : callable, optional
         As for `generate.generate`.
     """
-    with Profiler(pipe.transformer) as profiler:
+    with Profiler(pipe.transformer, guidance=request.guidance) as profiler:
         generate(pipe, request, None, on_step)
         return profiler.profile([float(t) for t in pipe.scheduler.timesteps])
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pab_kernels import figures
-from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.config import KINDS, SWITCHES, PABConfig
 from pab_kernels.files import replaced
 from pab_kernels.tune import figures as tune_figures
-from pab_kernels.tune.choose import CONFIDENCE, Target, best, estimate, reaches
+from pab_kernels.tune.choose import CONFIDENCE, Estimate, Target, best, reaches
 from pab_kernels.tune.trials import Trial
 
 HEADINGS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -28,16 +28,19 @@ def measures(trial: Trial) -> dict[str, tuple[float, ...]]:
 
 
 def ranges(config: PABConfig) -> str:
-    """The range and threshold of each kind, such as "2/3/6 in 100 to 800"."""
-    on = [kind for kind in KINDS if getattr(config, f"{kind}_broadcast")]
-    windows = {getattr(config, f"{kind}_threshold") for kind in on}
-    digits = {kind: str(getattr(config, f"{kind}_range")) if kind in on else "-" for kind in KINDS}
+    """Range and threshold of each kind, such as "2/3/6 in 100 to 800, stack 2 in 50 to 950"; "~" marks a forecast."""
+    attention = [kind for kind in KINDS if getattr(config, f"{kind}_broadcast")]
+    windows = {getattr(config, f"{kind}_threshold") for kind in attention}
+    said = {kind: f"{getattr(config, f'{kind}_range')}{'~' if config.order(kind) else ''}" for kind in SWITCHES}
+    parts = []
     if len(windows) == 1:
-        lo, hi = windows.pop()
-        return f"{'/'.join(digits.values())} in {lo:g} to {hi:g}"
-    return ", ".join(
-        f"{kind} {digits[kind]} in {{:g}} to {{:g}}".format(*getattr(config, f"{kind}_threshold")) for kind in on
-    )
+        digits = "/".join(said[kind] if kind in attention else "-" for kind in KINDS)
+        parts.append(f"{digits} in {{:g}} to {{:g}}".format(*windows.pop()))
+        attention = []
+    more = [kind for kind in SWITCHES if kind not in KINDS and getattr(config, f"{kind}_range") is not None]
+    for kind in (*attention, *(kind for kind in more if getattr(config, f"{kind}_broadcast"))):
+        parts.append(f"{kind} {said[kind]} in {{:g}} to {{:g}}".format(*getattr(config, f"{kind}_threshold")))
+    return ", ".join(parts)
 
 
 def table(trials: Sequence[Trial]) -> Table:
@@ -75,7 +78,8 @@ def write_csv(trials: Sequence[Trial], path: Path) -> None:
 def account(trial: Trial, target: Target) -> str:
     """A trial in words."""
     found = measures(trial)
-    low = f"at least {estimate(trial, target).low:{FORMATS[target.quality]}} at {CONFIDENCE:.0%} confidence"
+    others = Estimate.of(trial.values(target.quality))
+    low = f"of other videos at least {others.low:{FORMATS[target.quality]}} at {CONFIDENCE:.0%} confidence"
     parts = [
         f"{HEADINGS[name]} {statistics.fmean(values):{FORMATS[name]}}" + (f" ({low})" if name == target.quality else "")
         for name, values in found.items()
@@ -107,11 +111,17 @@ class Tuned:
         """The files that come of `output`; ValueError unless it is one of YAML, as the others lie beside it."""
         if output.suffix not in (".yaml", ".yml"):
             raise ValueError(f"output: got {output.name!r}, must end in .yaml: a .csv and a .png go beside it")
-        return [output, output.with_suffix(".csv"), output.with_suffix(".png")]
+        return [output, output.with_suffix(".csv"), output.with_suffix(".png"), Tuned.journal(output)]
+
+    @staticmethod
+    def journal(output: Path) -> Path:
+        """Where trials are kept until the search is over."""
+        return output.with_suffix(".trials.json")
 
     def add(self, trial: Trial) -> None:
         """Take a trial in, and write the settings that are now the best."""
-        self.trials.append(trial)
+        # A trial on all videos stands for the one on a few that it follows.
+        self.trials = [each for each in self.trials if (each.name, each.config) != (trial.name, trial.config)] + [trial]
         found = best(self.trials, self.target)
         verdict = f"pab tune --target {self.target}: {self._verdict()}, after {len(self.trials)} trials"
         found.config.to_yaml(self.output, "\n".join((verdict, self.origin, account(found, self.target))))

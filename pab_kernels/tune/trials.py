@@ -32,7 +32,8 @@ class Trial:
     """Some settings on all videos: the quality of each, and the share of the denoising time that is saved.
 
     `predicted` counts the operations that the schedule leaves out. `measured` takes the median time of each kind of
-    step, and compares with a run all of whose steps compute everything.
+    step, and compares with a run all of whose steps compute everything. `anchor` is a trial on all videos, where this
+    one is on the first few of them: by the differences on those its mean over all is known without making them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Trial:
     videos: tuple[Quality, ...]
     predicted: float
     measured: float
+    anchor: Trial | None = None
 
     def values(self, measure: str) -> tuple[float, ...]:
         """ "psnr", "ssim" or "lpips" of each video."""
@@ -111,19 +113,20 @@ class Yardstick:
         """Share of the denoising time that `config` should save."""
         return self._costs.saving(Schedule(config, self.timesteps))
 
-    def calls(self, config: PABConfig) -> int:
-        """How many calls of the transformer a trial of `config` runs."""
-        return len(self._recordings) * (len(self.timesteps) - first_call(Schedule(config, self.timesteps)))
+    def calls(self, config: PABConfig, videos: int | None = None) -> int:
+        """How many calls of the transformer a trial of `config` on the first `videos` runs; None: on all."""
+        count = len(self._recordings) if videos is None else min(videos, len(self._recordings))
+        return count * (len(self.timesteps) - first_call(Schedule(config, self.timesteps)))
 
-    def try_out(self, name: str, config: PABConfig) -> Trial:
-        """Run `config` on all videos."""
+    def try_out(self, name: str, config: PABConfig, videos: int | None = None) -> Trial:
+        """Run `config` on the first `videos`, None: on all."""
         schedule = Schedule(config, self.timesteps)
         clocks: dict[StepVariant, list[tuple[Any, Any]]] = {}
-        videos = []
+        found = []
         first = getattr(self._pipe, "cond_first", False)
         with accelerate(self._host, config, conditional="first" if first else "second") as handle:
             run, start = self._host.forward, first_call(schedule)
-            for recording in self._recordings:
+            for recording in self._recordings[:videos]:
                 calls = iter(range(len(schedule)))
 
                 def replay(*args: Any, calls: Any = calls, recording: _Recording = recording, **kwargs: Any) -> Any:
@@ -140,8 +143,8 @@ class Yardstick:
 
                 with _forward(self._host, replay):
                     frames = _video(generate(self._pipe, recording.request, None))
-                videos.append(quality.compare(frames, recording.frames))
-        return Trial(name, config, tuple(videos), self._costs.saving(schedule), _measured_saving(schedule, clocks))
+                found.append(quality.compare(frames, recording.frames))
+        return Trial(name, config, tuple(found), self._costs.saving(schedule), _measured_saving(schedule, clocks))
 
 
 def split(request: Request) -> list[Request]:

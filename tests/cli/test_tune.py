@@ -19,11 +19,12 @@ def test_tune_writes_settings_that_load(demo, tmp_path):
     text = (tmp_path / "a.yaml").read_text()
     assert "# pab tune --target speedup=1.1: reached" in text
     assert re.search(
-        r"PSNR, dB \d+\.\d\d \(at least .* at 80% confidence\); SSIM .* as predicted, .* as measured", text
+        r"PSNR, dB \d+\.\d\d \(of other videos at least .* at 80% confidence\); SSIM .* as predicted, .* as measured",
+        text,
     )
     assert isinstance(PABConfig.from_yaml(tmp_path / "a.yaml"), PABConfig)
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
-    assert {row["settings"] for row in rows} == {"latte", "latte:235", "latte:347", "latte:469", "tuned 1"}
+    assert {row["settings"] for row in rows} == {"latte", "latte:fast", "tuned 1"}
     assert (tmp_path / "a.png").stat().st_size > 10_000
     again = pab("tune", "--target", "speedup=1.1", *arguments, "--output", tmp_path / "b.yaml")
     assert "reached: " in again
@@ -42,22 +43,30 @@ def test_tune_keeps_the_best_when_interrupted(demo, tmp_path, monkeypatch):
     real = Yardstick.try_out
     done: list[PABConfig] = []
 
-    def two_only(self, name, config):
+    def two_only(self, name, config, videos=None):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(config)
-        return real(self, name, config)
+        return real(self, name, config, videos)
 
     monkeypatch.setattr(Yardstick, "try_out", two_only)
     arguments = ("--model", demo, *SHORT, "--videos", 2, "--output", tmp_path / "t.yaml")
     output = pab("tune", "--target", "psnr=5", *arguments, code=130)
     assert "interrupted after 2 trials" in output
     assert PABConfig.from_yaml(tmp_path / "t.yaml") in done
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.png", "t.trials.json", "t.yaml"]
+
+    def all_but_two(self, name, config, videos=None):
+        assert config not in done, "the two are not made again"
+        return real(self, name, config, videos)
+
+    monkeypatch.setattr(Yardstick, "try_out", all_but_two)
+    pab("tune", "--target", "psnr=5", "--trials", 1, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.png", "t.yaml"]
 
 
 def test_tune_interrupted_before_the_first_trial_writes_nothing(demo, tmp_path, monkeypatch):
-    def at_once(self, name, config):
+    def at_once(self, name, config, videos=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Yardstick, "try_out", at_once)
@@ -76,6 +85,7 @@ def test_tune_interrupted_before_the_first_trial_writes_nothing(demo, tmp_path, 
         (["--target", "psnr=30", "--output", "t.csv"], "output: got 't.csv', must end in .yaml"),
         (["--target", "psnr=30", "--output", "/proc/self/t.yaml"], "output: got '/proc/self/t.yaml', must be in a"),
         (["--target", "psnr=30", "--output", "x.yaml", "--profile", "x.csv"], "output: got 'x.csv', which is read"),
+        (["--target", "psnr=30", "--profile", __file__], "is no profile, line 1: the columns are"),
         (["--target", "psnr=30", "--device", "tpu"], "device: got 'tpu'"),
         (["--target", "psnr=30", "--prompt", "a red elephant", "--prompt", "a red star"], "elephant"),
     ],

@@ -70,13 +70,42 @@ def test_differences_are_those_of_the_recorded_outputs():
         assert np.isnan(profile.mse[kind][block, 0])
 
 
-def test_one_output_of_each_branch_is_kept():
+def test_two_outputs_of_each_branch_are_kept():
     model = tiny_latte()
     with Profiler(model) as profiler:
         run(model)
-        kept = len(profiler._before)
-        assert kept == 2 + 2 + 2  # spatial, temporal and cross-attention of two blocks each
+        assert len(profiler._before) == 2 + 2 + 2 + 4 + 1  # attention of two blocks each, four MLPs, the stack
+        assert {len(kept) for kept in profiler._before.values()} == {2}
     assert not profiler._before
+
+
+def test_stack_and_guidance_are_measured_by_hand():
+    """The stack by hooks on the host, guidance by its predictions, and what a forecast leaves of both."""
+    model, streams, predictions = tiny_latte(), [], []
+    hooks = [
+        model.transformer_blocks[0].register_forward_pre_hook(lambda _, args: streams.append([args[0]])),
+        model.norm_out.register_forward_pre_hook(lambda _, args: streams[-1].append(args[0])),
+        model.register_forward_hook(lambda *found: predictions.append(found[-1][0])),
+    ]
+    run(model)
+    for hook in hooks:
+        hook.remove()
+    with Profiler(model, guidance=3.0) as profiler:
+        run(model)
+        profile = profiler.profile(TIMESTEPS)
+    assert profile.parts == ("spatial", "temporal", "cross", "mlp", "stack", "guidance")
+    added = [after - before for before, after in streams]
+    halves = [prediction.chunk(2) for prediction in predictions]
+    for kind, values, wholes in (
+        ("stack", added, [after for _, after in streams]),
+        ("guidance", [2 * (a - b) for a, b in halves], [b for _, b in halves]),
+    ):
+        for step in range(1, 4):
+            change = values[step] - values[step - 1]
+            assert profile.impact[kind][0, step] == pytest.approx(float(change.norm() / wholes[step].norm()), 1e-4)
+        left = values[3] - 2 * values[2] + values[1]
+        assert profile.remainder[kind][0, 3] == pytest.approx(float(left.norm() / wholes[3].norm()), 1e-4)
+        assert np.isnan(profile.remainder[kind][0, 1])
 
 
 def test_another_number_of_calls_is_refused():
@@ -88,7 +117,7 @@ def made_up(**curves: Any) -> Profile:
     """A profile of one block a kind, all measures alike; the first value counts for nothing."""
     arrays = {kind: np.array([[np.nan, *curve[1:]]]) for kind, curve in curves.items()}
     steps = len(next(iter(curves.values())))
-    return Profile(tuple(1000.0 - 20 * i for i in range(steps)), arrays, arrays, arrays)
+    return Profile(tuple(1000.0 - 20 * i for i in range(steps)), arrays, arrays, arrays, arrays)
 
 
 def test_the_file_reads_back(tmp_path):
@@ -100,9 +129,17 @@ def test_the_file_reads_back(tmp_path):
     np.testing.assert_allclose(again.impact["cross"], profile.impact["cross"], rtol=1e-5)
     with pytest.raises(ValueError, match="other timesteps than the 12"):
         Profile.from_csv(tmp_path / "p.csv", [t + 1 for t in profile.timesteps])
-    (tmp_path / "p.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="has the columns"):
-        Profile.from_csv(tmp_path / "p.csv", profile.timesteps)
+    good = (tmp_path / "p.csv").read_text().splitlines()
+    for bad, words in (
+        ("", "line 0: the columns are"),
+        ("a,b\n1,2\n", "line 1: the columns are"),
+        (f"{good[0]}\n{good[1]}\nspatial,x\n", "line 3: "),
+        (f"{good[0]}\nspatial,1000000000,{good[1].split(',', 2)[2]}\n", "line 2: got 'spatial', block 1000000000"),
+        (f"{good[0]}\nnone,{good[1].split(',', 1)[1]}\n", "line 2: got 'none'"),
+    ):
+        (tmp_path / "p.csv").write_text(bad)
+        with pytest.raises(ValueError, match=rf"p\.csv is no profile, {words}"):
+            Profile.from_csv(tmp_path / "p.csv", profile.timesteps)
 
 
 @pytest.mark.parametrize(
