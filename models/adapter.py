@@ -52,6 +52,8 @@ class Adapter(Protocol):
 
     host: nn.Module
     stack: BlockStack
+    full_text: bool = False
+    """Whether all texts are of one length, and all of it counts: then attention needs no lengths."""
     whole_steps: bool = True
     """Whether the prediction is a velocity from noise to data, on latents [B, C, T, H, W]: what `euler_step` adds."""
 

@@ -43,6 +43,8 @@ class WanAdapter(AcrossHeadsAdapter):
         An option of the model that the executor does not cover.
     """
 
+    full_text = True  # diffusers pads it with zeros to 512 tokens, and attends to them
+
     def __init__(self, host: Any) -> None:
         super().__init__(host, WanAttention, WanAttnProcessor)
         config = plain(host, "config")

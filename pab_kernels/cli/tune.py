@@ -60,6 +60,8 @@ def tune(
     with options.clean_errors():
         wanted = tuning.Target.parse(target)
         check_outputs({"output": Tuned.files(output)}, inputs=(profile, *measured.inputs(context.params)))
+        if profile is not None:
+            profiles.read_rows(profile)  # that it is one shall be known before the work
         pipe, request = measured.load(context.params)
         if wanted.measure != "speedup" and len(request.prompts) < 2:
             raise ValueError("videos: got 1, must be at least 2: one tells nothing of how others differ")

@@ -254,6 +254,8 @@ class PABHandle:
         doubts: Iterable[Tensor],
     ) -> Tensor:
         """A call of the run; see `Workspace.step`."""
+        self._identity.check_addresses()
+        self._identity.check_versions()
         latents = call.tensors["latents"]
         before = run.shapes.get(forward, latents.shape)
         if latents.shape[1:] == before[1:] and len(latents) < before[0]:
@@ -263,8 +265,6 @@ class PABHandle:
                 f"hidden_states: shape is {list(latents.shape)}, but this run began with "
                 f"{list(before)}: call begin(timesteps) for a new one"
             )
-        self._identity.check_addresses()
-        self._identity.check_versions()
         run.thread = threading.current_thread()
         run.broken = True  # until this call is complete
         start = clock.mark(self._lane.device)
@@ -329,15 +329,17 @@ class PABHandle:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """`_mode`, of an open handle."""
-        if not self.is_open:
-            raise ValueError("the handle is closed: accelerate the transformer again")
-        kind, dtype = self._lane.device.type, self._adapter.stack.dtype
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
-            raise ValueError(
-                f"autocast: to {torch.get_autocast_dtype(kind)} over weights of {dtype}, must be off, or the "
-                "transformer in that dtype: the runtime computes in the dtype of the weights"
-            )
+        kind = self._lane.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with self._mode():
+            if not self.is_open:
+                raise ValueError("the handle is closed: accelerate the transformer again")
+            dtype = self._adapter.stack.dtype
+            if autocast not in (None, dtype):
+                raise ValueError(
+                    f"autocast: to {autocast} over weights of {dtype}, must be off, or the transformer in that dtype: "
+                    "the runtime computes in the dtype of the weights"
+                )
             yield
 
     def _checked_run(self) -> Run:
@@ -383,6 +385,7 @@ def _give_back(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:
         pass  # what the caller does from here on is after all that was done here
     with torch.inference_mode(False):
         adapter.restore()
+    lane.close()
 
 
 def _collected(stand_in: StandIn, adapter: Adapter, lane: Lane) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+_FREE: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+"""Streams of lanes that are closed: with each comes a workspace of cuBLAS (33 MiB), which torch keeps."""
 CAPTURES = threading.Lock()
 """Held while a graph is captured: torch's random number generator knows of one capture in a process."""
 
@@ -31,7 +34,12 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream: torch.cuda.Stream | None = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            try:
+                self.stream = _FREE[device].pop()
+            except IndexError:
+                self.stream = torch.cuda.Stream(device)
         self._entered: list[tuple[torch.cuda.Stream, torch.cuda.StreamContext]] = []
 
     def __enter__(self) -> Lane:
@@ -52,6 +60,11 @@ class Lane:
             context.__exit__(kind, error, trace)
             if caller != self.stream:
                 caller.wait_stream(self.stream)
+
+    def close(self) -> None:
+        """Let another lane have the stream."""
+        if self.stream is not None:
+            _FREE[self.device].append(self.stream)
 
     def hand_out(self, value: Tensor) -> Tensor:
         """`value`, made here, as a tensor of the caller's own, outside of the lane; on a CPU it is that already."""

@@ -285,7 +285,7 @@ class Workspace:
         tokens, kv_len = _pack(call.text, call.text_mask)
         if self._eager is None:
             missing = -tokens.shape[1] % TEXT_PADDING
-            if kv_len is None and missing:
+            if kv_len is None and (missing or not self._adapter.full_text):
                 kv_len = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32, device=tokens.device)
             tokens = F.pad(tokens, (0, 0, 0, missing))
         key = (tokens.shape, kv_len is None, None if call.image is None else call.image.shape)

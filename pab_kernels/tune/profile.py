@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ FLAT = 2.0
 """The flat middle is where the difference is at most this many times its smallest."""
 MEASURES = ("relative_l2", "mse", "impact", "remainder")
 COLUMNS = ("kind", "block", "step", "timestep", *MEASURES)
+
+
+MOST = 10_000
+"""Blocks and steps."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +99,58 @@ class Profile:
         ValueError
             It is no such file, or one of a run over other timesteps.
         """
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"profile: {path} has the columns {reader.fieldnames}, must have {', '.join(COLUMNS)}")
-            rows = list(reader)
-        found = {int(row["step"]): row["timestep"] for row in rows}
+        rows = read_rows(path)
+        found = {row.step: row.timestep for row in rows}
         if found != {step: f"{t:g}" for step, t in enumerate(timesteps) if step > 0}:
             raise ValueError(f"profile: {path} is of other timesteps than the {len(timesteps)} of this run")
         measures: dict[str, dict[str, NDArray[np.float64]]] = {measure: {} for measure in MEASURES}
         for kind in SWITCHES:
-            own = [row for row in rows if row["kind"] == kind]
+            own = [row for row in rows if row.kind == kind]
             if own:
-                shape = (1 + max(int(row["block"]) for row in own), len(timesteps))
+                shape = (1 + max(row.block for row in own), len(timesteps))
                 for measure, values in measures.items():
                     values[kind] = np.full(shape, np.nan)
                     for row in own:
-                        values[kind][int(row["block"]), int(row["step"])] = float(row[measure])
+                        values[kind][row.block, row.step] = row.measures[measure]
         return cls(tuple(timesteps), **measures)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the file: the change of what can be broadcast, of one kind in one block at one step."""
+
+    kind: str
+    block: int
+    step: int
+    timestep: str
+    measures: Mapping[str, float]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of what `Profile.to_csv` wrote, which can be known before there is a run to compare them with.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no such file; the message names the line.
+    """
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"the columns are {reader.fieldnames!r:.200}, must be {', '.join(COLUMNS)}")
+            for line in reader:
+                block, step = int(line["block"]), int(line["step"])
+                if line["kind"] not in SWITCHES or not 0 <= block < MOST or not 0 < step < MOST:
+                    raise ValueError(f"got {line['kind']!r:.80}, block {block}, step {step}")
+                measures = {measure: float(line[measure]) for measure in MEASURES}
+                rows.append(Row(line["kind"], block, step, line["timestep"], measures))
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"profile: {path} is no profile, line {reader.line_num}: {error}") from error
+    return rows
 
 
 class Profiler(TappedBlocks):

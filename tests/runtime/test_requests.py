@@ -24,6 +24,7 @@ def test_requests_on_a_gpu_leave_nothing_behind_and_replay_what_was_captured(dev
     assert report.shapes == len(SIZES)
     variants = len(set(Schedule(PAB, STEPS)))
     assert report.captured == variants * len(SIZES) * len(TEXTS), "once for each shape, and for each padding of text"
-    settled = memory[100]
-    assert memory[-1].allocated <= settled.allocated
-    assert memory[-1].reserved <= settled.reserved
+    # What is kept of the last prompt differs from request to request, and comes again after 36.
+    for kind in ("allocated", "reserved"):
+        late, before = ([getattr(now, kind) for now in part] for part in (memory[-36:], memory[-72:-36]))
+        assert max(late) <= max(before), kind

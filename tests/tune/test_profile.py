@@ -129,9 +129,17 @@ def test_the_file_reads_back(tmp_path):
     np.testing.assert_allclose(again.impact["cross"], profile.impact["cross"], rtol=1e-5)
     with pytest.raises(ValueError, match="other timesteps than the 12"):
         Profile.from_csv(tmp_path / "p.csv", [t + 1 for t in profile.timesteps])
-    (tmp_path / "p.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="has the columns"):
-        Profile.from_csv(tmp_path / "p.csv", profile.timesteps)
+    good = (tmp_path / "p.csv").read_text().splitlines()
+    for bad, words in (
+        ("", "line 0: the columns are"),
+        ("a,b\n1,2\n", "line 1: the columns are"),
+        (f"{good[0]}\n{good[1]}\nspatial,x\n", "line 3: "),
+        (f"{good[0]}\nspatial,1000000000,{good[1].split(',', 2)[2]}\n", "line 2: got 'spatial', block 1000000000"),
+        (f"{good[0]}\nnone,{good[1].split(',', 1)[1]}\n", "line 2: got 'none'"),
+    ):
+        (tmp_path / "p.csv").write_text(bad)
+        with pytest.raises(ValueError, match=rf"p\.csv is no profile, {words}"):
+            Profile.from_csv(tmp_path / "p.csv", profile.timesteps)
 
 
 @pytest.mark.parametrize(
