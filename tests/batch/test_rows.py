@@ -1,5 +1,6 @@
 """What is asked for: reading, checking, naming and ordering rows, without a model."""
 
+import itertools
 import json
 
 import pytest
@@ -114,7 +115,7 @@ def test_rows_of_a_shape_follow_each_other_and_equal_ones_are_one():
     found = planned(*rows, rows[0])
     assert len(found) == 12
     shapes = [row.shape for row in found]
-    assert sum(a != b for a, b in zip(shapes, shapes[1:], strict=False)) == 3
+    assert sum(a != b for a, b in itertools.pairwise(shapes)) == 3
     assert [row.number for row in found if row.shape == shapes[0]] == sorted(
         row.number for row in found if row.shape == shapes[0]
     )
