@@ -76,7 +76,7 @@ class PABConfig:
     linear_exclude : sequence of str
         Patterns of layers that stay in the model's dtype all the same, such as "spatial.0.*" or "*.mlp".
     attention_precision : {"fp8"}, optional
-        Compute spatial and full self-attention in e4m3 where that was measured faster, on Hopper GPUs only.
+        Compute spatial and full self-attention in e4m3 at the sizes that `ops.backends` names, on Hopper GPUs only.
     cache_dtype : {"fp8", "int8"}, optional
         Keep slots in one byte an element with a scale a row: half the memory. By default in the model's dtype.
 

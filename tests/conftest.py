@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     # Read once, when triton is imported: hence here, before any test module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+os.environ["PAB_CACHE"] = tempfile.mkdtemp(prefix="pab-cache-")  # not the user's: what is measured is kept there
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def _print_memory(
 
 def _print_fp8(run: PlannedRun) -> None:
     from pab_kernels.pipelines import memory
+    from pab_kernels.runtime.fp8_trials import kept_at
 
     console = options.console()
     trials = memory.fp8_trials(run)
@@ -142,3 +143,4 @@ def _print_fp8(run: PlannedRun) -> None:
         times = f"{trial.plain_ms:.3f} ms", f"{trial.fp8_ms:.3f} ms"
         table.add_row(shape.layer, *sizes, *times, "yes" if trial.pays else "no")
     console.print(table)
+    console.print(f"Measured once, and kept in {kept_at()}", soft_wrap=True)

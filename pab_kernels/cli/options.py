@@ -217,7 +217,7 @@ LinearPrecision = Annotated[
 AttentionPrecision = Annotated[
     str | None,
     typer.Option(
-        help="fp8: spatial and full attention in e4m3 where that is faster, on Hopper GPUs.",
+        help="fp8: spatial and full attention in e4m3 where there are many tokens, on Hopper GPUs.",
         autocompletion=lambda: list(ATTENTION_PRECISIONS),
     ),
 ]

@@ -13,6 +13,9 @@ from pab_kernels.cli import measured, options
 from pab_kernels.files import check_outputs
 
 if TYPE_CHECKING:
+    from pab_kernels.config import PABConfig
+    from pab_kernels.pipelines.generate import Request
+    from pab_kernels.pipelines.loading import Pipeline
     from pab_kernels.tune.trials import Trial
 
 
@@ -22,7 +25,15 @@ def quality(
         list[str] | None,
         typer.Option(help="A preset (latte, latte:347) or a YAML file; repeat it. By default all named settings."),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also run other ways to leave out work, on the model's own code: pab-hook, taylorseer, fastercache, "
+            "first-block-cache, magcache (diffusers'), cache-dit (where it is installed); repeat it."
+        ),
+    ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the table here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --against: quality over time as a picture.")] = None,
     model: options.Model = "demo",
     prompt: measured.Prompt = None,
     videos: measured.Videos = 8,
@@ -46,18 +57,26 @@ def quality(
     pab quality
 
     pab quality --pab latte --pab outputs/tuned.yaml --videos 16 --seed 7
+
+    pab quality --pab latte:fast --against pab-hook --against taylorseer --plot frontier.png
     """
     from pab_kernels.pipelines import generate
     from pab_kernels.tune import results, trials
 
     done: list[Trial] = []
     with options.clean_errors():
-        check_outputs({"csv": [csv_file]}, inputs=(*(pab or ()), *measured.inputs(context.params)))
+        if plot is not None and not against:
+            raise ValueError("plot: needs --against, which measures the times that it shows")
+        check_outputs({"csv": [csv_file], "plot": [plot]}, inputs=(*(pab or ()), *measured.inputs(context.params)))
         settings = {name: generate.pab_settings(text) for name, text in _names(pab or ()).items()}
         if None in settings.values():
             raise ValueError("pab: got 'off', must be a preset or a file: all are compared with it anyway")
         pipe, request = measured.load(context.params)
         chosen = {name: config for name, config in settings.items() if config is not None} or measured.named(pipe)
+        if against:
+            origin = measured.origin(pipe, request, context.params)
+            _compare(pipe, request, chosen, against, origin, csv_file, plot)
+            return
         with measured.progress() as bar:
             meter = measured.Meter(bar, request, len(request.prompts) * (1 + len(chosen)))
             meter.say("without PAB")
@@ -75,6 +94,29 @@ def quality(
                     bar.stop()
                     options.console().print(measured.origin(pipe, request, context.params), soft_wrap=True)
                     options.console().print(results.table(done))
+
+
+def _compare(
+    pipe: Pipeline,
+    request: Request,
+    settings: dict[str, PABConfig],
+    against: Sequence[str],
+    origin: str,
+    csv_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Run settings and peers side by side, and show both."""
+    from pab_kernels import figures
+    from pab_kernels.tune import peers
+
+    stderr = options.console(stderr=True)
+    rows = peers.measure(pipe, request, settings, against, lambda name: stderr.print(name, soft_wrap=True))
+    options.console().print(origin, soft_wrap=True)
+    options.console().print(peers.table(rows))
+    if csv_file is not None:
+        peers.write_csv(rows, csv_file)
+    if plot is not None:
+        figures.save_figure(peers.plot(rows, list(settings), origin), plot)
 
 
 def _names(texts: Sequence[str]) -> dict[str, str]:

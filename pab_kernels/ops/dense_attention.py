@@ -105,7 +105,8 @@ def self_attention(
     softmax_scale, backend
         As for `attention`.
     precision : {"fp8"}, optional
-        In e4m3 where that is faster: then it is `qk_norm_rope` and `fp8_attention`, of which `backend` is one.
+        In e4m3 where the table of backends says so: then it is `qk_norm_rope` and `fp8_attention`, and `backend` is
+        one of that.
 
     Returns
     -------

@@ -10,6 +10,8 @@ from torch import Tensor
 from pab_kernels.runtime.run import Forward, Run
 from pab_kernels.schedule import Schedule
 
+BOTH = "cond_uncond"
+"""What diffusers calls a forward that is both halves of guidance in one batch."""
 Conditional = Literal["first", "second"]
 """The half of a batch that is conditional."""
 
@@ -101,7 +103,7 @@ class Halves:
             return (0,)
         if whole_step is not None:
             return (0, 1) if batch == 2 * whole_step else (0,)
-        if isinstance(forward, str) or run.forwards > 1:
+        if self.separate(run, forward):
             number = run.number(forward)
             if number > 1 or run.forwards > 2:
                 raise ValueError(
@@ -110,6 +112,10 @@ class Halves:
                 )
             return (number,)
         return self._order if run.guided and self._guided() else (0,)
+
+    def separate(self, run: Run, forward: Forward) -> bool:
+        """Whether the halves are forwards of their own, of which this is one."""
+        return self._broadcast and (run.forwards > 1 if isinstance(forward, int) else forward != BOTH)
 
     def _guided(self) -> bool:
         """Whether the pipeline's calls have two halves now."""

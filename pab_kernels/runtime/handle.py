@@ -282,7 +282,7 @@ class PABHandle:
             variant = workspace.variant(run.schedule[step])
             result, more = workspace.step(call, run.schedule, step, flow)
             result = self._doubts.apply([*doubts, *more], result)
-            if self.config.guidance_broadcast and (isinstance(forward, str) or run.forwards > 1):
+            if self._halves.separate(run, forward):
                 self._pairs.take(halves[0], step, result)
 
         self._shapes.with_memory(work)

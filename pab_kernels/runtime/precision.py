@@ -13,7 +13,6 @@ import fnmatch
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,34 +25,9 @@ from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
+from pab_kernels.runtime.fp8_trials import Shape, Trial, keep, recall
 
 log = logging.getLogger(__name__)
-
-GAIN = 1.02
-"""How many times faster fp8 must be to be chosen: not to follow the noise of a measurement."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides: the layer, the rows M of its input, its channels, and the features of its first GEMM."""
-
-    layer: str
-    rows: int
-    channels: int
-    features: int
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Milliseconds of one layer with the pass that feeds it, in the model's dtype and in fp8."""
-
-    plain_ms: float
-    fp8_ms: float
-
-    @property
-    def pays(self) -> bool:
-        """Whether the layer runs in fp8."""
-        return self.plain_ms > GAIN * self.fp8_ms
 
 
 class Fp8Linears:
@@ -69,8 +43,8 @@ class Fp8Linears:
         Patterns (`fnmatch`) of layers that stay as they are. A layer is called ``{kind}.{index}.{layer}``, such as
         "spatial.0.qkv", "temporal.27.mlp", "spatial.3.cross.q".
     measure : bool
-        Only where it is faster, by a measurement of each shape; otherwise everywhere, also at sizes that are no
-        multiples of 16, where the reference does what no GEMM can.
+        Only where it is faster, by a measurement of each shape, which is kept for later runs; otherwise everywhere,
+        also at sizes that are no multiples of 16, where the reference does what no GEMM can.
 
     Raises
     ------
@@ -91,7 +65,8 @@ class Fp8Linears:
                 raise ValueError(f"linear_exclude: {pattern!r} fits no layer; they are called like {near[0]!r}")
         self.stack = stack
         self.trials: dict[Shape, Trial] = {}
-        """What was measured."""
+        """What decided: measured now, or kept from an earlier run."""
+        self._kept = recall(stack.device) if measure else {}
         self._exclude = tuple(exclude)
         self._measure = measure
         self._quantized: dict[tuple[int, int], Weights] = {}
@@ -131,7 +106,11 @@ class Fp8Linears:
         features, channels = weights.linears[0].weight.shape
         shape = Shape(weights.layer, rows, channels, features)
         if shape not in self.trials:
-            trial = self.trials[shape] = measure(branch, rows)
+            trial = self._kept.get(shape)
+            if trial is None:
+                trial = measure(branch, rows)
+                keep(self.stack.device, shape, trial)
+            self.trials[shape] = trial
             log.info(
                 "%s of [%d, %d] to %d: %.3f ms in %s, %.3f ms in fp8, so %s",
                 weights.layer,

@@ -49,3 +49,23 @@ def test_quality_takes_what_generate_takes(demo, tmp_path):
     pab("generate", "--model", demo, *SHORT, "--pab", tmp_path / "pab.yaml", "--output", tmp_path / "v.gif")
     output = pab("quality", "--model", demo, *SHORT, "--videos", 1, "--pab", tmp_path / "pab.yaml")
     assert re.search(r"\| pab.yaml \| +\| +\d+\.\d\d \|", output)
+
+
+def test_peers_run_beside_the_settings_and_leave_the_model_alone(demo, tmp_path):
+    arguments = ("--model", demo, *SHORT, "--videos", 2, "--pab", "latte:fast", "--csv", tmp_path / "q.csv")
+    peers = ("pab-hook", "taylorseer", "fastercache", "first-block-cache", "magcache", "cache-dit")
+    against = [word for name in peers for word in ("--against", name)]
+    output = pab("quality", *arguments, *against, "--plot", tmp_path / "p.png")
+    rows = {row["settings"]: row for row in csv.DictReader((tmp_path / "q.csv").open())}
+    assert float(rows["this runtime, no PAB"]["psnr"]) > 60
+    for name in ("latte:fast", "PAB hook 4/6/9", "TaylorSeer lite, every 3"):
+        assert 0 < float(rows[name]["worst_frame"]) <= float(rows[name]["psnr"]) < 60
+        assert float(rows[name]["seconds"]) > 0
+        assert name in output
+    assert "Error" in rows["FirstBlockCache 0.05"]["note"], "it does not know Latte's blocks"
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_peers_that_are_not_known(demo, tmp_path):
+    assert "against: got 'teacache', must be one of" in refused("quality", "--model", demo, "--against", "teacache")
+    assert "plot: needs --against" in refused("quality", "--model", demo, "--plot", tmp_path / "p.png")

@@ -251,6 +251,29 @@ def test_calls_that_are_refused(family: str, options: Any, changes: Any, message
             model(**{**given, "timestep": torch.full((len(given["hidden_states"]),), 500.0), **changes})
 
 
+def test_only_texts_that_are_always_full_go_without_lengths() -> None:
+    """As graphs need it: a prompt of another length must find the keys, values and graphs of the first."""
+    kept = {}
+    for family in ("wan", "ltx"):
+        model, given = model_and_arguments(family)
+        given |= {"encoder_attention_mask": None} if family == "ltx" else {}
+        with accelerate(model, PABConfig()) as handle:
+            handle.begin(TIMESTEPS)
+            loop(model, given, TIMESTEPS[:1])
+            (workspace,) = handle._shapes.latest
+            workspace._eager = None  # texts as on a GPU
+            texts = []
+            for length in (60, 64):
+                text = torch.zeros(len(given["hidden_states"]), length, given["encoder_hidden_states"].shape[-1])
+                arguments = {**given, "encoder_hidden_states": text, "timestep": torch.zeros(len(text))}
+                call = handle._adapter.bind(**arguments)
+                texts.append(workspace._update_text(call))
+            workspace._eager = "not on a CUDA device"
+        kept[family] = [None if text.kv_len is None else text.kv_len.tolist() for text in texts]
+        assert (texts[0] is texts[1]) == (family == "ltx")
+    assert kept == {"wan": [[60], None], "ltx": [[64, 64], [64, 64]]}
+
+
 @pytest.mark.parametrize("family", ["wan", "ltx"])
 def test_whole_steps_of_rectified_flow_are_refused(family: str) -> None:
     """Their velocity points the other way: the latents would walk off to more noise."""
