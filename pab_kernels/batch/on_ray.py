@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ def cluster() -> Iterator[None]:
         There is no cluster at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with redirect_stdout(sys.stderr), _ray():  # Ray prints what it hears of dying workers
+        yield
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
     with _own_sigterm():
         try:
             import ray

@@ -130,7 +130,12 @@ def test_too_many_failures_stop_it(batch, prompts, tmp_path):
 
 def test_a_runtime_serves_all_rows_of_its_settings(batch, prompts, monkeypatch):
     made, original = [], PABHandle.__init__
-    monkeypatch.setattr(PABHandle, "__init__", lambda *args, **kwargs: made.append(1) or original(*args, **kwargs))
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(PABHandle, "__init__", counted)
     batch(prompts(*({"prompt": "a red star", "seed": i, "steps": 2, "settings": ("latte", "fast")[i % 2]}
                     for i in range(6))), None, "--pab", "off", code=1)  # fmt: skip
     assert len(made) == 1  # "fast" is no preset: those rows fail before
