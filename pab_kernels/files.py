@@ -70,6 +70,25 @@ def append(path: str | os.PathLike[str], text: str) -> None:
             raise
 
 
+@contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block that one process at a time is in, by a lock on the file `path`, which stays; killed ones hold it no more.
+
+    Raises
+    ------
+    ValueError
+        Another process is in it, or as `replaced`.
+    OSError
+        The file cannot be made.
+    """
+    target = _target("output", path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("ab") as file:
+        if fcntl is not None and not _lock(file.fileno()):
+            raise ValueError(f"output: got {str(target.parent)!r}, where another process is at work")
+        yield
+
+
 def check_outputs(
     outputs: Mapping[str, Iterable[str | os.PathLike[str] | None]],
     inputs: Iterable[str | os.PathLike[str] | None] = (),
@@ -137,7 +156,7 @@ def _check_folder(name: str, path: str | os.PathLike[str], target: Path) -> None
 
 def _temporary(target: Path) -> tuple[Path, int]:
     """A new empty file beside `target`, locked by the handle that comes with it; left-overs there are removed."""
-    _clear(target.parent)
+    clear_left_over(target.parent)
     while True:
         partial = target.with_name(f".pab-{secrets.token_hex(6)}.partial{target.suffix[:32]}")
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # as the umask says
@@ -146,7 +165,7 @@ def _temporary(target: Path) -> tuple[Path, int]:
         os.close(handle)  # another process took it for a left-over before it was locked
 
 
-def _clear(folder: Path) -> None:
+def clear_left_over(folder: Path) -> None:
     """Remove the temporary files of processes that are gone."""
     for partial in folder.glob(LEFT_OVER):
         with suppress(OSError):

@@ -25,6 +25,7 @@ ROOMS = {
     "workloads": ["pab_kernels/workloads.py"],
     "measure": ["pab_kernels/measure/*.py"],
     "tune": ["pab_kernels/tune/*.py"],
+    "batch": ["pab_kernels/batch/*.py"],
     "cli": ["pab_kernels/cli/*.py"],
 }  # fmt: skip
 TOP = {"pab_kernels/__init__.py"}  # names every public home, but only imports them on use
@@ -135,6 +136,7 @@ def test_the_reading_order_is_the_list_of_rooms():
             "workloads.py",
             "measure/",
             "tune/",
+            "batch/",
             "cli/",
         )
     ]

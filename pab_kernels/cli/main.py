@@ -7,6 +7,7 @@ import sys
 import typer
 
 from pab_kernels.cli import options
+from pab_kernels.cli.batch import batch
 from pab_kernels.cli.bench import bench
 from pab_kernels.cli.compare import compare
 from pab_kernels.cli.decode import decode
@@ -25,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (generate, decode, profile, tune, quality, compare, bench, report, info, schedule, verify):
+for command in (generate, batch, decode, profile, tune, quality, compare, bench, report, info, schedule, verify):
     app.command()(command)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,7 @@ def generate(
     sinks: Sequence[Callable[[Frames], None]] | None = None,
     given: tuple[Tensor, Tensor] | None = None,
     offload_text: bool = False,
+    handle: PABHandle | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -206,6 +207,8 @@ def generate(
         Frames that Open-Sora goes on from, for every prompt.
     offload_text : bool
         The text encoder waits in host memory while the transformer runs.
+    handle : PABHandle, optional
+        The runtime of `config` and `cache_device` that is on the pipeline already; it stays, with its slots and graphs.
     """
     device = pipe.transformer.device
     on_gpu = device.type == "cuda"
@@ -214,7 +217,9 @@ def generate(
     start = time.perf_counter()
     if isinstance(pipe, TextToVideoPipeline):
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
-    with nullcontext() if config is None else accelerate(pipe, config, cache_device=cache_device) as handle:
+    with ExitStack() as stack:
+        if handle is None and config is not None:
+            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device))
         frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:

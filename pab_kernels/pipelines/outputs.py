@@ -86,16 +86,23 @@ def save(
     last = list(results.values())[-1]
     files = output_files(output, len(request.prompts), last.frames is not None, last.frames is None or len(results) > 1)
     for i, (path, _) in enumerate(files):
-        if last.frames is not None:
-            if path.suffix == ".png":
-                figures.save_frame(last.frames[i], path, least_size=1)
-        else:
-            assert last.latents is not None
-            latents.save(last.latents[i], path, _metadata(request, pipe, config, i))
+        if last.frames is None or path.suffix == ".png":
+            save_one(last, request, pipe, config, path, i)
     for i, (_, sheet) in enumerate(files):  # only now: a picture that fails costs no video
         if sheet is not None:
             figures.contact_sheet(_rows(results, i), sheet, request.prompts[i])
     return [path for both in files for path in both if path is not None]
+
+
+def save_one(
+    result: Generated, request: Request, pipe: Pipeline, config: PABConfig | None, path: Path, index: int = 0
+) -> None:
+    """Write the image of the prompt `index`, or where there is no decoder its latents. Parameters are as for `save`."""
+    if result.frames is not None:
+        figures.save_frame(result.frames[index], path, least_size=1)
+    else:
+        assert result.latents is not None
+        latents.save(result.latents[index], path, _metadata(request, pipe, config, index))
 
 
 def _rows(results: Mapping[str, Generated], index: int) -> dict[str, Frames]:

@@ -1,0 +1,210 @@
+"""Who makes the videos of a batch: one pipeline on one device, which takes row after row."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pab_kernels import figures
+from pab_kernels.batch.manifest import DONE, FAILED, VIDEOS, record
+from pab_kernels.batch.rows import Row, fingerprint
+from pab_kernels.batch.store import Store
+from pab_kernels.config import PABConfig
+from pab_kernels.pipelines import outputs
+from pab_kernels.pipelines.generate import Generated, Request, generate
+from pab_kernels.pipelines.loading import Pipeline, Source, load_pipeline
+from pab_kernels.pipelines.sizes import VideoSize
+from pab_kernels.runtime.accelerate import accelerate
+from pab_kernels.runtime.handle import PABHandle
+
+PARTS = ("text", "denoising", "decoding")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all rows of a batch have in common: the model, where it runs, and where videos go.
+
+    `size` is the one that Open-Sora-Plan's checkpoint is chosen by. `threads` are torch's on a CPU, where their number
+    decides the last bits.
+    """
+
+    source: Source
+    output: str
+    size: VideoSize | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    suffix: str = ".mp4"
+    decode_memory: int | None = None
+    seamless: bool = False
+    offload_text: bool = False
+    cache_device: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the result, as plain values. Reads the weights' files where they lie on this machine."""
+        source = self.source
+        places = (source.model, source.weights, source.text_encoder, source.vae)
+        device = torch.device(self.device).type
+        return {
+            "version": version(),
+            "family": source.family,
+            "weights": [None if place == source.family else fingerprint(place) for place in places],
+            "random_weights": source.random_weights,
+            "size": str(self.size),
+            "dtype": self.dtype,
+            "device": device,
+            "threads": self.threads if device == "cpu" else None,
+            "suffix": self.suffix,
+            "decoder": [self.decode_memory, self.seamless],
+        }
+
+
+def version() -> str:
+    """Of this package."""
+    return importlib.metadata.version("pab-kernels")
+
+
+class Worker:
+    """Makes one video after another. Slots and graphs stay from row to row, until the settings change."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.store = Store(job.output)
+        self._pipe: Pipeline | None = None
+        self._handle: PABHandle | None = None
+
+    def load(self, identity: Mapping[str, Any] | None = None) -> None:
+        """Load the pipeline; errors are those of `load_pipeline`.
+
+        Raises
+        ------
+        ValueError
+            This machine has another version or other weights than `identity` says.
+        """
+        job = self.job
+        if identity is not None and (mine := job.identity()) != identity:
+            different = sorted(key for key in mine if mine[key] != identity[key])
+            raise ValueError(f"model: a worker has another {', '.join(different)} than the driver")
+        if torch.device(job.device).type == "cpu":
+            torch.set_num_threads(job.threads)
+        self._pipe = load_pipeline(
+            job.source,
+            job.size,
+            dtype=getattr(torch, job.dtype),
+            device=job.device,
+            decode_memory=job.decode_memory,
+            seamless=job.seamless,
+        )
+
+    def make(self, row: Row) -> dict[str, Any]:
+        """Make the video of a row and put it in its place; the row of the manifest, done or failed.
+
+        Raises
+        ------
+        Exception
+            What leaves the GPU unusable, and is no fault of the row.
+        """
+        try:
+            return self._make(row)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            message = f"out of memory: {error}"
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise
+            # A user's mistake says so itself; of anything else its kind may help.
+            message = str(error) if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {error}"
+        # Only now is what the failed run held out of reach.
+        self.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._record(row, FAILED, error=message)
+
+    def close(self) -> None:
+        """Give slots and graphs back; the pipeline stays."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def _make(self, row: Row) -> dict[str, Any]:
+        if self._pipe is None:
+            self.load()
+        pipe = self._pipe
+        assert pipe is not None
+        request = Request([row.prompt], row.negative_prompt, row.steps, row.guidance, [row.seed], row.size)
+        name = f"{VIDEOS}/{row.id}{self._suffix(row)}"
+        with self.store.new(name) as path:
+            result = self._generate(pipe, request, row.config, path)
+            data = path.read_bytes()
+        parts = {f"{part}_seconds": result.parts.get(part) for part in PARTS}
+        return self._record(
+            row,
+            DONE,
+            file=name,
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            seconds=result.seconds,
+            peak_bytes=result.peak_bytes,
+            **parts,
+        )
+
+    def _generate(self, pipe: Pipeline, request: Request, config: PABConfig | None, path: Path) -> Generated:
+        """Generate into a file, which is there only if all numbers were finite."""
+        with ExitStack() as stack:
+            sinks = None
+            if path.suffix in figures.VIDEO_SUFFIXES:
+                sinks = stack.enter_context(outputs.video_writers(pipe, path, 1))
+            result = generate(
+                pipe,
+                request,
+                config,
+                cache_device=self.job.cache_device,
+                sinks=sinks,
+                offload_text=self.job.offload_text,
+                handle=self._runtime(pipe, config),
+            )
+            if not result.finite:
+                raise ValueError("the result is not finite")
+        if sinks is None:
+            outputs.save_one(result, request, pipe, config, path)
+        return result
+
+    def _runtime(self, pipe: Pipeline, config: PABConfig | None) -> PABHandle | None:
+        """The runtime of the settings: the one that is there, or a new one in its place."""
+        if self._handle is None or self._handle.config != config:
+            self.close()
+            if config is not None:
+                self._handle = accelerate(pipe, config, cache_device=self.job.cache_device)
+        return self._handle
+
+    def _suffix(self, row: Row) -> str:
+        if not self.job.source.decodes:
+            return ".safetensors"
+        return ".png" if row.size is not None and row.size.frames == 1 else self.job.suffix
+
+    def _record(self, row: Row, status: str, **more: Any) -> dict[str, Any]:
+        device = torch.device(self.job.device)
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        return record(row, status, gpu=gpu, version=version(), finished=finished, **more)
+
+
+def job(source: Source, output: str, **settings: Any) -> Job:
+    """A job of this process's number of threads, whose paths mean the same in another process's folder."""
+    places = {name: getattr(source, name) for name in ("model", "weights", "text_encoder", "vae")}
+    there: dict[str, Any] = {
+        name: str(Path(place).absolute())
+        for name, place in places.items()
+        if place is not None and place != source.family and Path(place).exists()
+    }
+    return Job(dataclasses.replace(source, **there), output, threads=torch.get_num_threads(), **settings)
