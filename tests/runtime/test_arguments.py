@@ -108,9 +108,9 @@ def test_what_is_no_tensor_is_named(family: str) -> None:
         latents, timestep = torch.randn(made.shape), torch.full((2,), STEPS[0])
         for name, value in made.given.items():
             if isinstance(value, Tensor):
-                with pytest.raises(TypeError, match=f"{name}: got str, must be a torch.Tensor"):
+                with pytest.raises(TypeError, match=rf"{name}: got str, must be a torch\.Tensor"):
                     made.model(latents, timestep=timestep, **made.given | {name: "x"})
-        with pytest.raises(TypeError, match="timestep: got float, must be a torch.Tensor"):
+        with pytest.raises(TypeError, match=r"timestep: got float, must be a torch\.Tensor"):
             made.model(latents, timestep=STEPS[0], **made.given)
         made.run()
 
