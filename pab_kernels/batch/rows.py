@@ -14,7 +14,7 @@ from typing import Any
 
 from pab_kernels.config import PABConfig
 from pab_kernels.pipelines.arguments import check_guidance, check_steps, seeds_of
-from pab_kernels.pipelines.generate import pab_settings
+from pab_kernels.pipelines.generate import DEFAULTS, pab_settings
 from pab_kernels.pipelines.sizes import VideoSize, family_size
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -81,6 +81,14 @@ def read_rows(path: Path) -> list[Mapping[str, Any] | str]:
     return rows
 
 
+def defaults(family: str, changes: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    """What `plan` takes where a row gives nothing: `given`, by the names of columns, else the model's own."""
+    own = DEFAULTS[family]
+    values = dict.fromkeys((*COLUMNS[1:], "size"))
+    values |= {"negative_prompt": "", "seed": 0, "steps": own.steps, "guidance": own.guidance, "settings": own.preset}
+    return values | {name: value for name, value in given.items() if value is not None} | {"changes": changes or {}}
+
+
 def plan(
     rows: Sequence[Mapping[str, Any] | str], family: str, defaults: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> list[Row]:
@@ -92,8 +100,8 @@ def plan(
         Of `read_rows`.
     family : str
     defaults : mapping
-        Of each of `COLUMNS` but prompt what holds where a row gives nothing; `size` too, which is none of them, and
-        `changes`, the settings that options of the command line give.
+        Of `defaults`: of each of `COLUMNS` but prompt what holds where a row gives nothing; `size` too, which is none
+        of them, and `changes`, the settings that options of the command line give.
     identity : mapping
         What else decides the result, as plain values: version, model, dtype, ...
 

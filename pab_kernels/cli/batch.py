@@ -101,26 +101,26 @@ def batch(
         source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights, latents_only)
         outputs.check_output(Path(f"video.{video_format}"), source)
         family = source.family
-        own = generation.DEFAULTS[family]
         changes = {
             "cache_dtype": cache_dtype,
             "linear_precision": linear_precision,
             "attention_precision": attention_precision,
         }
-        defaults = {
-            "negative_prompt": negative_prompt,
-            "seed": seed,
-            "resolution": resolution,
-            "duration": duration,
-            "aspect": aspect,
-            "size": size,
-            "steps": own.steps if steps is None else steps,
-            "guidance": own.guidance if guidance is None else guidance,
-            "settings": own.preset if pab is None else pab,
-            "changes": changes,
-        }
+        defaults = rows.defaults(
+            family,
+            changes,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            resolution=resolution,
+            duration=duration,
+            aspect=aspect,
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            settings=pab,
+        )
         loaded = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
-        generation.pab_settings(str(defaults["settings"]), **changes)
+        generation.pab_settings(defaults["settings"], **changes)
         options.on_host(cache_device)
         store = Store(output)
         if store.folder is not None:
