@@ -20,6 +20,7 @@ from pab_kernels.blocks.branches import Rope
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.models.across_heads import AcrossHeadsAdapter, distinct_timesteps
 from pab_kernels.models.adapter import MODULATION_INDEX, Call, plain
+from pab_kernels.models.seen import Seen
 from pab_kernels.ops.checks import check_shape, check_tensor
 
 
@@ -52,6 +53,7 @@ class LTXAdapter(AcrossHeadsAdapter):
             self.restore()
             raise
         self.stack = BlockStack(blocks, final=Norm(eps=host.norm_out.eps))
+        self._seen = Seen()
 
     def _block(self, index: int) -> Block:
         path = f"transformer_blocks.{index}"
@@ -90,7 +92,8 @@ class LTXAdapter(AcrossHeadsAdapter):
         place = (*size, None if scale is None else tuple(float(each) for each in scale))
         counts = None
         if mask is not None:
-            check_shape("encoder_attention_mask", mask, (batch, text.shape[1]))
+            check_shape("encoder_attention_mask", check_tensor("encoder_attention_mask", mask), (batch, text.shape[1]))
+            self._seen.check_mask("encoder_attention_mask", mask)
             counts = mask != 0
             counts = counts | ~counts.any(1, keepdim=True)  # the host's finite bias: a prompt without tokens sees all
         shape = (batch, 1, tokens, self.stack.channels)
@@ -104,6 +107,7 @@ class LTXAdapter(AcrossHeadsAdapter):
             text_mask=counts,
             options=(given["return_dict"],),
             table_key=place,
+            doubts=self._seen.doubts(),
         )
 
     def _timesteps(self, timestep: Tensor, shape: tuple[int, int, int, int]) -> tuple[dict[str, Tensor], Layout]:

@@ -150,13 +150,13 @@ class OpenSoraAdapter(Adapter):
         }
         text_mask = None
         if mask is not None:
-            check_shape("mask", mask, ("rows", y.shape[2]))
+            check_shape("mask", check_tensor("mask", mask), ("rows", y.shape[2]))
             text_mask = repeat_rows("mask", mask, batch).bool()
         if x_mask is not None:
-            check_shape("x_mask", x_mask, (batch, t))
+            check_shape("x_mask", check_tensor("x_mask", x_mask), (batch, t))
             tensors["x_mask"] = x_mask.bool()
         # The size comes as tensors; on a GPU, reading it waits.
-        height, width = (self._seen.values(name, check_tensor(name, given[name]))[0] for name in ("height", "width"))
+        height, width = (self._first(name, given[name]) for name in ("height", "width"))
         return Call(
             tensors=tensors,
             text=y.squeeze(1).to(self._dtype),
@@ -168,6 +168,12 @@ class OpenSoraAdapter(Adapter):
             table_key=(t, h, w, (height * width) ** 0.5),
             doubts=self._seen.doubts(),
         )
+
+    def _first(self, name: str, tensor: Tensor) -> float:
+        """The first element of a tensor, as the host reads it."""
+        if check_tensor(name, tensor).numel() == 0:
+            raise ValueError(f"{name}: shape is {list(tensor.shape)}, must have an element")
+        return self._seen.values(name, tensor)[0]
 
     def tables(self, call: Call) -> dict[str, Tensor]:
         """The position table of this size in pixels, and the rotary tables of this many frames."""

@@ -19,12 +19,15 @@ from pab_kernels.models.adapter import Call, check_forward, check_value, embed_p
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_text_mask
 from pab_kernels.models.hosts.open_sora_plan import check_inputs
 from pab_kernels.models.latte import LatteAdapter
+from pab_kernels.models.seen import Seen
+from pab_kernels.ops.checks import check_tensor
 
 
-def _text_mask(mask: Tensor | None, text: Tensor) -> Tensor | None:
+def _text_mask(mask: Tensor | None, text: Tensor, seen: Seen) -> Tensor | None:
     """Which tokens [B, L] count. The hosts' finite bias lets a prompt without any token attend to all of them."""
     if mask is None:
         return None
+    seen.check_mask("encoder_attention_mask", check_tensor("encoder_attention_mask", mask))
     mask = check_text_mask(mask, text) != 0
     return mask | ~mask.any(1, keepdim=True)
 
@@ -61,7 +64,7 @@ class OpenSoraPlanV110Adapter(LatteAdapter):
             latents.to(self.host.dtype),
             text.squeeze(1).to(self.host.dtype),
             _sources(source, mask),
-            _text_mask(mask, text),
+            _text_mask(mask, text, self._seen),
         )
 
     def _with_prompts(self, text: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
                 )
             ),
             latent_size=(height, width),
-            text_mask=_text_mask(mask, text),
+            text_mask=_text_mask(mask, text, self._seen),
             options=(given["return_dict"],),
             table_key=(frames, height // patch, width // patch),
             doubts=self._seen.doubts(),

@@ -20,20 +20,23 @@ def version_of(tensor: Tensor) -> int | None:
 class _Record:
     tensor: Tensor
     version: int | None
+    address: int
     copy: Tensor | None
-    """Of a tensor without a version: one of `torch.inference_mode`."""
+    """On a CPU, where ``tensor.data`` and NumPy write without a version; and of a tensor of `torch.inference_mode`."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Record:
         version = version_of(tensor)
-        return cls(tensor, version, tensor.clone() if version is None else None)
+        copy = tensor.clone() if version is None or tensor.device.type == "cpu" else None
+        return cls(tensor, version, tensor.data_ptr(), copy)
 
 
 class Seen:
     """Remembers tensors by name.
 
-    Another tensor counts as new, as does one whose version went up. Tensors of `torch.inference_mode` have none: on a
-    CPU they are compared with a copy; on a GPU so, too, but there the answer comes too late, and becomes a doubt.
+    Another tensor counts as new, as does one whose version went up, or that lies elsewhere. On a CPU its values are
+    compared, too. Tensors of `torch.inference_mode` have no version: their values are compared on a GPU as well, but
+    there the answer comes too late, and becomes a doubt.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,14 @@ class Seen:
             self._values[name] = tuple(tensor.flatten().tolist())
         return self._values[name]
 
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        """Raise ValueError unless a mask holds nothing but 0 and 1. Only a new one on a GPU is waited for."""
+        if mask.dtype == torch.bool or not self.changed(name, mask):
+            return
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            self.forget()
+            raise ValueError(f"{name}: has other values than 0 and 1, must be 1 for tokens that count (no bias)")
+
     def doubts(self) -> tuple[Tensor, ...]:
         """Since the last call of this method: bool tensors, on the GPU, that are True where `changed` was wrong."""
         found, self._doubts = tuple(self._doubts), []
@@ -68,10 +79,10 @@ class Seen:
         self._values.clear()
 
     def _same(self, old: _Record, tensor: Tensor) -> bool:
-        if old.tensor is not tensor:
+        if old.tensor is not tensor or old.version != version_of(tensor) or old.address != tensor.data_ptr():
             return False
         if old.copy is None:
-            return old.version == tensor._version
+            return True
         if tensor.device.type == "cuda":
             self._doubts.append((tensor != old.copy).any())
             return True

@@ -24,13 +24,15 @@ from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3
 from torch import nn
 
 from pab_kernels.models.hosts.layers import PlanAttnProcessor, check_fixed, modulate, text_bias, unpatchify
-from pab_kernels.ops.checks import check_shape
+from pab_kernels.ops.checks import check_shape, check_tensor
 
 
 def check_inputs(
     config: Any, frames: int | str, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
 ) -> None:
-    """Raise ValueError unless the inputs fit the model and each other."""
+    """Raise TypeError for what is no tensor, ValueError unless the inputs fit the model and each other."""
+    for name, value in (("hidden_states", latent), ("timestep", timestep), ("encoder_hidden_states", text)):
+        check_tensor(name, value)
     batch, patch = latent.shape[0], config.patch_size
     check_shape("hidden_states", latent, (batch, config.in_channels, frames, "H", "W"))
     check_shape("timestep", timestep, (batch,))

@@ -29,6 +29,7 @@ from pab_kernels.runtime.run import Forward, Run
 from pab_kernels.runtime.runs import Runs
 from pab_kernels.runtime.shapes import Shapes
 from pab_kernels.runtime.stand_in import StandIn, clear, unwrap
+from pab_kernels.runtime.timesteps import as_list
 from pab_kernels.runtime.workspace import Workspace
 from pab_kernels.schedule import Schedule
 
@@ -163,11 +164,13 @@ class PABHandle:
 
         Raises
         ------
+        TypeError
+            `timesteps` are no numbers.
         ValueError
             No timesteps, no step `first_call`, the handle is closed, or the transformer's modules and weights are not
             those of `accelerate`. (Weights that were changed in place are seen.)
         """
-        values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
+        values = as_list(timesteps)
         with self._at_work():
             run = self._runs.begin(values, first_call)
             run.guided = guided
@@ -254,7 +257,7 @@ class PABHandle:
         doubts: Iterable[Tensor],
     ) -> Tensor:
         """A call of the run; see `Workspace.step`."""
-        self._identity.check_addresses()
+        self._identity.check()
         self._identity.check_versions()
         latents = call.tensors["latents"]
         before = run.shapes.get(forward, latents.shape)

@@ -1,4 +1,4 @@
-"""Which weights are these: what stands under a host is checked and recorded once, and compared when a run begins."""
+"""Which weights are these: what stands under a host is recorded once, and compared at every call."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Identity:
         self._versions = list(map(_version, self._tracked))
 
     def check(self) -> None:
-        """Raise ValueError, naming what, if anything is not as it was recorded; in-place changes of weights are."""
+        """Raise ValueError, naming what, if anything is not as it was recorded; weights may be changed in place."""
         self.check_addresses()
         same = (
             self._read_size() == self._size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ class Timesteps:
         count = whole.untyped_storage().nbytes() // whole.dtype.itemsize
         self._values = memory.set_(whole.untyped_storage(), 0, (count,)).tolist()
         return self._values[whole.storage_offset()], False
+
+
+def as_list(timesteps: Iterable[float] | Tensor) -> list[float]:
+    """The timesteps of a run, one a step; TypeError for what is no list of numbers, ValueError for another shape."""
+    if isinstance(timesteps, Tensor):
+        if timesteps.ndim != 1 or timesteps.is_meta:
+            where = " on the meta device" if timesteps.is_meta else ""
+            raise ValueError(f"timesteps: shape is {list(timesteps.shape)}{where}, must be one a step, [steps]")
+        values: list[float] = timesteps.tolist()
+        return values
+    try:
+        return [float(each) for each in timesteps]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"timesteps: got {timesteps!r:.80}, must be numbers, one a step ({error})") from None
 
 
 def _same_memory(one: Tensor, two: Tensor) -> bool:

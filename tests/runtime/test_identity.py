@@ -160,6 +160,33 @@ def test_what_is_changed_later_is_refused_at_the_next_run(change: Callable[[Any]
             made.call(torch.randn(made.shape), STEPS[0])
 
 
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+def test_what_is_changed_within_a_run_is_refused_at_its_next_call(change: Callable[[Any], object]) -> None:
+    """As by a callback that loads a LoRA."""
+    made = host("latte")
+    with accelerate(made.model, PAB) as handle:
+        handle.begin(STEPS)
+        latents = torch.randn(made.shape)
+        made.call(latents, STEPS[0])
+        change(made.model)
+        with pytest.raises(ValueError, match=r"since accelerate|after accelerate"):
+            made.call(latents, STEPS[1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_that_comes_and_goes_within_a_run(way: Callable[[nn.Module], Any]) -> None:
+    made = host("latte")
+    latents = torch.randn(made.shape)
+    with accelerate(made.model, PAB) as handle:
+        handle.begin(STEPS)
+        expected = [made.call(latents, step) for step in STEPS[:2]]
+        handle.begin(STEPS)
+        assert torch.equal(made.call(latents, STEPS[0]), expected[0])
+        with way(made.model.proj_out), pytest.raises(ValueError, match=r"\.proj_out: "):
+            made.call(latents, STEPS[1])
+        assert torch.equal(made.call(latents, STEPS[1]), expected[1])
+
+
 @torch.no_grad()
 def new_values(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(9)
