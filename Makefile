@@ -20,7 +20,7 @@ demo: install    ## a video from a prompt, with and without PAB: outputs/demo.mp
 	$(BIN)/pab generate --compare --prompt "$(PROMPT)" --output outputs/demo.mp4
 
 test: install    ## the tests that need no GPU
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal
 
 lint: install    ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
