@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 # Listed one by one: pab_kernels/models and pab_kernels/triton_ops are symlinks to the folders at the top.
 PACKAGES = [
     "pab_kernels",
+    "pab_kernels.batch",
     "pab_kernels.blocks",
     "pab_kernels.cli",
     "pab_kernels.demo",

@@ -338,7 +338,7 @@ def csv_columns(path: Path | None) -> tuple[str, ...]:
             columns = tuple(next(csv.reader(file)))
         except (csv.Error, UnicodeDecodeError):
             columns = ()
-    if not {"shape", "backend", "ms"} <= set(columns):
+    if not {"backend", "ms"} <= set(columns):
         raise ValueError(f"csv: got {str(path)!r}, which has other columns, must be a new file or one of benchmarks")
     return columns
 
