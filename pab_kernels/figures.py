@@ -95,7 +95,7 @@ def schedule_figure(schedule: Schedule, title: str) -> Figure:
     ticks = np.arange(0, len(schedule), max(1, len(schedule) // 12))
     axes.set_xticks(ticks + 0.5, [f"{i}\n{schedule.timesteps[i]:.0f}" for i in ticks])
     axes.set_xlabel("step (above) and timestep (below)")
-    axes.set_title(f"{title}: {shares(schedule)}")
+    put(axes.set_title, f"{title}: {shares(schedule)}")
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.legend(

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pab_kernels import clock, quality
 from pab_kernels.config import PABConfig
+from pab_kernels.figures import plain, put
 from pab_kernels.files import replaced
 from pab_kernels.pipelines.generate import Request, generate
 from pab_kernels.pipelines.loading import Pipeline
@@ -282,10 +283,12 @@ def plot(rows: Sequence[Row], ours: Sequence[str], title: str) -> Figure:
             if value is not None and row.seconds is not None and value < 99:
                 own = row.name in ours
                 axes.plot(row.seconds, value, marker="*" if own else "o", color="#d1495b" if own else "#1f6f8b")
-                axes.annotate(row.name, (row.seconds, value), xytext=(5, 4), textcoords="offset points", fontsize=7)
+                axes.annotate(
+                    plain(row.name), (row.seconds, value), xytext=(5, 4), textcoords="offset points", fontsize=7
+                )
         axes.set_xlabel("transformer, seconds a video")
         axes.set_ylabel(f"PSNR against no broadcast, dB, {label}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.2)
-    figure.suptitle(title)
+    put(figure.suptitle, title)
     return figure
