@@ -245,7 +245,8 @@ def test_generate_refuses_a_run_that_does_not_fit(monkeypatch, tmp_path):
         *("--device", "cuda", "--output", tmp_path / "v.mp4"),
     )
     assert re.search(
-        r"needs 53\.\d GiB .* 45.9 in 112 slots.*, 2.1 others.* but 40.0 GiB are free.* --cache-device cpu .* --duration 4s",
+        r"needs 53\.\d GiB .* 45.9 in 112 slots.*, 2.1 others.* but 40.0 GiB are free"
+        r".* --cache-device cpu .* --duration 4s",
         line,
     )
 
