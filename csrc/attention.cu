@@ -99,7 +99,7 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
         const cuuint64_t strides[] = {static_cast<cuuint64_t>(4 * pitch), 16,
                                       static_cast<cuuint64_t>(4 * pitch * p.heads)};
         args.key_scales = encode_tensor_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.key_scales, sizes, strides, P::keys, 1,
-                                 CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE);
+                                            CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE);
     }
     args.cos = p.cos;
     args.sin = p.sin;

@@ -140,8 +140,8 @@ struct Consumer {
 
     // The first product and the softmax of a step.
     template <int n, bool first, bool follow>
-    __device__ __forceinline__ bool weigh(float (&scores)[n / 2], const Queries& q, Softmax& softmax,
-                                          float (&decay)[2], int valid) {
+    __device__ __forceinline__ bool weigh(float (&scores)[n / 2], const Queries& q, Softmax& softmax, float (&decay)[2],
+                                          int valid) {
         barrier_wait(shared.k_full(cursor.stage), cursor.phase);
         take_turn();
         multiply_keys<n>(scores, q);

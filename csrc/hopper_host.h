@@ -29,8 +29,8 @@ inline Encode tensor_map_encoder() {
 
 // Of a 4-d tensor, boxes of `columns` in its first dimension and `rows` in its third. Strides in bytes.
 inline CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[4],
-                                     const cuuint64_t (&strides)[3], int columns, int rows,
-                                     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion) {
+                                     const cuuint64_t (&strides)[3], int columns, int rows, CUtensorMapSwizzle swizzle,
+                                     CUtensorMapL2promotion promotion) {
     static const Encode function = tensor_map_encoder();
     const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
     const cuuint32_t steps[] = {1, 1, 1, 1};

@@ -61,7 +61,7 @@ __device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t next_box = 1
 }
 
 // The registers of d, as PTX names them and as operands of asm.
-#define PAB_PTX_32 \
+#define PAB_PTX_32                                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31"
 #define PAB_PTX_36 PAB_PTX_32 ", %32, %33, %34, %35"
@@ -74,20 +74,20 @@ __device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t next_box = 1
 #define PAB_D_48 PAB_D_32, PAB_D16(32)
 #define PAB_D_64 PAB_D_48, PAB_D16(48)
 
-#define PAB_WGMMA_TYPED(n, k, type, D, A, B, P, flags, ...)                                              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                                   \
-                 ", 0;\n"                                                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k" #k ".f32." type "." type " {" D "}, {" A     \
-                 "}, " B ", p, 1, 1" flags ";\n}"                                                        \
-                 : __VA_ARGS__                                                                           \
+#define PAB_WGMMA_TYPED(n, k, type, D, A, B, P, flags, ...)                                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                                       \
+                 ", 0;\n"                                                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k" #k ".f32." type "." type " {" D "}, {" A "}, " B \
+                 ", p, 1, 1" flags ";\n}"                                                                    \
+                 : __VA_ARGS__                                                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransposed))
-#define PAB_WGMMA(n, D, A, B, P, T, ...)                                  \
-    if constexpr (N == n && std::is_same_v<Elem, __nv_bfloat16>) {        \
-        PAB_WGMMA_TYPED(n, 16, "bf16", D, A, B, P, ", " T, __VA_ARGS__);  \
-    } else if constexpr (N == n && std::is_same_v<Elem, __half>) {        \
-        PAB_WGMMA_TYPED(n, 16, "f16", D, A, B, P, ", " T, __VA_ARGS__);   \
-    } else if constexpr (N == n) {                                        \
-        PAB_WGMMA_TYPED(n, 32, "e4m3", D, A, B, P, "", __VA_ARGS__);      \
+#define PAB_WGMMA(n, D, A, B, P, T, ...)                                 \
+    if constexpr (N == n && std::is_same_v<Elem, __nv_bfloat16>) {       \
+        PAB_WGMMA_TYPED(n, 16, "bf16", D, A, B, P, ", " T, __VA_ARGS__); \
+    } else if constexpr (N == n && std::is_same_v<Elem, __half>) {       \
+        PAB_WGMMA_TYPED(n, 16, "f16", D, A, B, P, ", " T, __VA_ARGS__);  \
+    } else if constexpr (N == n) {                                       \
+        PAB_WGMMA_TYPED(n, 32, "e4m3", D, A, B, P, "", __VA_ARGS__);     \
     }
 
 // b is [N, K] in shared memory, or [K, N] where it is transposed, which only 16 bits can be. d is overwritten where
