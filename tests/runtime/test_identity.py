@@ -310,7 +310,7 @@ def test_weights_that_lie_elsewhere_are_refused_and_kept(family: str, change: Ca
 
 
 def test_the_check_of_56_blocks_takes_a_millisecond() -> None:
-    """0.4 to 0.7 ms on one core of the machine that wrote this; the bound leaves room for a busy one."""
+    """0.4 to 0.7 ms were seen on one CPU core; the bound leaves room for a busy one."""
     from time import perf_counter
 
     from pab_kernels.models.checkpoints import random_weights
