@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pab_kernels.config import MLP_KINDS, PABConfig
-from pab_kernels.schedule import Schedule
+from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.tune.profile import Profile
 
 STACK_RANGES = (2, 3, 4, 5)
@@ -41,63 +42,91 @@ class Candidate:
 
 def predicted_error(profile: Profile, config: PABConfig) -> float:
     """The error that `config` should cause in all blocks, up to a factor; blocks that do not broadcast are left out."""
-    schedule = Schedule(config, profile.timesteps)
-    return sum(_kind_error(profile, schedule, kind) for kind in profile.parts)
+    return _error(profile, Schedule(config, profile.timesteps), {})
 
 
-def _kind_error(profile: Profile, schedule: Schedule, kind: str) -> float:
-    rows = _rows(profile, schedule.config, kind)
-    impact, remainder = profile.impact[kind][rows], profile.remainder[kind][rows]
+Rows = tuple[int, ...]
+Known = dict[tuple[str, Rows, tuple[str, ...]], float]
+"""Errors of a kind in some rows of the profile, by what each call does: most settings share them with others."""
+
+
+def _error(profile: Profile, schedule: Schedule, known: Known) -> float:
+    total = 0.0
+    for kind in profile.parts:
+        for rows, in_stack in _rows(profile, schedule.config, kind):
+            calls = tuple(_call(step, kind, in_stack) for step in schedule)
+            if (kind, rows, calls) not in known:
+                at = list(rows)
+                known[kind, rows, calls] = _rows_error(profile.impact[kind][at], profile.remainder[kind][at], calls)
+            total += known[kind, rows, calls]
+    return total
+
+
+def _call(step: StepVariant, kind: str, in_stack: bool) -> str:
+    if in_stack and step.stack:
+        return "does not run"
+    if not step.broadcasts(kind):
+        return "computes"
+    return "forecasts" if step.forecasts(kind) else "repeats"
+
+
+def _rows_error(impact: NDArray[np.float64], remainder: NDArray[np.float64], calls: Sequence[str]) -> float:
     computed: list[int] = []
     total = 0.0
-    for call, step in enumerate(schedule):
-        if kind not in ("stack", "guidance") and step.stack and schedule.config.stack_block is None:
-            continue  # does not run
-        if not step.broadcasts(kind):
+    for call, does in enumerate(calls):
+        if does == "computes":
             computed.append(call)
-        elif step.forecasts(kind):
+        elif does == "forecasts":
             age, reach = call - computed[-1], call - computed[-2]
             # The remainder of a call looks one and two calls back: the first two have none.
             late = np.nanmean(remainder[:, max(computed[-1], 2) : call + 1], axis=1) * age * reach / 2
             total += float(late @ late)
-        else:
+        elif does == "repeats":
             late = impact[:, computed[-1] + 1 : call + 1].sum(axis=1)
             total += float(late @ late)
     return total
 
 
-def _rows(profile: Profile, config: PABConfig, kind: str) -> slice:
-    """The blocks that broadcast. A kind that several lists of blocks have is measured block by block, in turn."""
-    if kind in ("stack", "guidance"):
-        return slice(None)
-    rows, blocks = len(profile.impact[kind]), max(len(profile.impact[each]) for each in profile.kinds)
-    each = max(rows // blocks, 1)
-    found = config.blocks(MLP_KINDS[0] if kind == "mlp" else kind)
-    inside = [index for index in range(rows // each) if index in found]
-    return slice(inside[0] * each, (inside[-1] + 1) * each) if inside else slice(0, 0)
+def _rows(profile: Profile, config: PABConfig, kind: str) -> list[tuple[Rows, bool]]:
+    """Rows of the profile that broadcast, and whether they are of blocks that the stack leaves out, in up to two parts.
+
+    A kind that several lists of blocks have is measured block by block, in turn.
+    """
+    if kind == "guidance":
+        return [((0,), False)]
+    if kind == "stack":  # the row of its margin
+        margin = 0 if config.stack_block is None else config.stack_block[0]
+        return [((min(margin, len(profile.impact[kind]) - 1),), False)]
+    each = len(profile.impact[kind]) // profile.depth
+    found, stack = config.blocks(MLP_KINDS[0] if kind == "mlp" else kind), config.blocks("stack")
+    rows = [row for row in range(each * profile.depth) if row // each in found]
+    parts = [(tuple(row for row in rows if (row // each in stack) == inside), inside) for inside in (True, False)]
+    return [part for part in parts if part[0]]
 
 
 Settings = dict[str, Any]
 
 
-def frontier(profile: Profile, saving: Callable[[PABConfig], float]) -> list[Candidate]:
+def frontier(profile: Profile, saving: Callable[[Schedule], float]) -> list[Candidate]:
     """The settings with the least predicted error for what they save, from the least to the most.
 
-    A coordinate search, at several prices of the error: kind after kind takes the window, range and order at which
-    saving less price times error is most, until none changes. All settings that it weighs compete.
+    A coordinate search, at several prices of the error: kind after kind takes the window, range and order, and then the
+    blocks, at which saving less price times error is most. All settings that it weighs compete.
 
     Parameters
     ----------
     profile : Profile
     saving : callable
-        The share of the denoising time that settings should save.
+        The share of the denoising time that a schedule should save.
     """
     weighed: dict[PABConfig, Candidate] = {}
+    known: Known = {}
 
     def weigh(chosen: dict[str, Settings]) -> Candidate:
         config = PABConfig(**{key: value for settings in chosen.values() for key, value in settings.items()})
         if config not in weighed:
-            weighed[config] = Candidate(config, predicted_error(profile, config), saving(config))
+            schedule = Schedule(config, profile.timesteps)
+            weighed[config] = Candidate(config, _error(profile, schedule, known), saving(schedule))
         return weighed[config]
 
     scale = predicted_error(profile, PABConfig(**_settings("spatial", _window(profile, 1, 1), 2, 0)))
@@ -105,14 +134,22 @@ def frontier(profile: Profile, saving: Callable[[PABConfig], float]) -> list[Can
     kinds = sorted(profile.parts, key=lambda kind: (kind != "stack", kind != "guidance"))
     for price in PRICES:
         chosen: dict[str, Settings] = {}
+
+        def choose(kind: str, options: Sequence[Settings], chosen: dict[str, Settings], price: float) -> None:
+            found = [weigh({**chosen, kind: option}) for option in options]
+            values = [candidate.saving - price * candidate.error / scale for candidate in found]
+            chosen[kind] = options[int(np.argmax(values))]
+
         for _ in range(2):
             before = dict(chosen)
             for kind in kinds:
                 every = chosen.get("stack", {}).get("stack_range", 1)
-                options = [{}, *_options(profile, kind, every)]
-                found = [weigh({**chosen, kind: option}) for option in options]
-                values = [candidate.saving - price * candidate.error / scale for candidate in found]
-                chosen[kind] = options[int(np.argmax(values))]
+                blocks = {key: value for key, value in chosen.get(kind, {}).items() if key.endswith("_block")}
+                options = [option | blocks for option in _options(profile, kind, every)]
+                choose(kind, [{}, *options], chosen, price)
+                if chosen[kind] and kind != "guidance":
+                    own = {key: value for key, value in chosen[kind].items() if not key.endswith("_block")}
+                    choose(kind, [own, *({**own, f"{kind}_block": each} for each in _blocks(profile, kind))], chosen, price)
             if chosen == before:
                 break
     return _best(list(weighed.values()))
@@ -147,6 +184,16 @@ def _options(profile: Profile, kind: str, every: int) -> Iterator[Settings]:
         for step in ranges:
             for order in (0, 1):
                 yield _settings(kind, window, step, order)
+
+
+def _blocks(profile: Profile, kind: str) -> list[tuple[int, int]]:
+    """Parts of the model that may broadcast a kind alone, [first, end); of the stack those that the profile knows."""
+    depth = profile.depth
+    if kind == "stack":
+        most = min(len(profile.impact["stack"]), (depth + 1) // 2) - 1
+        return [(margin, depth - margin) for margin in sorted({1, most // 2, most}) if 0 < margin <= most]
+    parts = ((0, depth // 2), (depth // 2, depth), (depth // 4, depth - depth // 4))
+    return [(first, end) for first, end in dict.fromkeys(parts) if 0 < end - first < depth]
 
 
 def _settings(kind: str, window: tuple[int, int] | None, every: int, order: int) -> Settings:

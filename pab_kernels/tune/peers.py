@@ -45,6 +45,7 @@ class Calls:
 class Row:
     """One setting on all videos: mean PSNR, that of the worst frame, seconds of the transformer a video.
 
+    `saved` is the share of the seconds that the same code takes without: this runtime, or the model's own code.
     `note` says why there are no figures, or that the videos are those without the peer.
     """
 
@@ -52,6 +53,7 @@ class Row:
     psnr: float | None = None
     worst: float | None = None
     seconds: float | None = None
+    saved: float | None = None
     note: str = ""
 
 
@@ -148,8 +150,8 @@ def measure(
     settings: Mapping[str, PABConfig],
     peers: Sequence[str],
     on_run: Callable[[str], object] = lambda name: None,
-) -> list[Row]:
-    """The model's own code, this runtime without PAB and with each of `settings`, and `peers`, one after the other.
+) -> Iterator[Row]:
+    """The model's own code, this runtime without PAB and with each of `settings`, and `peers`: each as it is done.
 
     Quality is against the videos of the model's own code. Peers run on that code too; their time is the transformer's,
     as is that of all.
@@ -175,28 +177,33 @@ def measure(
             raise ValueError(f"against: got {name!r}, must be one of {', '.join(PEERS)}")
     host = pipe.transformer
     on_run("the model's own code")
-    videos, seconds = _run(pipe, request, lambda calls: nullcontext())
-    rows = [Row("the model's own code", seconds=seconds)]
+    videos, theirs = _run(pipe, request, lambda calls: nullcontext())
+    yield Row("the model's own code", seconds=theirs)
+    ours = None
     for name, config in {"this runtime, no PAB": PABConfig(), **settings}.items():
         on_run(name)
         found, seconds = _run(pipe, request, partial(_accelerated, pipe, config))
-        rows.append(_row(name, found, videos, seconds))
+        yield _row(name, found, videos, seconds, ours)
+        ours = ours or seconds
     for peer in peers:
         for name, apply in PEERS[peer].items():
             on_run(name)
             try:
                 found, seconds = _run(pipe, request, partial(_hooked, host, apply, request.steps))
-                rows.append(_row(name, found, videos, seconds))
+                row = _row(name, found, videos, seconds, theirs)
             except Exception as error:  # whatever a peer raises on a model that it does not know
-                rows.append(Row(name, note=f"{type(error).__name__}: {error}".splitlines()[0][:100]))
-    return rows
+                row = Row(name, note=f"{type(error).__name__}: {error}".splitlines()[0][:100])
+            yield row
 
 
-def _row(name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: float) -> Row:
+def _row(
+    name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: float, without: float | None
+) -> Row:
     frames = [quality.per_frame(a, b)["psnr"] for a, b in zip(found, videos, strict=True)]
     means = [min(statistics.fmean(values), 100.0) for values in frames]
     note = "changes nothing" if min(map(min, frames)) == float("inf") else ""
-    return Row(name, statistics.fmean(means), min(map(min, frames)), seconds, note)
+    saved = None if without is None else 1 - seconds / without
+    return Row(name, statistics.fmean(means), min(map(min, frames)), seconds, saved, note)
 
 
 def _run(pipe: Pipeline, request: Request, opened: Callable[[Calls], Any]) -> tuple[list[Frames], float]:
@@ -256,11 +263,11 @@ def _hooked(host: Any, apply: Apply, steps: int, calls: Calls) -> Iterator[None]
 def table(rows: Sequence[Row]) -> Table:
     """A row a setting, as Markdown, the fastest last."""
     found = Table(box=box.MARKDOWN)
-    for column in ("settings", "PSNR, dB", "worst frame, dB", "seconds a video", "note"):
+    for column in ("settings", "PSNR, dB", "worst frame, dB", "seconds a video", "saved", "note"):
         found.add_column(column, justify="left" if column in ("settings", "note") else "right", overflow="fold")
     for row in sorted(rows, key=lambda row: -(row.seconds or float("inf"))):
         figures = ("" if value is None else f"{value:.2f}" for value in (row.psnr, row.worst, row.seconds))
-        found.add_row(row.name, *figures, row.note)
+        found.add_row(row.name, *figures, "" if row.saved is None else f"{row.saved:.1%}", row.note)
     return found
 
 
@@ -268,10 +275,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write a line a setting; a file there is replaced once this is complete."""
     with replaced(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("settings", "psnr", "worst_frame", "seconds", "note"))
+        writer.writerow(("settings", "psnr", "worst_frame", "seconds", "saved", "note"))
         for row in rows:
-            values = ("" if value is None else f"{value:.6g}" for value in (row.psnr, row.worst, row.seconds))
-            writer.writerow((row.name, *values, row.note))
+            figures = (row.psnr, row.worst, row.seconds, row.saved)
+            writer.writerow((row.name, *("" if each is None else f"{each:.6g}" for each in figures), row.note))
 
 
 def plot(rows: Sequence[Row], ours: Sequence[str], title: str) -> Figure:

@@ -36,7 +36,8 @@ class Profile:
     """Differences between the outputs of each step and of the step before, of all that can be broadcast.
 
     Each measure is, for each kind, an array [blocks, calls], with a row for each block that has this kind, in the
-    order of the model; one row for the block stack, and for guidance. The first call has no step before it: NaN.
+    order of the model; of the block stack row m is for all blocks but m at either end, up to a quarter of them; one
+    row for guidance. The first call has no step before it: NaN.
 
     Attributes
     ----------
@@ -69,6 +70,11 @@ class Profile:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of attention that the model has."""
         return tuple(kind for kind in KINDS if kind in self.relative_l2)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks the model has, those of an index counted once; a kind may have several an index."""
+        return min(len(self.impact[kind]) for kind in self.kinds)
 
     @property
     def edges(self) -> tuple[int, int]:
@@ -177,9 +183,10 @@ class Profiler(TappedBlocks):
         self._norms: dict[tuple[str, int, str], list[Tensor]] = {}
         self._numel: dict[str, int] = {}
         self._guidance = guidance
-        self._entered: Tensor | None = None
-        """The stream as it came to the first block of this call."""
+        self._entered: dict[int, Tensor] = {}
+        """The stream as it came to the outer blocks in this call, by their index."""
         super().__init__(host)
+        self._margin = self.depth // 4
         self._hooks = [host.register_forward_hook(self._after)]
         final = getattr(host, "norm_out", None) or getattr(host, "final_layer", None)
         if isinstance(final, nn.Module):
@@ -192,9 +199,10 @@ class Profiler(TappedBlocks):
         self._before.clear()
 
     def block(self, kind: str, index: int, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The stream after a block; the first one's input is remembered."""
-        if self._entered is None:
-            self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
+        """The stream after a block; what comes to the first of an index is remembered, at either end of the model."""
+        outer = index <= self._margin or index >= self.depth - self._margin
+        if outer and index not in self._entered:
+            self._entered[index] = (args[0] if args else kwargs["hidden_states"]).clone()
         return super().block(kind, index, run, *args, **kwargs)
 
     def branch(
@@ -214,11 +222,14 @@ class Profiler(TappedBlocks):
 
     def _before_final(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if stream is not None and self._entered is not None and stream.shape == self._entered.shape:
-            self._compare("stack", 0, "", stream - self._entered, stream)
+        if stream is None or 0 not in self._entered or stream.shape != self._entered[0].shape:
+            return
+        for margin in range(self._margin + 1):
+            end = stream if margin == 0 else self._entered[self.depth - margin]
+            self._compare("stack", margin, "", end - self._entered[margin], end)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._entered = None
+        self._entered.clear()
         if self._guidance > 1:
             sample = output if isinstance(output, Tensor) else output[0]
             if self._forwards == 1:

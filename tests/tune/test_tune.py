@@ -30,17 +30,18 @@ UNIT_SAVINGS = {"spatial": 0.2, "temporal": 0.15, "cross": 0.08}
 
 def made_up(calls: int, kinds=("spatial", "temporal", "cross"), blocks: int = 2, seed: int = 0) -> Profile:
     rng = np.random.default_rng(seed)
-    impact = {kind: np.hstack([np.full((blocks, 1), np.nan), rng.random((blocks, calls - 1))]) for kind in kinds}
+    rows = {kind: {"stack": 1 + blocks // 4, "guidance": 1}.get(kind, blocks) for kind in kinds}
+    impact = {kind: np.hstack([np.full((n, 1), np.nan), rng.random((n, calls - 1))]) for kind, n in rows.items()}
     left = {kind: np.where(np.arange(calls) < 2, np.nan, values / 2) for kind, values in impact.items()}
     return Profile(tuple(np.linspace(999, 20, calls).round()), impact, impact, impact, left)
 
 
-def savings(profile: Profile) -> Callable[[PABConfig], float]:
+def savings(profile: Profile) -> Callable[[Schedule], float]:
     """The share of a run that settings save, by the units of each kind."""
 
-    def saving(config: PABConfig) -> float:
+    def saving(schedule: Schedule) -> float:
         left = 0.0
-        for step in Schedule(config, profile.timesteps):
+        for step in schedule:
             if not step.stack:
                 rest = 1 - sum(unit for kind, unit in UNIT_SAVINGS.items() if step.broadcasts(kind))
                 left += rest / 2 if step.guidance else rest
@@ -97,7 +98,7 @@ def test_no_settings_of_one_kind_beat_the_frontier(kind):
     found = frontier(profile, saving)
     for settings in _options(profile, kind, 1):
         config = PABConfig(**settings)
-        error, saved = predicted_error(profile, config), saving(config)
+        error, saved = predicted_error(profile, config), saving(Schedule(config, profile.timesteps))
         assert saved == 0 or any(c.error <= error * (1 + 1e-9) and c.saving >= saved - 1e-12 for c in found), config
 
 
@@ -123,7 +124,7 @@ def test_thresholds_keep_to_calls_that_differ():
 
 def trial(name: str, config: PABConfig, psnr: float, saving: float, videos: int | None = None) -> Trial:
     """Eight videos that differ by decibels, the first four of which are harder."""
-    found = tuple(Quality(psnr + 2 * i - 7, 1 - 10 ** (-(psnr + 2 * i - 7) / 30)) for i in range(8))
+    found = tuple(Quality(psnr + 2 * i - 7, 1 - 10 ** (-(psnr + 2 * i - 7) / 30), psnr + 2 * i - 9) for i in range(8))
     return Trial(name, config, found[:videos], saving, saving)
 
 
