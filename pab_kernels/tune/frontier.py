@@ -110,8 +110,8 @@ Settings = dict[str, Any]
 def frontier(profile: Profile, saving: Callable[[Schedule], float]) -> list[Candidate]:
     """The settings with the least predicted error for what they save, from the least to the most.
 
-    A coordinate search, at several prices of the error: kind after kind takes the window, range and order, and then the
-    blocks, at which saving less price times error is most. All settings that it weighs compete.
+    A coordinate search, at several prices of the error: kind after kind takes the window, range, order and
+    blocks at which saving less price times error is most, until none changes. All settings that it weighs compete.
 
     Parameters
     ----------
@@ -134,22 +134,14 @@ def frontier(profile: Profile, saving: Callable[[Schedule], float]) -> list[Cand
     kinds = sorted(profile.parts, key=lambda kind: (kind != "stack", kind != "guidance"))
     for price in PRICES:
         chosen: dict[str, Settings] = {}
-
-        def choose(kind: str, options: Sequence[Settings], chosen: dict[str, Settings], price: float) -> None:
-            found = [weigh({**chosen, kind: option}) for option in options]
-            values = [candidate.saving - price * candidate.error / scale for candidate in found]
-            chosen[kind] = options[int(np.argmax(values))]
-
         for _ in range(2):
             before = dict(chosen)
             for kind in kinds:
                 every = chosen.get("stack", {}).get("stack_range", 1)
-                blocks = {key: value for key, value in chosen.get(kind, {}).items() if key.endswith("_block")}
-                options = [option | blocks for option in _options(profile, kind, every)]
-                choose(kind, [{}, *options], chosen, price)
-                if chosen[kind] and kind != "guidance":
-                    own = {key: value for key, value in chosen[kind].items() if not key.endswith("_block")}
-                    choose(kind, [own, *({**own, f"{kind}_block": each} for each in _blocks(profile, kind))], chosen, price)
+                options = [{}, *_options(profile, kind, every)]
+                found = [weigh({**chosen, kind: option}) for option in options]
+                values = [candidate.saving - price * candidate.error / scale for candidate in found]
+                chosen[kind] = options[int(np.argmax(values))]
             if chosen == before:
                 break
     return _best(list(weighed.values()))
@@ -172,7 +164,7 @@ def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _options(profile: Profile, kind: str, every: int) -> Iterator[Settings]:
-    """Windows, ranges and orders of a kind; `every` is the stack's range."""
+    """Windows, ranges, orders and blocks of a kind; `every` is the stack's range."""
     ranges = STACK_RANGES if kind == "stack" else tuple(multiple * every for multiple in MULTIPLES)
     coarse = kind in ("stack", "guidance")
     windows = [
@@ -183,12 +175,16 @@ def _options(profile: Profile, kind: str, every: int) -> Iterator[Settings]:
     for window in dict.fromkeys(window for window in windows if window is not None):
         for step in ranges:
             for order in (0, 1):
-                yield _settings(kind, window, step, order)
+                settings = _settings(kind, window, step, order)
+                yield settings
+                yield from (settings | {f"{kind}_block": part} for part in _blocks(profile, kind))
 
 
 def _blocks(profile: Profile, kind: str) -> list[tuple[int, int]]:
     """Parts of the model that may broadcast a kind alone, [first, end); of the stack those that the profile knows."""
     depth = profile.depth
+    if kind == "guidance":
+        return []
     if kind == "stack":
         most = min(len(profile.impact["stack"]), (depth + 1) // 2) - 1
         return [(margin, depth - margin) for margin in sorted({1, most // 2, most}) if 0 < margin <= most]

@@ -196,9 +196,7 @@ def measure(
             yield row
 
 
-def _row(
-    name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: float, without: float | None
-) -> Row:
+def _row(name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: float, without: float | None) -> Row:
     frames = [quality.per_frame(a, b)["psnr"] for a, b in zip(found, videos, strict=True)]
     means = [min(statistics.fmean(values), 100.0) for values in frames]
     note = "changes nothing" if min(map(min, frames)) == float("inf") else ""

@@ -50,6 +50,23 @@ def savings(profile: Profile) -> Callable[[Schedule], float]:
     return saving
 
 
+def by_blocks(profile: Profile) -> Callable[[Schedule], float]:
+    """As `savings`, by the number of blocks."""
+    depth = profile.depth
+
+    def saving(schedule: Schedule) -> float:
+        parts = {
+            kind: [index in schedule.config.blocks(kind) for index in range(depth)] for kind in ("spatial", "stack")
+        }
+        saved = 0.0
+        for step in schedule:
+            for own, stack in zip(parts["spatial"], parts["stack"], strict=True):
+                saved += 1.0 if step.stack and stack else 0.2 * (step.spatial and own)
+        return saved / depth / len(schedule)
+
+    return saving
+
+
 # The frontier
 
 
@@ -117,6 +134,33 @@ def test_thresholds_keep_to_calls_that_differ():
     repeated = replace(profile, timesteps=(999.0, 800.0, 800.0, 600.0, 600.0, 400.0, 200.0, 1.0))
     for candidate in frontier(repeated, savings(repeated)):
         assert candidate.error == pytest.approx(predicted_error(repeated, candidate.config))
+
+
+def test_blocks_that_the_stack_leaves_out_cost_their_own_error_less_often():
+    """The stack is a part of the model: cross-attention of the other blocks goes on."""
+    profile = made_up(9, kinds=("spatial", "cross", "stack"), blocks=4)
+    stack = PABConfig(stack_broadcast=True, stack_threshold=(0, 900), stack_range=2, stack_block=(1, 3))
+    both = replace(stack, cross_broadcast=True, cross_threshold=(0, 900), cross_range=4)
+    cross = profile.impact["cross"]
+    inside = sum(cross[1:3, 1 + i : 3 + i].sum(1) ** 2 for i in (0, 4))  # calls 2 and 6, of 0 and 4
+    ages = {1: (1, 2), 2: (1, 3), 3: (1, 4), 5: (5, 6), 6: (5, 7), 7: (5, 8)}
+    outside = sum(cross[[0, 3], first:end].sum(1) ** 2 for first, end in ages.values())
+    assert predicted_error(profile, both) - predicted_error(profile, stack) == pytest.approx(
+        inside.sum() + outside.sum()
+    )
+    whole = replace(stack, stack_block=None)
+    assert predicted_error(profile, whole) == pytest.approx((profile.impact["stack"][0, 1::2] ** 2).sum())
+    assert predicted_error(profile, stack) == pytest.approx((profile.impact["stack"][1, 1::2] ** 2).sum())
+
+
+def test_blocks_are_weighed():
+    """Where one block changes much more than the others, it is left out."""
+    profile = made_up(12, kinds=("spatial", "stack"), blocks=4)
+    profile.impact["spatial"][2:] *= 100
+    profile.impact["stack"][0] *= 100
+    found = frontier(profile, by_blocks(profile))
+    assert any(c.config.spatial_block == (0, 2) for c in found)
+    assert any(c.config.stack_block == (1, 3) for c in found)
 
 
 # The search
