@@ -18,6 +18,7 @@ ROOMS = {
     "ops": ["pab_kernels/ops/*.py", "triton_ops/*.py"],
     "blocks": ["pab_kernels/blocks/*.py"],
     "models": ["models/*.py", "models/hosts/*.py"],
+    "distributed": ["pab_kernels/distributed/*.py"],
     "runtime": ["pab_kernels/runtime/*.py"],
     "beside": ["pab_kernels/quality.py", "pab_kernels/figures.py", "pab_kernels/plain.py", "pab_kernels/tapped.py"],
     "pipelines": ["pab_kernels/pipelines/*.py"],
