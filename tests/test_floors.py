@@ -130,6 +130,7 @@ def test_the_reading_order_is_the_list_of_rooms():
             "ops/",
             "blocks/",
             "models/",
+            "distributed/",
             "runtime/",
             "quality.py",
             "pipelines/",
