@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +25,7 @@ from pab_kernels.pipelines.generate import Request, generate
 from pab_kernels.pipelines.loading import Pipeline
 from pab_kernels.quality import Frames
 from pab_kernels.runtime.accelerate import accelerate
+from pab_kernels.tune import cache_dit_peer
 from pab_kernels.tune.trials import split
 
 Apply = Callable[[Any, "Calls", int], object]
@@ -116,21 +116,8 @@ def _magcache(threshold: float) -> Apply:
     return apply
 
 
-def _cache_dit(threshold: float) -> Apply:
-    def apply(host: Any, calls: Calls, steps: int) -> None:
-        if importlib.util.find_spec("cache_dit") is None:
-            raise ImportError("not installed: `pip install cache-dit`")
-        import cache_dit
-
-        adapter = cache_dit.BlockAdapter(
-            transformer=host,
-            blocks=host.transformer_blocks,
-            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
-            check_forward_pattern=False,
-        )
-        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(residual_diff_threshold=threshold))
-
-    return apply
+def _cache_dit(threshold: float, order: int = 0) -> Apply:
+    return lambda host, calls, steps: cache_dit_peer.apply(host, steps, threshold, order)
 
 
 PEERS: dict[str, dict[str, Apply]] = {
@@ -139,7 +126,8 @@ PEERS: dict[str, dict[str, Apply]] = {
     "fastercache": {f"FasterCache, every {n}": _fastercache(n) for n in (2, 3)},
     "first-block-cache": {f"FirstBlockCache {t:g}": _first_block(t) for t in (0.05, 0.1)},
     "magcache": {f"MagCache {t:g}": _magcache(t) for t in (0.06, 0.2)},
-    "cache-dit": {f"cache-dit {t:g}": _cache_dit(t) for t in (0.08, 0.2)},
+    "cache-dit": {f"cache-dit F1B0, {t:g}": _cache_dit(t) for t in (0.08, 0.15, 0.3)}
+    | {f"cache-dit F1B0, {t:g}, TaylorSeer": _cache_dit(t, 1) for t in (0.15, 0.3)},
 }
 """Peers by the names that `--against` takes, each at several settings."""
 
