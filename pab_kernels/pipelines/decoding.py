@@ -266,7 +266,7 @@ class VideoDecoder:
         ValueError
             Not even one.
         """
-        if not self.on_planes:
+        if not self.on_planes and self.memory is None:
             return 4
         return self._frames_within(self._decoder("spatial").nbytes(1, height, width), height, width)
 

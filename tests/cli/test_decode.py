@@ -163,6 +163,8 @@ def test_files_that_are_no_latents_are_refused(tiny, tmp_path):
     assert not (tmp_path / "other.mp4").exists()
     assert "no such file" in refused("decode", tmp_path / "nowhere.safetensors")
     assert "decode_memory: got 'much'" in refused("decode", file, "--random-weights", "--decode-memory", "much")
+    small = ("--random-weights", "--decode-memory", "1KiB", "--device", "cpu")
+    assert "decode_memory: got 0 MiB, must be at least" in refused("decode", file, *small)
     assert "output: got" in refused("decode", file, "--random-weights", "--output", "v.txt")
 
 
@@ -213,6 +215,7 @@ def test_videos_begin_with_an_image_and_go_on_from_a_video(tiny, tmp_path):
 def test_memory_bounds_are_read_before_the_work(tiny, tmp_path):
     arguments = ("generate", "--model", "open_sora", *FAMILY_SIZES["open_sora"], "--random-weights", "--device", "cpu")
     assert "decode_memory: got '4 apples'" in refused(*arguments, "--decode-memory", "4 apples")
+    assert "decode_memory: got 0 MiB, must be at least" in refused(*arguments, "--decode-memory", "1KiB")
     pab(
         *arguments,
         "--steps",
