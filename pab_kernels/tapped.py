@@ -67,7 +67,7 @@ class TappedBlocks(ABC):
         if not self._blocks:
             known = ", ".join(cls.__name__ for cls in _FORWARDS)
             raise TypeError(f"host: a {type(host).__name__} has none of the blocks that are known: {known}")
-        self._hook = host.register_forward_pre_hook(self._next)
+        self._hook = host.register_forward_pre_hook(self._next, with_kwargs=True)
 
     def __enter__(self: Tapped) -> Tapped:
         return self
@@ -103,7 +103,8 @@ class TappedBlocks(ABC):
         Times its gate, where it is gated here, it is added to `stream`, which has its shape.
         """
 
-    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before every call of the host."""
         self.call += 1
 
 

@@ -53,7 +53,7 @@ def tune(
     from pab_kernels.tune import choose as tuning
     from pab_kernels.tune import profile as profiles
     from pab_kernels.tune import trials as trying
-    from pab_kernels.tune.frontier import frontier
+    from pab_kernels.tune.frontier import Frontier
     from pab_kernels.tune.journal import Journal
     from pab_kernels.tune.results import Tuned
 
@@ -79,8 +79,7 @@ def tune(
                 yardstick = trying.Yardstick(pipe, request, meter.advance)
                 if profile is not None:
                     found = profiles.Profile.from_csv(profile, yardstick.timesteps)
-                meter.say("frontier")
-                search = tuning.Search(found, frontier(found, yardstick.predicted_saving), wanted)
+                search = tuning.Search(Frontier(found, yardstick.predicted_saving), wanted)
                 try_out = journal.around(meter.watch(yardstick, named, trials))
                 for trial in search.run(try_out, named, trials, few=max(2, len(request.prompts) // 2)):
                     result.add(trial)

@@ -322,6 +322,6 @@ def test_a_step_is_one_graph_and_a_few_copies_without_synchronisation_or_allocat
     steps = len(made.timesteps) - 1
     calls = Counter(event.name for event in trace.events())
     assert calls["cudaGraphLaunch"] == steps
-    # In: latents, modulation, scales, frame rate. Out: the caller's own latents.
+    # In: latents, modulation, scales, frame rate, and how far a forecast reaches. Out: the caller's own latents.
     launches = sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cudaMemcpy")))
-    assert launches <= 5 * steps, calls
+    assert launches <= (5 if variant is None else 6) * steps, calls

@@ -1,6 +1,5 @@
 """The frontier against brute force, the search on made-up trials, and trials against whole runs."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pab_kernels.pipelines.generate import Request, generate
 from pab_kernels.quality import Quality
 from pab_kernels.schedule import Schedule
 from pab_kernels.tune.choose import Estimate, Search, Target, best, estimate, reaches
-from pab_kernels.tune.frontier import _options, frontier, predicted_error
+from pab_kernels.tune.frontier import Candidate, Frontier, _options
 from pab_kernels.tune.journal import Journal
 from pab_kernels.tune.profile import Profile
 from pab_kernels.tune.results import Tuned
@@ -67,6 +66,22 @@ def by_blocks(profile: Profile) -> Callable[[Schedule], float]:
     return saving
 
 
+def predicted_error(profile: Profile, config: PABConfig) -> float:
+    """Of all kinds, each by a factor of 1."""
+    return sum(Frontier(profile, lambda schedule: 0.0).errors(config))
+
+
+def frontier(profile: Profile, saving: Callable[[Schedule], float], allowed: float = 1.0) -> list[Candidate]:
+    """The settings that no other beats, from the least saving to the most."""
+    weighed = Frontier(profile, saving)
+    weighed.search(np.ones(len(profile.parts)), allowed)
+    found: list[Candidate] = []
+    for each in sorted(weighed.candidates, key=lambda each: (-each.saving, sum(each.errors))):
+        if not found or sum(each.errors) < sum(found[-1].errors):
+            found.append(each)
+    return found[::-1]
+
+
 # The frontier
 
 
@@ -74,8 +89,8 @@ def test_predicted_error_adds_what_the_outputs_would_have_changed():
     profile = made_up(6)
     change = profile.impact["temporal"]
     config = PABConfig(temporal_broadcast=True, temporal_threshold=(0, 800), temporal_range=3)
-    # Calls 2, 4 and 5 broadcast: 2 what call 1 computed, 4 and 5 what call 3 did.
-    expected = (change[:, 2] ** 2 + change[:, 4] ** 2 + (change[:, 4] + change[:, 5]) ** 2).sum()
+    # Calls 2, 4 and 5 broadcast: 2 what call 1 computed, 4 and 5 what call 3 did. They lag the same way.
+    expected = ((change[:, 2] + change[:, 4] + (change[:, 4] + change[:, 5])) ** 2).sum()
     assert predicted_error(profile, config) == pytest.approx(expected)
     assert predicted_error(profile, PABConfig()) == 0
 
@@ -93,11 +108,23 @@ def test_predicted_error_of_a_forecast_is_what_the_line_misses():
     assert predicted_error(profile, config) == pytest.approx(sum((each**2).sum() for each in late))
 
 
+def test_an_error_counts_as_much_as_the_sampler_moves():
+    profile = made_up(5)
+    moved = np.array([[np.nan, 0.1, 0.3, 0.2, 0.4]])
+    profile = replace(profile, relative_l2=profile.relative_l2 | {"latents": moved})
+    assert profile.moves == pytest.approx(np.array([0.1, 0.3, 0.2, 0.4, 0.4]) / 0.28)
+    config = PABConfig(spatial_broadcast=True, spatial_threshold=(0, 999), spatial_range=2)
+    change = profile.impact["spatial"]
+    expected = ((change[:, 1] * 0.3 + change[:, 3] * 0.4) / 0.28) ** 2
+    assert predicted_error(profile, config) == pytest.approx(expected.sum())
+    assert profile.parts == ("spatial", "temporal", "cross"), "latents are not broadcast"
+
+
 def test_calls_that_the_stack_leaves_out_cost_its_error_alone():
     profile = made_up(9, kinds=("spatial", "cross", "stack"), blocks=1)
     stack = PABConfig(stack_broadcast=True, stack_threshold=(0, 900), stack_range=2)
     both = replace(stack, cross_broadcast=True, cross_threshold=(0, 900), cross_range=4)
-    more = sum(profile.impact["cross"][0, 1 + i : 3 + i].sum() ** 2 for i in (0, 4))  # calls 2 and 6, of 0 and 4
+    more = sum(profile.impact["cross"][0, 1 + i : 3 + i].sum() for i in (0, 4)) ** 2  # calls 2 and 6, of 0 and 4
     assert predicted_error(profile, both) - predicted_error(profile, stack) == pytest.approx(more)
 
 
@@ -116,16 +143,17 @@ def test_no_settings_of_one_kind_beat_the_frontier(kind):
     for settings in _options(profile, kind, 1):
         config = PABConfig(**settings)
         error, saved = predicted_error(profile, config), saving(Schedule(config, profile.timesteps))
-        assert saved == 0 or any(c.error <= error * (1 + 1e-9) and c.saving >= saved - 1e-12 for c in found), config
+        better = (c for c in found if sum(c.errors) <= error * (1 + 1e-9) and c.saving >= saved - 1e-12)
+        assert saved == 0 or any(better), config
 
 
-def test_the_frontier_rises_in_saving_and_error():
+def test_kinds_are_mixed():
     profile = made_up(12, kinds=("spatial", "cross", "stack", "guidance"))
     found = frontier(profile, savings(profile))
-    assert all(a.saving < b.saving and a.error < b.error for a, b in itertools.pairwise(found))
+    assert len(found) > 5
     assert any(c.config.stack_broadcast and c.config.guidance_broadcast for c in found), "kinds are mixed"
     for candidate in found:
-        assert candidate.error == pytest.approx(predicted_error(profile, candidate.config))
+        assert sum(candidate.errors) == pytest.approx(predicted_error(profile, candidate.config))
     assert found == frontier(profile, savings(profile)), "it is deterministic"
 
 
@@ -133,7 +161,7 @@ def test_thresholds_keep_to_calls_that_differ():
     profile = made_up(8)
     repeated = replace(profile, timesteps=(999.0, 800.0, 800.0, 600.0, 600.0, 400.0, 200.0, 1.0))
     for candidate in frontier(repeated, savings(repeated)):
-        assert candidate.error == pytest.approx(predicted_error(repeated, candidate.config))
+        assert sum(candidate.errors) == pytest.approx(predicted_error(repeated, candidate.config))
 
 
 def test_blocks_that_the_stack_leaves_out_cost_their_own_error_less_often():
@@ -142,15 +170,15 @@ def test_blocks_that_the_stack_leaves_out_cost_their_own_error_less_often():
     stack = PABConfig(stack_broadcast=True, stack_threshold=(0, 900), stack_range=2, stack_block=(1, 3))
     both = replace(stack, cross_broadcast=True, cross_threshold=(0, 900), cross_range=4)
     cross = profile.impact["cross"]
-    inside = sum(cross[1:3, 1 + i : 3 + i].sum(1) ** 2 for i in (0, 4))  # calls 2 and 6, of 0 and 4
+    inside = sum(cross[1:3, 1 + i : 3 + i].sum(1) for i in (0, 4)) ** 2  # calls 2 and 6, of 0 and 4
     ages = {1: (1, 2), 2: (1, 3), 3: (1, 4), 5: (5, 6), 6: (5, 7), 7: (5, 8)}
-    outside = sum(cross[[0, 3], first:end].sum(1) ** 2 for first, end in ages.values())
+    outside = sum(cross[[0, 3], first:end].sum(1) for first, end in ages.values()) ** 2
     assert predicted_error(profile, both) - predicted_error(profile, stack) == pytest.approx(
         inside.sum() + outside.sum()
     )
     whole = replace(stack, stack_block=None)
-    assert predicted_error(profile, whole) == pytest.approx((profile.impact["stack"][0, 1::2] ** 2).sum())
-    assert predicted_error(profile, stack) == pytest.approx((profile.impact["stack"][1, 1::2] ** 2).sum())
+    assert predicted_error(profile, whole) == pytest.approx(profile.impact["stack"][0, 1::2].sum() ** 2)
+    assert predicted_error(profile, stack) == pytest.approx(profile.impact["stack"][1, 1::2].sum() ** 2)
 
 
 def test_blocks_are_weighed():
@@ -173,66 +201,71 @@ def trial(name: str, config: PABConfig, psnr: float, saving: float, videos: int 
 
 
 class Model:
-    """Stands in for trials: quality falls with the predicted error, but not as fast as foreseen, and savings differ."""
+    """Stands in for trials: what errors do to a video hangs on their kind, and saving is what is foreseen."""
+
+    FACTORS = np.array([3.0, 1.0, 0.3, 0.2, 0.02]) / 2000
 
     def __init__(self, calls: int = 20) -> None:
-        self.profile = made_up(calls)
-        self.candidates = frontier(self.profile, savings(self.profile))
-        self.saving = {c.config: c.saving for c in self.candidates}
+        self.profile = made_up(calls, kinds=("spatial", "temporal", "cross", "stack", "guidance"))
+        self.frontier = Frontier(self.profile, savings(self.profile))
         self.tried: list[tuple[str, int | None]] = []
+
+    def psnr(self, config: PABConfig) -> float:
+        return -10 * math.log10(self.FACTORS @ np.array(self.frontier.errors(config)) + 1e-9)
 
     def try_out(self, name: str, config: PABConfig, videos: int | None = None) -> Trial:
         self.tried.append((name, videos))
-        error = predicted_error(self.profile, config)
-        return trial(name, config, 34 - 8 * math.log10(error), self.saving.get(config, 0.1), videos)
+        saving = savings(self.profile)(Schedule(config, self.profile.timesteps))
+        return trial(name, config, self.psnr(config), saving, videos)
 
-    def search(self, target: str, count: int = 4) -> list[Trial]:
-        named = {name: named_settings("latte")[name] for name in ("latte", "latte:469")}
-        return list(Search(self.profile, self.candidates, Target.parse(target)).run(self.try_out, named, count, 4))
+    def search(self, target: str, count: int = 6) -> list[Trial]:
+        named = {name: named_settings("latte")[name] for name in ("latte:fast", "latte")}
+        return list(Search(self.frontier, Target.parse(target)).run(self.try_out, named, count, 4))
 
 
-@pytest.mark.parametrize("target", ["psnr=24", "psnr=28", "ssim=0.8"])
-def test_the_search_ends_at_the_last_candidate_that_reaches_the_target(target):
+@pytest.mark.parametrize("target", ["psnr=24", "psnr=30", "psnr=38", "ssim=0.8"])
+def test_few_trials_find_what_saves_most_at_the_target(target):
     model, wanted = Model(), Target.parse(target)
-    trials = model.search(target, count=20)
+    trials = model.search(target)
     chosen = best(trials, wanted)
     assert reaches(chosen, wanted)
-    every = [model.try_out("", c.config) for c in model.candidates]
-    most = max(t.predicted for t in every if reaches(t, wanted))
-    assert chosen.predicted == pytest.approx(most)
-    assert len(trials) < 2 + 20, "it stops by itself"
     assert chosen.anchor is None, "it is known on all videos"
+    every = [model.try_out("", each.config) for each in model.frontier.candidates]
+    most = max(each.predicted for each in every if reaches(each, wanted))
+    assert most - 0.06 < chosen.predicted <= most
 
 
 def test_few_trials_come_near():
-    wanted = Target.parse("psnr=30")
-    chosen = best(Model().search("psnr=30", count=4), wanted)
-    assert 30 <= statistics.fmean(chosen.values("psnr")) < 32, "met, and not by far"
+    for value in (26, 30, 38):
+        wanted = Target("psnr", value)
+        chosen = best(Model().search(str(wanted), count=4), wanted)
+        assert value <= statistics.fmean(chosen.values("psnr")) < value + 2, "met, and not by far"
 
 
 def test_candidates_are_tried_on_a_few_videos_and_the_best_on_all():
     model = Model()
     trials = model.search("psnr=30")
-    assert model.tried[:2] == [("latte", None), ("latte:469", None)]
+    assert model.tried[:2] == [("latte:fast", None), ("latte", None)]
     assert {videos for name, videos in model.tried[2:]} == {4, None}
     for each in trials:
         found = estimate(each, Target.parse("psnr=30"))
-        exact = 34 - 8 * math.log10(predicted_error(model.profile, each.config))
-        assert found.mean == pytest.approx(exact), "pairs tell the mean over all, though the first four are harder"
+        assert found.mean == pytest.approx(model.psnr(each.config)), (
+            "pairs tell the mean over all, though the first four are harder"
+        )
         assert found.margin == pytest.approx(0, abs=1e-9)
 
 
 def test_a_speed_is_chosen_for_its_quality():
-    model, wanted = Model(), Target.parse("speedup=1.15")
-    chosen = best(model.search("speedup=1.15"), wanted)
-    assert chosen.name == "tuned 1"
-    assert chosen.predicted >= 1 - 1 / 1.15
-    assert chosen.config == next(c.config for c in model.candidates if c.saving >= 1 - 1 / 1.15)
+    model, wanted = Model(), Target.parse("speedup=1.6")
+    chosen = best(model.search("speedup=1.6"), wanted)
+    assert chosen.predicted >= 1 - 1 / 1.6
+    fast = [each.config for each in model.frontier.candidates if each.saving >= 1 - 1 / 1.6]
+    assert model.psnr(chosen.config) > max(map(model.psnr, fast)) - 1
 
 
 def test_a_speed_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"target: got speedup=9, must be at most speedup=1\.\d\d"):
-        Model().search("speedup=9")
+    with pytest.raises(ValueError, match=r"target: got speedup=99, must be at most speedup=\d\.\d\d"):
+        Model().search("speedup=99")
 
 
 def test_the_search_is_deterministic():
