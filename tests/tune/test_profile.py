@@ -1,5 +1,6 @@
 """The profile against differences computed by hand, its file, and what is read out of it."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,8 @@ def test_two_outputs_of_each_branch_are_kept():
     model = tiny_latte()
     with Profiler(model) as profiler:
         run(model)
-        assert len(profiler._before) == 2 + 2 + 2 + 4 + 1  # attention of two blocks each, four MLPs, the stack
+        # Attention of two blocks each, four MLPs, the stack, and the latents.
+        assert len(profiler._before) == 2 + 2 + 2 + 4 + 1 + 1
         assert {len(kept) for kept in profiler._before.values()} == {2}
     assert not profiler._before
 
@@ -114,6 +116,18 @@ def test_stack_and_guidance_are_measured_by_hand():
         left = values[3] - 2 * values[2] + values[1]
         assert profile.remainder[kind][row, 3] == pytest.approx(float(left.norm() / wholes[3].norm()), 1e-4)
         assert np.isnan(profile.remainder[kind][row, 1])
+
+
+def test_moves_are_those_of_the_latents():
+    model, latents = tiny_latte(), []
+    hook = model.register_forward_pre_hook(lambda _, args: latents.append(args[0]))
+    with Profiler(model) as profiler:
+        run(model)
+        profile = profiler.profile(TIMESTEPS)
+    hook.remove()
+    moves = [float((new - old).norm() / new.norm()) for old, new in pairwise(latents)]
+    expected = np.array([*moves, moves[-1]])
+    assert profile.moves == pytest.approx(expected / expected.mean(), rel=1e-4)
 
 
 def test_another_number_of_calls_is_refused():
