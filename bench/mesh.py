@@ -31,7 +31,7 @@ from pab_kernels.models import adapter_for
 from pab_kernels.schedule import Schedule
 from pab_kernels.workloads import WORKLOADS, Workload
 
-PRECISIONS: dict[str, dict[str, str]] = {"bf16": {}, "fp8": {"linear_precision": "fp8"}}
+PRECISIONS: dict[str, dict[str, Any]] = {"bf16": {}, "fp8": {"linear_precision": "fp8"}}
 
 
 def main() -> None:
