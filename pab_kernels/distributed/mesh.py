@@ -111,16 +111,16 @@ class Ranks:
     def agree(self, find: Callable[[], Any]) -> Any:
         """What rank 0 finds, on every rank; only there it is looked for. All ranks call it together."""
         found = [find() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0, device=self.device)
+        dist.broadcast_object_list(found, src=0)
         return found[0]
 
     def check_alike(self, name: str, *tensors: Tensor) -> None:
         """Raise ValueError, on every rank, if one has other values in `tensors`. Waits for the device."""
         sums = [tensor.double().sum() for tensor in tensors] + [tensor.double().square().sum() for tensor in tensors]
         mine = torch.stack(sums).to(self.device).nan_to_num()
-        every = mine.new_empty(self.mesh.size, len(mine))
-        dist.all_gather_into_tensor(every, mine)
-        if bool((every != every[0]).any()):
+        every = [torch.empty_like(mine) for _ in range(self.mesh.size)]
+        dist.all_gather(every, mine)
+        if not all(torch.equal(each, every[0]) for each in every):
             raise ValueError(
                 f"{name}: differ between the ranks of the mesh, must be the same on all: give each the same prompts, "
                 "settings and seed, and the sampler a generator"

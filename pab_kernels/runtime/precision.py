@@ -11,8 +11,10 @@ import dataclasses
 import difflib
 import fnmatch
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
 from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
@@ -45,6 +48,8 @@ class Fp8Linears:
     measure : bool
         Only where it is faster, by a measurement of each shape, which is kept for later runs; otherwise everywhere,
         also at sizes that are no multiples of 16, where the reference does what no GEMM can.
+    ranks : Ranks, optional
+        Of a mesh: one of them measures for all.
 
     Raises
     ------
@@ -52,7 +57,9 @@ class Fp8Linears:
         The device has no fp8 tensor cores, the weights are not bfloat16, or a pattern fits no layer.
     """
 
-    def __init__(self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True) -> None:
+    def __init__(
+        self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True, ranks: Ranks | None = None
+    ) -> None:
         if why_not := no_fp8(stack.device):
             raise ValueError(f"linear_precision: got fp8, must be None here: {why_not}")
         if stack.dtype != torch.bfloat16:
@@ -69,6 +76,7 @@ class Fp8Linears:
         self._kept = recall(stack.device) if measure else {}
         self._exclude = tuple(exclude)
         self._measure = measure
+        self._ranks = ranks
         self._quantized: dict[tuple[int, int], Weights] = {}
         self._sums: dict[tuple[int, int], Tensor] = {}
         """Of the weights that were quantised."""
@@ -106,11 +114,8 @@ class Fp8Linears:
         features, channels = weights.linears[0].weight.shape
         shape = Shape(weights.layer, rows, channels, features)
         if shape not in self.trials:
-            trial = self._kept.get(shape)
-            if trial is None:
-                trial = measure(branch, rows)
-                keep(self.stack.device, shape, trial)
-            self.trials[shape] = trial
+            find = partial(self._found, branch, shape)
+            trial = self.trials[shape] = find() if self._ranks is None else self._ranks.agree(find)
             log.info(
                 "%s of [%d, %d] to %d: %.3f ms in %s, %.3f ms in fp8, so %s",
                 weights.layer,
@@ -123,6 +128,14 @@ class Fp8Linears:
                 "fp8" if trial.pays else "not fp8",
             )
         return self.trials[shape]
+
+    def _found(self, branch: Branch, shape: Shape) -> Trial:
+        """What was measured earlier, or is now."""
+        trial = self._kept.get(shape)
+        if trial is None:
+            trial = measure(branch, shape.rows)
+            keep(self.stack.device, shape, trial)
+        return trial
 
 
 def layer_name(block: Block, branch: Branch) -> str:
@@ -270,8 +283,25 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def _median_ms(run: Callable[[], object]) -> float:
-    # From a graph, as steps run: launched one by one, short kernels would be timed by the host.
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(run, rep=20, return_mode="median")
+def _median_ms(run: Callable[[], object], calls: int = 20, replays: int = 20) -> float:
+    """From a graph, as steps run: launched one by one, short kernels would be timed by the host."""
+    stream, graph, times = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), []
+    own = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
+    own.wait_stream(stream)
+    with torch.cuda.stream(own):
+        run()
+        torch.cuda.synchronize()
+        # Other threads may ask for events meanwhile, as that which watches over NCCL does.
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                run()
+        graph.replay()
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / calls)
+    stream.wait_stream(own)
+    return statistics.median(times)
