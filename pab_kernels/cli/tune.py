@@ -20,7 +20,7 @@ def tune(
     profile: Annotated[
         Path | None, typer.Option(help="profile.csv of a run with the same steps; by default one is made.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 6,
+    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 8,
     model: options.Model = "demo",
     prompt: measured.Prompt = None,
     videos: measured.Videos = 8,

@@ -25,6 +25,8 @@ NEAR = 6.0
 """Decibels from the target at which a trial counts a third as much."""
 STIFFNESS = 0.2
 """Of the factors of different kinds against each other, as a share of the weight of a trial at the target."""
+CLOSE = 1.0
+"""Decibels above the target at which no more is asked for."""
 SPEED_QUALITY = 30.0
 """Decibels about which settings of a wanted speed are searched."""
 
@@ -165,17 +167,18 @@ class Search:
             No candidate is as fast as the target.
         """
         trials = []
-        for name, config in named.items():
-            trials.append(try_out(name, config, None))
+        for name, settings in named.items():
+            trials.append(try_out(name, settings, None))
             yield trials[-1]
         anchor = trials[0]
         tuned: dict[PABConfig, Trial] = {}
+        config: PABConfig | None
         while len(tuned) < count:
             factors = self.factors(trials)
             if len(tuned) in (0, count // 2):
                 self._frontier.search(factors, self._allowed(factors))
                 self._check_speed()
-            config = self.propose(factors, trials)
+            config = self.propose(factors, trials, _misses(list(tuned.values()), self._target))
             if config is None:
                 break
             found = try_out(f"tuned {len(tuned) + 1}", config, few)
@@ -193,10 +196,11 @@ class Search:
             confirmed.append(try_out(chosen.name, chosen.config, None))
             yield confirmed[-1]
 
-    def propose(self, factors: NDArray[np.float64], trials: Sequence[Trial]) -> PABConfig | None:
+    def propose(self, factors: NDArray[np.float64], trials: Sequence[Trial], misses: int) -> PABConfig | None:
         """The candidate that should reach the target and save most; None where one that was tried is as good.
 
-        Of a speed, the one of the best quality. Where none should reach the target, the one that comes nearest.
+        Of a speed, the one of the best quality. Where none should reach the target, and none that was tried is close to
+        it, the one that comes nearest. After so many `misses` in a row the target is a decibel higher for each.
         """
         tried = {trial.config for trial in trials}
         candidates = [each for each in self._frontier.candidates if each.config not in tried]
@@ -211,10 +215,14 @@ class Search:
             index = int(np.argmin(np.where(fast, errors, np.inf)))
             return candidates[index].config if fast[index] and errors[index] < least else None
         most = max((trial.predicted for trial in reached), default=0.0)
-        good = (errors <= _error_of(self._target.value, self._target)) & (savings > most)
+        allowed = _error_of(self._target.value, self._target)
+        good = (errors <= allowed / 10 ** (misses / 10)) & (savings > most)
         if good.any():
             return candidates[int(np.argmax(np.where(good, savings, -np.inf)))].config
-        return None if reached else candidates[int(np.argmin(errors))].config
+        if any(self._error(trial) > allowed / 10 ** (CLOSE / 10) for trial in reached):
+            return None
+        nearest = np.where(savings > most, errors, np.inf)
+        return candidates[int(np.argmin(nearest))].config if np.isfinite(nearest).any() else None
 
     def factors(self, trials: Sequence[Trial]) -> NDArray[np.float64]:
         """What the errors of each kind of `Profile.parts` do to a video, as the trials so far tell.
@@ -253,6 +261,11 @@ class Search:
     def _error(self, trial: Trial) -> float:
         """What a trial's quality is as an error, by the lower bound."""
         return _error_of(estimate(trial, self._target).low, self._target)
+
+
+def _misses(trials: Sequence[Trial], target: Target) -> int:
+    """How many of the last trials in a row do not reach the target."""
+    return next((i for i, trial in enumerate(reversed(trials)) if reaches(trial, target)), len(trials))
 
 
 def _error_of(quality: float, target: Target) -> float:

@@ -70,13 +70,13 @@ class Frontier:
         """The error of each kind of `Profile.parts` that `config` should cause; other blocks are left out."""
         return self._errors(Schedule(config, self._profile.timesteps))
 
-    def search(self, factors: Sequence[float], allowed: float) -> None:
+    def search(self, factors: NDArray[np.float64], allowed: float) -> None:
         """Weigh settings about those that cause the error `allowed`, by `factors` of the errors of each kind.
 
         A coordinate search, at several prices of the error: kind after kind takes the window, range, order and blocks
         at which saving less price times error is most, until none changes.
         """
-        profile, scaled = self._profile, np.array(factors) / allowed
+        profile, scaled = self._profile, factors / allowed
         kinds = sorted(profile.parts, key=lambda kind: (kind != "stack", kind != "guidance"))
         for price in PRICES:
             chosen: dict[str, Settings] = {}
