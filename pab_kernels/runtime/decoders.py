@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +27,8 @@ from pab_kernels.runtime.planes import (
     FrameAttention,
     Norm,
     ResBlock,
+    Shape,
+    Stream,
     Upsample,
     most_live,
     padded_channels,
@@ -44,10 +50,45 @@ class PlaneDecoder:
         self.layers = layers
         self.norm = norm
         self.conv_out = Conv.of(conv_out, front)
+        self._compiled = False
 
     def __call__(self, z: Tensor) -> Tensor:
         z = self.post_quant(z[None])[0]
-        x = run(self.layers, self.conv_in(to_planes(z, self.channels)))
+        return self._last(run(self.layers, self.conv_in(to_planes(z, self.channels))))
+
+    def compile(self) -> None:
+        """Compile the kernels, several at a time, by running each kind of layer on planes of 2 x 2 latents.
+
+        Triton compiles a kernel when it is first launched, for seconds, most of them outside of Python's lock. A second
+        call does nothing.
+        """
+        if self._compiled:
+            return
+        shape = (2, 2, 2, self.channels)
+        jobs: dict[Hashable, Callable[[], object]] = {"in": partial(self.conv_in, self._blank(shape).planes)}
+        shape = self.conv_in.shape(shape)
+        for layer in self.layers:
+            new = layer.shape(shape)
+            if not isinstance(layer, FrameAttention):  # a thread of its own would leave it a workspace of cuBLAS
+                grown = tuple(b > a for a, b in zip(shape[:2], new[:2], strict=True))
+                jobs.setdefault((type(layer), shape[3], new[3], grown), partial(layer, self._blank(shape)))
+            shape = new
+        jobs["out"] = partial(self._last, self._blank(shape))
+
+        def run_once(job: Callable[[], object]) -> None:
+            with torch.no_grad(), torch.cuda.device_of(self.conv_out.weight):  # both are a thread's own
+                job()
+
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            list(pool.map(run_once, jobs.values()))
+        self._compiled = True
+
+    def _blank(self, shape: Shape) -> Stream:
+        frames, height, width, channels = shape
+        planes = self.conv_out.weight.new_zeros(frames, height + 1, width + 1, channels)
+        return Stream(planes, planes.new_zeros(frames, channels, 2, dtype=torch.float32))
+
+    def _last(self, x: Stream) -> Tensor:
         return self.conv_out(self.norm(x), sums=False).planes
 
     @property
