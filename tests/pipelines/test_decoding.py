@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from pab_kernels import figures
+from pab_kernels.models import autoencoders
+from pab_kernels.models.hosts.tiles import chunks
 from pab_kernels.pipelines import given
 from pab_kernels.pipelines.decoding import VideoDecoder, parse_bytes
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
@@ -105,6 +107,16 @@ def test_memory_bounds_pick_tiles(family, monkeypatch):
         ValueError, match=r"decode_memory: got 0 MiB, must be at least .* the smallest piece takes that"
     ):
         VideoDecoder(decoder.vae, memory=1000).tiling((9, 40, 50))
+
+
+@pytest.mark.parametrize(("latents", "wanted"), [(17, [9, 9]), (24, [9, 9, 8]), (8, [8])])
+def test_chunks_have_nearly_one_length(latents, wanted):
+    """The released models' frames whole in 14 GiB: 13 latents and a short rest would not fit, 8 share one more."""
+    with torch.device("meta"):
+        vae = autoencoders.build("open_sora_plan_v120").to(torch.bfloat16)
+    tiling = VideoDecoder(vae, memory=14 * 2**30, seamless=True).tiling((latents, 60, 80))
+    assert tiling is not None
+    assert [end - start for start, end in chunks(latents, tiling.tile_latent_min_size_t)] == wanted
 
 
 @pytest.mark.parametrize("family", PLANS)
