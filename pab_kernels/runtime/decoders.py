@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -65,28 +64,30 @@ class PlaneDecoder:
         if self._compiled:
             return
         shape = (2, 2, 2, self.channels)
-        jobs: dict[Hashable, Callable[[], object]] = {"in": partial(self.conv_in, self._blank(shape).planes)}
+        jobs: dict[Hashable, tuple[Callable[[Stream], object], Shape]] = {
+            "in": (lambda x: self.conv_in(x.planes), shape)
+        }
         shape = self.conv_in.shape(shape)
         for layer in self.layers:
             new = layer.shape(shape)
             if not isinstance(layer, FrameAttention):  # a thread of its own would leave it a workspace of cuBLAS
                 grown = tuple(b > a for a, b in zip(shape[:2], new[:2], strict=True))
-                jobs.setdefault((type(layer), shape[3], new[3], grown), partial(layer, self._blank(shape)))
+                jobs.setdefault((type(layer), shape[3], new[3], grown), (layer, shape))
             shape = new
-        jobs["out"] = partial(self._last, self._blank(shape))
-
-        def run_once(job: Callable[[], object]) -> None:
-            with torch.no_grad(), torch.cuda.device_of(self.conv_out.weight):  # both are a thread's own
-                job()
-
+        jobs["out"] = (self._last, shape)
         with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-            list(pool.map(run_once, jobs.values()))
+            list(pool.map(self._run_once, *zip(*jobs.values(), strict=True)))
         self._compiled = True
 
-    def _blank(self, shape: Shape) -> Stream:
+    def _run_once(self, layer: Callable[[Stream], object], shape: Shape) -> None:
+        """A layer on zeros, in a thread that has run nothing before."""
+        weight = self.conv_out.weight
         frames, height, width, channels = shape
-        planes = self.conv_out.weight.new_zeros(frames, height + 1, width + 1, channels)
-        return Stream(planes, planes.new_zeros(frames, channels, 2, dtype=torch.float32))
+        with torch.no_grad(), torch.cuda.device_of(weight):  # each thread has its own
+            # Zeros that are made here, not handed over: they give the thread its CUDA context. A kernel that takes a
+            # tensor descriptor fails without one.
+            planes = weight.new_zeros(frames, height + 1, width + 1, channels)
+            layer(Stream(planes, planes.new_zeros(frames, channels, 2, dtype=torch.float32)))
 
     def _last(self, x: Stream) -> Tensor:
         return self.conv_out(self.norm(x), sums=False).planes
