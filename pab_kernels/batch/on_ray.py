@@ -23,7 +23,8 @@ import torch
 from pab_kernels.batch.manifest import FAILED, record
 from pab_kernels.batch.rows import Row
 from pab_kernels.batch.run import Records
-from pab_kernels.batch.work import Job, Worker, version
+from pab_kernels.batch.work import Job, Worker
+from pab_kernels.measure.info import version
 
 PATIENCE = 60.0
 """Seconds without any worker after which it is said that Ray has none."""
@@ -157,7 +158,7 @@ class _Pool:
                 waiting.appendleft(row)
             else:
                 message = f"its worker died {deaths[row.id]} times: {self.last}"
-                yield record(row, FAILED, version=version(), error=message)
+                yield record(row, FAILED, version=version("pab-kernels"), error=message)
 
     def end(self) -> None:
         """End all actors, whatever they are at."""
