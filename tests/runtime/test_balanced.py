@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,7 @@ def test_mlp_with_one_large_feature(outlier, large_input):
 
     def lost(part: Fp8Linear) -> float:
         """Of the other features, against float32 from the same rows and weights."""
-        bounds = {"weight_sum": part.weight_sum, "bias_max": part.bias_max}
+        bounds: dict[str, Any] = {"weight_sum": part.weight_sum, "bias_max": part.bias_max}
         hidden = dequantize_ref(
             fp8_linear.scaled_linear_gelu(h, part.weight, part.bias, factors=part.factors, **bounds)
         )
@@ -76,7 +78,7 @@ def test_mlp_with_one_large_feature(outlier, large_input):
 
 def test_the_result_is_that_of_the_weights():
     weights = Mlp(random_linear(4 * CHANNELS), random_linear(CHANNELS, 4 * CHANNELS))
-    weights.up.weight[9] *= 30  # type: ignore[index, operator]
+    weights.up.weight[9] *= 30  # type: ignore[index]
     x = torch.randn(50, CHANNELS).bfloat16()
     up, down = in_fp8(weights)
     got = mlp(quantized(x), Mlp(up, down), torch.full((50, CHANNELS), float("nan")).bfloat16())
