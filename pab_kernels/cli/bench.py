@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import json
-import os
 import shlex
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +13,9 @@ from rich import box
 from rich.table import Table
 
 from pab_kernels.cli import options
+from pab_kernels.cli.csv_rows import append_rows, columns_of, commit, device_name
 from pab_kernels.cli.whole_runs import whole_runs
-from pab_kernels.files import append, check_outputs, replaced
+from pab_kernels.files import check_outputs, replaced
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
     from pab_kernels.measure.contenders import Problem
     from pab_kernels.measure.report import Grid
 
-CSV_COLUMNS = ("date", "gpu", "commit", "op", "shape", "dtype", "backend", "ms", "figure", "unit")
-"""Those of the microbenchmarks' results.csv."""
 TOLERANCE = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}
 """Largest relative error of the latents after one step of this runtime, against the eager host.
 
@@ -106,16 +100,18 @@ def bench(
         options.on_host(cache_device)
         pictures = [] if report_folder is None else [report_folder / name for name in pages.FILES]
         check_outputs({"json": [json_file], "csv": [csv_file], "report": pictures}, inputs=[pab])
-        columns = csv_columns(csv_file)
+        columns = columns_of(csv_file)
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
         names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
         if scale == "tiny":
             chosen = chosen.tiny()
         if end_to_end:
-            if csv_file is not None or report_folder is not None:
-                raise ValueError("end-to-end: got it with --csv or --report, must be with --json alone")
-            whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny")
+            if report_folder is not None:
+                raise ValueError("end-to-end: got it with --report, must be with --json or --csv alone")
+            found = whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny", pab)
+            if csv_file is not None:
+                append_rows(csv_file, columns, found)
             return
 
         problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
@@ -141,7 +137,7 @@ def bench(
         if any(row["variants"] for row in result["contenders"]):
             console.print(markdown_table(pages.variants_grid(result["contenders"]), "this runtime, by step variant"))
         if csv_file is not None:
-            append_csv(result, csv_file, columns)
+            append_rows(csv_file, columns, csv_rows(result))
         if report_folder is not None:
             console.print(f"wrote {pages.write([result], report_folder)[0]}", soft_wrap=True)
         if not result.get("check", {"within": True})["within"] or any(timing.error for timing in timings.values()):
@@ -206,18 +202,12 @@ def heading(problem: Problem, floor: Floor) -> str:
         fp8_floor = f"; in fp8 {floor.seconds(False, fp8=True):.3f} s and {floor.seconds(True, fp8=True):.3f} s"
     return (
         f"{problem.workload.name}: {len(problem.timesteps)} calls of [{batch}, {frames}, {tokens}, {channels}], "
-        f"{str(problem.dtype).removeprefix('torch.')}, on {_device_name(problem)}\n"
+        f"{str(problem.dtype).removeprefix('torch.')}, on {device_name(problem.device)}\n"
         f"{', '.join(f'{name} {version}' for name, version in info.versions().items())}\n"
         f"ceilings: GEMMs {floor.gemm_own / 1e12:.3g} TFLOP/s on the run's tokens{filled}; "
         f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s{fp8_rate}\n"
         f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB{fp8_floor}"
     )
-
-
-def _device_name(problem: Problem) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "CPU"
 
 
 def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
@@ -235,11 +225,11 @@ def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
         "timesteps": problem.timesteps,
         "pab": problem.config.to_dict(),
         "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": _device_name(problem),
+        "device": device_name(problem.device),
         "compile_scope": problem.compile_scope,
         "cache_device": problem.cache_device,
         "command": command,
-        "commit": _commit(Path(__file__).parent),
+        "commit": commit(),
         "machine": {"gpu": info.gpu(), "cpu": info.cpu()},
         "versions": info.versions(),
         "ceilings": {
@@ -323,57 +313,21 @@ def write_json(result: dict[str, Any], path: Path) -> None:
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def csv_columns(path: Path | None) -> tuple[str, ...]:
-    """The columns of a file of results, or those that a new one gets.
-
-    Raises
-    ------
-    ValueError
-        It is a file of something else.
-    """
-    if path is None or not path.is_file() or not path.stat().st_size:
-        return CSV_COLUMNS
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            columns = tuple(next(csv.reader(file)))
-        except (csv.Error, UnicodeDecodeError):
-            columns = ()
-    if not {"backend", "ms"} <= set(columns):
-        raise ValueError(f"csv: got {str(path)!r}, which has other columns, must be a new file or one of benchmarks")
-    return columns
-
-
-def append_csv(result: dict[str, Any], path: Path, columns: Sequence[str]) -> None:
-    """Append a row for each contender that ran, all or none."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
-    if not path.is_file() or not path.stat().st_size:
-        writer.writeheader()
-    for row in result["contenders"]:
-        if row["seconds"] is not None:
-            writer.writerow(
-                {
-                    "date": result["date"][:10],
-                    "gpu": result["device"],
-                    "commit": result["commit"],
-                    "op": "denoising run",
-                    "shape": result["workload"],
-                    "dtype": result["dtype"],
-                    "backend": row["name"],
-                    "ms": f"{row['seconds'] * 1e3:.2f}",
-                    "figure": f"{row['frames_per_second']:.2f}",
-                    "unit": "frames/s",
-                }
-            )
-    append(path, text.getvalue())
-
-
-def _commit(folder: Path) -> str:
-    """The commit that `folder` is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
-    if named := os.environ.get("PAB_COMMIT"):
-        return named
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def csv_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A row for each contender that ran."""
+    return [
+        {
+            "date": result["date"][:10],
+            "gpu": result["device"],
+            "commit": result["commit"],
+            "op": "denoising run",
+            "shape": result["workload"],
+            "dtype": result["dtype"],
+            "backend": row["name"],
+            "ms": f"{row['seconds'] * 1e3:.2f}",
+            "figure": f"{row['frames_per_second']:.2f}",
+            "unit": "frames/s",
+        }
+        for row in result["contenders"]
+        if row["seconds"] is not None
+    ]
