@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor
 from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
 from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
-from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, balancing_factors, linear
 from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
@@ -176,7 +177,15 @@ def fits_fp8(weights: Weights) -> bool:
 
 
 def quantize_layer(weights: Weights) -> Weights:
-    """The weights with a layer's linears in fp8."""
+    """The weights with a layer's linears in fp8.
+
+    Features of an MLP that may be much larger than its others are made smaller by a power of two, and the weights that
+    read them larger.
+    """
+    if isinstance(weights, Mlp) and isinstance(weights.up, Linear) and isinstance(weights.down, Linear):
+        factors, down = balancing_factors(weights.up.weight), weights.down
+        reads = Linear(down.weight / factors.to(down.weight.dtype), down.bias)
+        return replaced(weights, {"up": Fp8Linear.of(weights.up, factors), "down": Fp8Linear.of(reads)})
     parts: dict[str, Any] = {
         name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
         for name, part in layer_linears(weights).items()
@@ -282,8 +291,25 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def _median_ms(run: Callable[[], object]) -> float:
-    # From a graph, as steps run: launched one by one, short kernels would be timed by the host.
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(run, rep=20, return_mode="median")
+def _median_ms(run: Callable[[], object], calls: int = 20, replays: int = 20) -> float:
+    """From a graph, as steps run: launched one by one, short kernels would be timed by the host."""
+    stream, graph, times = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), []
+    own = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
+    own.wait_stream(stream)
+    with torch.cuda.stream(own):
+        run()
+        torch.cuda.synchronize()
+        # Other threads may ask for events meanwhile, as that which watches over NCCL does.
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                run()
+        graph.replay()
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / calls)
+    stream.wait_stream(own)
+    return statistics.median(times)
