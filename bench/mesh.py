@@ -1,10 +1,10 @@
 """Whole runs on a mesh of GPUs against one of them: `torchrun --nproc-per-node 2 -m bench.mesh --seconds 200 CASE...`
 
 A case is ``workload/contenders/meshes[/steps]``, such as ``open_sora-480p-2s/fp8+pab,bf16/g2,f2,f2:symmetric``: each
-contender runs on one GPU alone and then on each mesh (guidance, frames, what exchanges rows), twice, to see that both
-runs are bit for bit alike. ``shard`` in the place of a mesh runs the largest share of the frames on one GPU alone, and
-``pair:nccl`` times the exchange around one attention by itself. Prints a line of JSON a run; with ``--out`` also to a
-file.
+contender runs on one GPU alone (not where the meshes begin with ``-``) and then on each mesh (guidance, frames, what
+exchanges rows), twice, to see that both runs are bit for bit alike. ``shard`` in the place of a mesh runs the largest
+share of the frames on one GPU alone, and ``pair:nccl`` times the exchange around one attention by itself. Prints a line
+of JSON a run; with ``--out`` also to a file.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device)
     for text in options.cases:
         late = [time.perf_counter() - start > options.seconds]
         dist.broadcast_object_list(late, src=0)
@@ -70,7 +70,8 @@ def run_case(text: str, device: torch.device, options: argparse.Namespace) -> No
         precision, *more = contender.split("+")
         used = dataclasses.replace(config if more else PABConfig(), **({} if options.tiny else PRECISIONS[precision]))
         alone = None
-        for mesh in ("alone", *meshes.split(",")):
+        forms = meshes.split(",")
+        for mesh in forms[1:] if forms[0] == "-" else ("alone", *forms):
             label = {"workload": workload.name, "contender": contender, "mesh": mesh, "ranks": dist.get_world_size()}
             if mesh.startswith("pair:"):
                 found = time_pair(problem, Mesh(1, dist.get_world_size(), mesh.removeprefix("pair:")))
@@ -172,13 +173,15 @@ def time_pair(problem: Problem, mesh: Mesh) -> dict[str, Any]:
         output = None
 
         def pair(rows: torch.Tensor = rows, shards: Shards = shards, full: bool = full) -> None:
-            def attend(qkv: torch.Tensor) -> torch.Tensor:
+            def attend(qkv: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
                 nonlocal output
+                if out is not None:
+                    return out
                 if output is None:
                     output = qkv.select(-3, 0).contiguous() if full else qkv.select(-3, 0).flatten(-2).contiguous()
                 return output
 
-            shards.around(rows, 3 if full else 2, attend)
+            shards.around(rows, 3 if full else 2, channels // (weights.heads if full else 1), attend)
 
         found[f"ms_batch_{batch}"] = _time(pair, problem.device)
         found[f"sent_mib_batch_{batch}"] = exchange.sent / exchange.calls * 2 / 2**20
