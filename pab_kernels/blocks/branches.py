@@ -12,7 +12,7 @@ from torch import Tensor
 from pab_kernels import ops
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.ops import fp8_linear as fp8_linear
-from pab_kernels.ops.quantized import Quantized
+from pab_kernels.ops.quantized import LIMITS, TINY, Quantized
 
 Rope = tuple[Tensor, Tensor]
 """Rotary tables (cos, sin), each [positions, D / 2] float32, or [positions, H * D / 2] where each head has its own.
@@ -24,19 +24,22 @@ class TextKV:
     """Keys and values of the text for one branch, side by side in `kv` [B, L, 2, H, D].
 
     `kv_len` (int32 [B], None: all) is how many of each row count. `image` [B, L_image, 2, H, D] are those of a picture
-    where the branch attends to one as well, all of which count.
+    where the branch attends to one as well, all of which count. `scale` (float32 [B]) is the largest magnitude of a
+    row's values over that of e4m3: what attention on the text gives is in e4m3 with this scale, where the projection
+    after it is in fp8.
     """
 
     kv: Tensor
     kv_len: Tensor | None = None
     image: Tensor | None = None
+    scale: Tensor | None = None
 
     def sequences(self, batch: slice | None) -> TextKV:
         """Those of the sequences `batch`, None for all."""
         if batch is None:
             return self
-        kv_len, image = (None if each is None else each[batch] for each in (self.kv_len, self.image))
-        return TextKV(self.kv[batch], kv_len, image)
+        kv_len, image, scale = (None if each is None else each[batch] for each in (self.kv_len, self.image, self.scale))
+        return TextKV(self.kv[batch], kv_len, image, scale)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Weights(Protocol):
     """What a branch runs: `SelfAttention`, `CrossAttention`, `Mlp`, or a frozen dataclass of a family's own.
 
     `layer` is what settings call the part that may run in fp8, and `fp8` names the linears of that part, those whose
-    input is written by a pass that sees whole rows, so that it knows their scales; () where none may.
+    input is written by a pass that knows a scale for its rows; () where none may.
     """
 
     layer: ClassVar[str]
@@ -79,7 +82,7 @@ class SelfAttention(Weights):
     """
 
     qkv: Linear | Fp8Linear  # [3C, C], rows ordered q, k, v, then heads
-    proj: Linear  # [C, C]
+    proj: Linear | Fp8Linear  # [C, C]; in fp8 only where qkv is, whose `weight_sum` then is of the values alone
     heads: int
     sequence: Literal["spatial", "temporal", "full"]
     q_norm: Tensor | None = None
@@ -90,7 +93,11 @@ class SelfAttention(Weights):
     precision: str | None = None
 
     layer: ClassVar[str] = "qkv"
-    fp8: ClassVar[tuple[str, ...]] = ("qkv",)
+    fp8: ClassVar[tuple[str, ...]] = ("qkv", "proj")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.proj, Fp8Linear) and not isinstance(self.qkv, Fp8Linear):
+            raise TypeError(f"proj: is Fp8Linear, must be Linear where qkv is {type(self.qkv).__name__}")
 
     @property
     def linears(self) -> tuple[Linear | Fp8Linear, ...]:
@@ -125,7 +132,7 @@ class CrossAttention(Weights):
 
     q: Linear | Fp8Linear  # [C, C]
     kv: Linear  # [2C, C], rows ordered k, v, then heads
-    proj: Linear  # [C, C]
+    proj: Linear | Fp8Linear  # [C, C]
     heads: int
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -133,7 +140,7 @@ class CrossAttention(Weights):
     image: ImageKV | None = None
 
     layer: ClassVar[str] = "cross.q"
-    fp8: ClassVar[tuple[str, ...]] = ("q",)
+    fp8: ClassVar[tuple[str, ...]] = ("q", "proj")
 
     @property
     def linears(self) -> tuple[Linear | Fp8Linear, ...]:
@@ -182,18 +189,35 @@ class Mlp(Weights):
 def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
     """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C]."""
     batch, frames, tokens, channels = h.shape
+    scale = value_scales(h, weights) if isinstance(weights.proj, Fp8Linear) else None
     qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
     if weights.rotary and rope is None:
         raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
     rope = rope if weights.rotary else None
     q_norm, k_norm, eps = weights.q_norm, weights.k_norm, weights.norm_eps
     if weights.sequence == "temporal":
-        y = ops.temporal_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps)
+        y = ops.temporal_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps, out_scale=scale)
     else:
         qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
+        scale = None if scale is None else scale.view(qkv.shape[:2])
         options: dict[str, Any] = {"pair_stride": weights.pair_stride, "precision": weights.precision}
-        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps, **options)
-    return linear(y, weights.proj, out)
+        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps, out_scale=scale, **options)
+    return linear(y if scale is None else Quantized(y, scale), weights.proj, out)
+
+
+def value_scales(h: Rows, weights: SelfAttention) -> Tensor:
+    """For each row of what attention gives, a scale with which it fits in e4m3: float32 [B, T, S].
+
+    An output is a mean of values, and a value at most ``max|h| * weight_sum + bias_max`` with the largest row of h in
+    its sequence. Both are known before either is computed, but for a maximum over the row scales.
+    """
+    qkv = weights.qkv
+    if not isinstance(h, Quantized) or not isinstance(qkv, Fp8Linear):
+        raise TypeError(f"h: got {type(h).__name__}, must be Quantized for a projection in fp8")
+    along = {"spatial": (2,), "temporal": (1,), "full": (1, 2)}[weights.sequence]
+    largest = h.row_scale.amax(along, keepdim=True).expand_as(h.row_scale)
+    bias = torch.tensor(qkv.bias_max / LIMITS[fp8_linear.E4M3])
+    return torch.add(bias, largest, alpha=qkv.weight_sum, out=torch.empty_like(h.row_scale))
 
 
 def text_kv(
@@ -215,7 +239,19 @@ def text_kv(
     if image is not None and weights.image is not None:
         earlier = None if out is None else out.image
         image_kv = _keys_values(image, weights.image.kv, weights.image.k_norm, weights, earlier)
-    return TextKV(kv, kv_len, image_kv)
+    scale = _text_scale(kv[:, :, 1], kv_len)
+    if out is not None and out.scale is not None:
+        scale = out.scale.copy_(scale)
+    return TextKV(kv, kv_len, image_kv, scale)
+
+
+def _text_scale(values: Tensor, kv_len: Tensor | None) -> Tensor:
+    """`TextKV.scale` of values [B, L, H, D]."""
+    largest = values.abs().amax((2, 3)).float()
+    if kv_len is not None:
+        beyond = torch.arange(values.shape[1], device=values.device) >= kv_len[:, None]
+        largest = largest.masked_fill(beyond, 0.0)
+    return largest.amax(1).clamp(min=TINY) / LIMITS[fp8_linear.E4M3]
 
 
 def _keys_values(
@@ -232,9 +268,18 @@ def cross_attention(x: Rows, weights: CrossAttention, text: TextKV, out: Tensor)
     batch, channels = x.shape[0], x.shape[-1]
     q = linear(x, weights.q).view(batch, -1, weights.heads, channels // weights.heads)
     ops.qk_norm_rope(q.unsqueeze(2), q_weight=weights.q_norm, eps=weights.norm_eps)
-    y = ops.attention(q, *text.kv.unbind(2), kv_len=text.kv_len)
-    if text.image is not None:
-        y = y + ops.attention(q, *text.image.unbind(2))
+    keys, values = text.kv.unbind(2)
+    y: Rows
+    if isinstance(weights.proj, Fp8Linear) and text.image is None:
+        scale = _text_scale(values, text.kv_len) if text.scale is None else text.scale
+        scale = scale[:, None].expand(q.shape[:2]).contiguous()
+        y = Quantized(ops.attention(q, keys, values, kv_len=text.kv_len, out_scale=scale), scale)
+    else:
+        y = ops.attention(q, keys, values, kv_len=text.kv_len)
+        if text.image is not None:
+            y = y + ops.attention(q, *text.image.unbind(2))
+        if isinstance(weights.proj, Fp8Linear):
+            y = ops.residual_norm_modulate(y, out=Quantized.empty(tuple(y.shape), fp8_linear.E4M3, y.device))
     return linear(y, weights.proj, out)
 
 
@@ -245,7 +290,7 @@ def mlp(h: Rows, weights: Mlp, out: Tensor) -> Tensor:
             raise TypeError(f"h: got {type(h).__name__}, must be Quantized because the weights are")
         up = weights.up
         hidden = fp8_linear.scaled_linear_gelu(
-            h.flatten(), up.weight, up.bias, weight_sum=up.weight_sum, bias_max=up.bias_max
+            h.flatten(), up.weight, up.bias, factors=up.factors, weight_sum=up.weight_sum, bias_max=up.bias_max
         )
         return linear(hidden, weights.down, out)
     if isinstance(h, Tensor) and h.device.type == "cuda":
