@@ -154,9 +154,13 @@ def test_hopper_norm(head_dim, hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
 @pytest.mark.parametrize("frames", [1, 15, 16, 17, 60, 128])
-def test_temporal_on_a_gpu(frames, head_dim, backend, hopper):
+def test_temporal_on_a_gpu(frames, head_dim, hopper):
     for options in ({}, {"norm": True}, {"norm": True, "rope": True}):
-        check_temporal(hopper, (2, frames, 7, 3, head_dim), backend, **options)
+        check_temporal(hopper, (2, frames, 7, 3, head_dim), "cuda", **options)
+
+
+@pytest.mark.gpu
+def test_temporal_triton(hopper):
+    check_temporal(hopper, (2, 15, 7, 3, 72), "triton", norm=True, rope=True)
