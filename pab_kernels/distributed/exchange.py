@@ -1,0 +1,148 @@
+"""Rows between ranks: split along one dimension, joined along another; and what all ranks hold, on each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def near_even(total: int, parts: int) -> tuple[int, ...]:
+    """`total` in so many near even parts, the larger ones first: 15 in 2 are 8 and 7."""
+    return tuple(total // parts + (part < total % parts) for part in range(parts))
+
+
+class Exchange:
+    """Exchanges between the ranks of one axis of a mesh.
+
+    Each call is collective: all ranks of the axis make it, in the same order. On a GPU it can be captured into a graph,
+    once it was made before.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    backend : str
+        A name of `BACKENDS`.
+
+    Attributes
+    ----------
+    calls, sent : int
+        How often rows were exchanged, and the bytes that this rank had for others; a replayed graph is not counted.
+    """
+
+    def __init__(self, group: Any, backend: str) -> None:
+        self.group = group
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+        self.calls = self.sent = 0
+        self._mover = BACKENDS[backend][1](self)
+
+    def buffer(self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype) -> Tensor | None:
+        """Where to compute what is to be exchanged, so that it is not copied before; None where that is anywhere.
+
+        Parameters
+        ----------
+        name : str
+            Buffers of different names are apart.
+        shape : sequence of int
+        largest : int
+            The number of elements on the rank that has most.
+        dtype : torch.dtype
+        """
+        find = getattr(self._mover, "buffer", None)
+        return None if find is None else find(name, shape, largest, dtype)
+
+    def __call__(self, x: Tensor, split: int, join: int, splits: Sequence[int], joins: Sequence[int]) -> Tensor:
+        """Rank r gets part r of x along `split`, of size ``splits[r]``, from every rank, joined along `join`.
+
+        Parameters
+        ----------
+        x : Tensor
+            Of this rank; along `join` that of rank r has the size ``joins[r]``, all else is alike.
+
+        Returns
+        -------
+        Tensor
+            Along `join` of size ``sum(joins)``, along `split` of this rank's; with the strides that cost least.
+        """
+        self.calls += 1
+        self.sent += (x.numel() - x.numel() // x.shape[split] * splits[self.rank]) * x.element_size()
+        return self._mover(x, split, join, tuple(splits), tuple(joins))
+
+    def gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        """What all ranks hold, joined along `dim`, on every rank; that of rank r has the size ``sizes[r]``."""
+        largest = max(sizes)
+        mine = x.movedim(dim, 0)
+        padded = mine.new_zeros(largest, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        every = padded.new_empty(self.size * largest, *mine.shape[1:])
+        dist.all_gather_into_tensor(every, padded, group=self.group)
+        parts = [part[:size] for part, size in zip(every.split(largest), sizes, strict=True)]
+        return torch.cat(parts).movedim(0, dim)
+
+
+class AllToAll:
+    """torch.distributed's all-to-all: parts are packed, and lie in the result one after the other as they came."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._group, self._rank = exchange.group, exchange.rank
+
+    def __call__(self, x: Tensor, split: int, join: int, splits: tuple[int, ...], joins: tuple[int, ...]) -> Tensor:
+        parts = [part.movedim(join, 0) for part in x.split(splits, split)]
+        sent = x.new_empty(x.numel())
+        for part, place in zip(parts, sent.split([part.numel() for part in parts]), strict=True):
+            copy_rows(place.view(part.shape), part)
+        shape = list(parts[self._rank].shape)
+        row = math.prod(shape[1:])
+        received = x.new_empty(sum(joins), *shape[1:])
+        dist.all_to_all_single(
+            received.view(-1),
+            sent,
+            [size * row for size in joins],
+            [part.numel() for part in parts],
+            group=self._group,
+        )
+        return received.movedim(0, join)
+
+
+def copy_rows(to: Tensor, source: Tensor) -> None:
+    """Copy, 8 bytes at a time where the layouts allow it: torch moves strided tensors element by element."""
+    pair = [to, source]
+    per = 8 // to.element_size()
+    wide = all(
+        tensor.ndim > 0
+        and tensor.stride(-1) == 1
+        and not (tensor.shape[-1] % per or tensor.storage_offset() % per or any(s % per for s in tensor.stride()[:-1]))
+        for tensor in pair
+    )
+    if per > 1 and wide:
+        to, source = (tensor.view(torch.int64) for tensor in pair)
+    to.copy_(source)
+
+
+def _no_gloo(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "the tensors are not on a CPU"
+
+
+def _no_nccl(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "the tensors are not on a GPU"
+
+
+BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[Exchange], Any]]] = {
+    "nccl": (_no_nccl, AllToAll),
+    "gloo": (_no_gloo, AllToAll),
+}
+"""Best first: why a backend cannot serve a device (None: it can), and what moves the rows."""
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """The backend that is asked for, or the first that serves the device; ValueError if none does."""
+    reasons = {name: why_not(device) for name, (why_not, _) in BACKENDS.items() if backend in (None, name)}
+    found = next((name for name, reason in reasons.items() if reason is None), None)
+    if found is None:
+        raise ValueError(f"backend: got {backend!r}: {'; '.join(filter(None, reasons.values()))}, which is {device}")
+    return found
