@@ -120,8 +120,8 @@ def test_rows_of_other_ranks_are_not_bounded(monkeypatch):
         def buffer(self, name, shape, like):
             return None
 
-        def around(self, qkv, split, attend):
-            return attend(qkv)
+        def around(self, qkv, split, width, attend):
+            return attend(qkv, None)
 
     x, weights = torch.randn(SHAPE).bfloat16(), self_weights("temporal")
     out = torch.full(SHAPE, float("nan")).bfloat16()
