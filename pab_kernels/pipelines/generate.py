@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
-from pab_kernels.pipelines import latents, memory
-from pab_kernels.pipelines.arguments import seeds_of
+from pab_kernels.pipelines import latents, memory, samplers
+from pab_kernels.pipelines.arguments import check_steps, seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
@@ -70,7 +70,8 @@ class Request:
             raise ValueError("prompt must be given at least once")
         if len(self.seeds) not in (1, count):
             raise ValueError(f"seed must be given once or for each of {count} prompts, got {len(self.seeds)}")
-        _ = self.all_seeds  # that they are seeds shall be known before anything is loaded
+        check_steps(self.steps)  # here, so that what is wrong is known before anything is loaded
+        _ = self.all_seeds
 
     @property
     def all_seeds(self) -> list[int]:
@@ -147,6 +148,12 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
+def check_offload(family: str) -> None:
+    """Raise ValueError for a family whose text encoder stays where it is."""
+    if family in ("demo", "latte"):
+        raise ValueError(f"offload_text: got it for {family}, must be of Open-Sora or Open-Sora-Plan")
+
+
 def check_memory(
     source: Source,
     request: Request,
@@ -166,10 +173,10 @@ def check_memory(
     Raises
     ------
     ValueError
-        As `memory.check_fits` and `memory.decoder_memory`; or `offload_text` for the demo or Latte.
+        As `memory.check_fits`, `memory.decoder_memory` and `check_offload`.
     """
-    if offload_text and source.family in ("demo", "latte"):
-        raise ValueError(f"offload_text: got it for {source.family}, must be of Open-Sora or Open-Sora-Plan")
+    if offload_text:
+        check_offload(source.family)
     if request.size is None:
         return
     on_gpu, decoder = device.type == "cuda", None
@@ -177,7 +184,13 @@ def check_memory(
         decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
     if on_gpu:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
-        run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
+        size, family, on_host = request.size, source.family, cache_device == "cpu"
+        if family == "open_sora":
+            timesteps = samplers.rflow_timesteps(request.steps, size.height, size.width, size.latent[0])
+        else:
+            timesteps = samplers.family_timesteps(family, request.steps)
+        plan = config or PABConfig()
+        run = memory.PlannedRun(family, size, plan, rows, dtype, on_host, timesteps=tuple(timesteps))
         need, text = memory.estimate(run), text_encoder_bytes(source, dtype)
         weights, piece = decoder or (0, 0)
         beside = weights + max(0, piece - need.activations)
