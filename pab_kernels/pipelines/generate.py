@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.pipelines import latents, memory
 from pab_kernels.pipelines.arguments import seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
@@ -157,8 +158,9 @@ def check_memory(
     decode_memory: int | None = None,
     seamless: bool = False,
     offload_text: bool = False,
+    mesh: Mesh | None = None,
 ) -> None:
-    """Refuse a run that will not fit in the GPU's free memory; nothing is checked on a CPU.
+    """Refuse a run, or a rank of a mesh, that will not fit in the GPU's free memory; nothing is checked on a CPU.
 
     The decoder's weights lie there all the time, its pieces once the latents are made. `offload_text` leaves the text
     encoder out.
@@ -170,7 +172,8 @@ def check_memory(
     """
     if device.type == "cuda" and request.size is not None:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
-        run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
+        plan = (source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
+        run = memory.PlannedRun(*plan, mesh=mesh or Mesh())
         extra = 0 if offload_text else text_encoder_bytes(source, dtype)
         if source.decodes and source.family != "demo":
             decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
@@ -189,6 +192,7 @@ def generate(
     given: tuple[Tensor, Tensor] | None = None,
     offload_text: bool = False,
     handle: PABHandle | None = None,
+    mesh: Mesh | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -209,6 +213,8 @@ def generate(
         The text encoder waits in host memory while the transformer runs.
     handle : PABHandle, optional
         The runtime of `config` and `cache_device` that is on the pipeline already; it stays, with its slots and graphs.
+    mesh : Mesh, optional
+        As for `accelerate`: every rank makes this call.
     """
     device = pipe.transformer.device
     on_gpu = device.type == "cuda"
@@ -219,7 +225,7 @@ def generate(
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with ExitStack() as stack:
         if handle is None and config is not None:
-            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device))
+            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device, mesh=mesh))
         frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:

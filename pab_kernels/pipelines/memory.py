@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from pab_kernels.blocks.block import BlockStack
 from pab_kernels.blocks.branches import CrossAttention, Weights
 from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.models import adapter_for, autoencoders, checkpoints
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.decoding import VideoDecoder
@@ -63,7 +64,7 @@ class PlannedRun:
 
     `rows` is the batch that the transformer sees, 2 a prompt with guidance, and `forwards` how often a step calls it.
     `model` are config values that differ from the released model, and `transformers` how many there are, of which one
-    runs at a time. With `cache_on_host` slots lie in pinned host memory.
+    runs at a time. With `cache_on_host` slots lie in pinned host memory. Of a `mesh` it is the rank that has most.
     """
 
     family: str
@@ -75,6 +76,7 @@ class PlannedRun:
     forwards: int = 1
     transformers: int = 1
     model: dict[str, Any] = field(default_factory=dict)
+    mesh: Mesh = field(default_factory=Mesh)
 
     @classmethod
     def of(
@@ -85,6 +87,15 @@ class PlannedRun:
             changes, pair = checkpoints.SIZES[family][model or "1.3b"], family == "wan_2_2" and model != "5b"
             return cls(family, size, config, prompts, forwards=2, transformers=2 if pair else 1, model=changes, **more)
         return cls(family, size, config, 2 * prompts, **more)
+
+    @property
+    def own(self) -> PlannedRun:
+        """What a rank has of it: of guidance a half, be that of the batch or of the calls of a step."""
+        if self.mesh.guidance == 1:
+            return self
+        if self.forwards > 1:
+            return dataclasses.replace(self, forwards=1)
+        return dataclasses.replace(self, rows=-(-self.rows // 2))
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,11 @@ class ModelShape:
         ValueError
             Unknown family.
         """
-        host: Any = checkpoints.build(family, **overrides)
+        return cls.of_host(checkpoints.build(family, **overrides))
+
+    @classmethod
+    def of_host(cls, host: Any) -> ModelShape:
+        """Of a transformer on the meta device."""
         patch = host.config.patch_size
         return cls(
             stack=adapter_for(host).stack,
@@ -120,10 +135,10 @@ class ModelShape:
         return self.stack.channels
 
     def shape(self, run: PlannedRun) -> tuple[int, int, int, int]:
-        """(B, T, S, C) of the residual stream."""
+        """(B, T, S, C) of the residual stream, of the latent frames those of a rank."""
         frames, height, width = run.size.latent
         tokens = -(-height // self.patch[0]) * -(-width // self.patch[1])
-        return run.rows, frames, tokens, self.channels
+        return run.rows, -(-frames // run.mesh.frames), tokens, self.channels
 
     def stream(self, run: PlannedRun) -> int:
         """Bytes of the residual stream."""
@@ -158,6 +173,7 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
         Unknown family.
     """
     model = ModelShape.of(run.family, **run.model) if model is None else model
+    run = run.own
     item = run.dtype.itemsize
     slots = slot_keys(model.stack, run.config)
     branches = [place.branch for place in slot_places(model.stack, run.config)]
@@ -224,6 +240,7 @@ def _activations(run: PlannedRun, model: ModelShape) -> int:
     frames, height, width = run.size.latent
     latents = run.rows * 4 * frames * height * width * 4 * 4  # latents, input, prediction of 8 channels; float32
     tensors = 3 + widest + (2 if run.config.stack_broadcast else 0)
+    tensors += 5 if run.mesh.frames > 1 else 0  # queries, keys and values packed and received, and outputs that go back
     return int(model.stream(run) * tensors) + tables + latents
 
 
