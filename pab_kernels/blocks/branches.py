@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pab_kernels import ops
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.blocks.sharded import Shards
 from pab_kernels.ops import fp8_linear as fp8_linear
 from pab_kernels.ops.quantized import Quantized
+from pab_kernels.ops.query_key import across_heads
 
 Rope = tuple[Tensor, Tensor]
 """Rotary tables (cos, sin), each [positions, D / 2] float32, or [positions, H * D / 2] where each head has its own.
@@ -41,10 +43,14 @@ class TextKV:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a call hands to a branch beside the rows it reads."""
+    """What a call hands to a branch beside the rows it reads. With `shards` those are some of a sequence's rows.
+
+    `rope` has all positions in any case.
+    """
 
     text: TextKV | None = None
     rope: Rope | None = None
+    shards: Shards | None = None
 
 
 class Weights(Protocol):
@@ -63,6 +69,16 @@ class Weights(Protocol):
 
     def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
         """How many keys each row of a stream of `shape` attends to; `text` tokens count. 0 without attention."""
+
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """Elements that a rank with a stream of `shape` sends to others, of each exchange that computing this makes.
+
+        Raises
+        ------
+        ValueError
+            It must see all rows, and knows of no other ranks.
+        """
+        raise ValueError(f"mesh: frames={len(shards.sizes)} cannot split {type(self).__name__}, must be 1")
 
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`, which is returned."""
@@ -102,9 +118,20 @@ class SelfAttention(Weights):
         _, frames, tokens, _ = shape
         return {"spatial": tokens, "temporal": frames, "full": frames * tokens}[self.sequence]
 
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """Elements of queries, keys and values, and of what attention gives: frames for tokens, or tokens for heads."""
+        batch, frames, tokens, channels = shape
+        if self.sequence == "spatial":
+            return ()
+        if self.sequence == "temporal":
+            each = shards.sent(frames, tokens, channels)
+        else:
+            each = shards.sent(frames * tokens, self.heads, channels // self.heads)
+        return batch * each[0], batch * each[1]
+
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
-        return self_attention(h, self, out, inputs.rope)
+        return self_attention(h, self, out, inputs.rope, inputs.shards)
 
 
 @dataclass(frozen=True)
@@ -144,6 +171,10 @@ class CrossAttention(Weights):
         """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
         return text
 
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """None: each row attends to the text by itself."""
+        return ()
+
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
         if inputs.text is None:
@@ -174,26 +205,52 @@ class Mlp(Weights):
         """It attends to nothing."""
         return 0
 
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """None: each row is by itself."""
+        return ()
+
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
         return mlp(h, self, out)
 
 
-def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
-    """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C]."""
+def self_attention(
+    h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None, shards: Shards | None = None
+) -> Tensor:
+    """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C].
+
+    With `shards` those are some rows of the sequences: attention along more than a frame exchanges them.
+    """
     batch, frames, tokens, channels = h.shape
-    qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
+    shards = None if weights.sequence == "spatial" else shards
+    place = None if shards is None else shards.buffer("qkv", (batch, frames, tokens, 3 * channels), out.dtype)
+    qkv = linear(h, weights.qkv, place).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
     if weights.rotary and rope is None:
         raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
     rope = rope if weights.rotary else None
     q_norm, k_norm, eps = weights.q_norm, weights.k_norm, weights.norm_eps
+    options: dict[str, Any] = {"q_weight": q_norm, "k_weight": k_norm, "rope": rope, "eps": eps}
     if weights.sequence == "temporal":
-        y = ops.temporal_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps)
-    else:
-        qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
-        options: dict[str, Any] = {"pair_stride": weights.pair_stride, "precision": weights.precision}
-        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps, **options)
-    return linear(y, weights.proj, out)
+
+        def temporal(qkv: Tensor) -> Tensor:
+            return ops.temporal_attention(qkv, **options)
+
+        y = temporal(qkv) if shards is None else shards.around(qkv, 2, temporal)
+        return linear(y, weights.proj, out)
+    qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
+    options |= {"pair_stride": weights.pair_stride}
+    if shards is not None and across_heads(qkv, q_norm, k_norm, rope):
+        # Before heads part, and so on this rank's rows.
+        own = shards.span(qkv.shape[1])
+        ops.qk_norm_rope(qkv, **options | {"rope": rope and (rope[0][own], rope[1][own])})
+        options = {}
+
+    def attend(qkv: Tensor) -> Tensor:
+        y = ops.self_attention(qkv, precision=weights.precision, **options)
+        return y.unflatten(-1, (-1, qkv.shape[-1]))
+
+    y = attend(qkv) if shards is None else shards.around(qkv, 3, attend)
+    return linear(y.flatten(-2), weights.proj, out)
 
 
 def text_kv(

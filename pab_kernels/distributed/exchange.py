@@ -11,11 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def near_even(total: int, parts: int) -> tuple[int, ...]:
-    """`total` in so many near even parts, the larger ones first: 15 in 2 are 8 and 7."""
-    return tuple(total // parts + (part < total % parts) for part in range(parts))
-
-
 class Exchange:
     """Exchanges between the ranks of one axis of a mesh.
 
@@ -56,22 +51,30 @@ class Exchange:
         find = getattr(self._mover, "buffer", None)
         return None if find is None else find(name, shape, largest, dtype)
 
-    def __call__(self, x: Tensor, split: int, join: int, splits: Sequence[int], joins: Sequence[int]) -> Tensor:
+    def __call__(
+        self, x: Tensor, split: int, join: int, splits: Sequence[int], joins: Sequence[int], *, dense: bool = False
+    ) -> Tensor:
         """Rank r gets part r of x along `split`, of size ``splits[r]``, from every rank, joined along `join`.
 
         Parameters
         ----------
         x : Tensor
             Of this rank; along `join` that of rank r has the size ``joins[r]``, all else is alike.
+        dense : bool
+            Return a contiguous tensor; else one with the strides that cost least.
 
         Returns
         -------
         Tensor
-            Along `join` of size ``sum(joins)``, along `split` of this rank's; with the strides that cost least.
+            Along `join` of size ``sum(joins)``, along `split` of this rank's.
         """
         self.calls += 1
         self.sent += (x.numel() - x.numel() // x.shape[split] * splits[self.rank]) * x.element_size()
-        return self._mover(x, split, join, tuple(splits), tuple(joins))
+        y = self._mover(x, split, join, tuple(splits), tuple(joins))
+        if dense and not y.is_contiguous():
+            strided, y = y, y.new_empty(y.shape)
+            copy_rows(y, strided)
+        return y
 
     def gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         """What all ranks hold, joined along `dim`, on every rank; that of rank r has the size ``sizes[r]``."""
@@ -79,10 +82,9 @@ class Exchange:
         mine = x.movedim(dim, 0)
         padded = mine.new_zeros(largest, *mine.shape[1:])
         padded[: len(mine)] = mine
-        every = padded.new_empty(self.size * largest, *mine.shape[1:])
-        dist.all_gather_into_tensor(every, padded, group=self.group)
-        parts = [part[:size] for part, size in zip(every.split(largest), sizes, strict=True)]
-        return torch.cat(parts).movedim(0, dim)
+        every = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(every, padded, group=self.group)
+        return torch.cat([each[:size] for each, size in zip(every, sizes, strict=True)]).movedim(0, dim)
 
 
 class AllToAll:

@@ -118,9 +118,9 @@ class Ranks:
         """Raise ValueError, on every rank, if one has other values in `tensors`. Waits for the device."""
         sums = [tensor.double().sum() for tensor in tensors] + [tensor.double().square().sum() for tensor in tensors]
         mine = torch.stack(sums).to(self.device).nan_to_num()
-        every = mine.new_empty(self.mesh.size, len(mine))
-        dist.all_gather_into_tensor(every, mine)
-        if bool((every != every[0]).any()):
+        every = [torch.empty_like(mine) for _ in range(self.mesh.size)]
+        dist.all_gather(every, mine)
+        if not all(torch.equal(each, every[0]) for each in every):
             raise ValueError(
                 f"{name}: differ between the ranks of the mesh, must be the same on all: give each the same prompts, "
                 "settings and seed, and the sampler a generator"

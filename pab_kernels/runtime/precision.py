@@ -13,6 +13,7 @@ import fnmatch
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
 from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
@@ -45,6 +47,8 @@ class Fp8Linears:
     measure : bool
         Only where it is faster, by a measurement of each shape, which is kept for later runs; otherwise everywhere,
         also at sizes that are no multiples of 16, where the reference does what no GEMM can.
+    ranks : Ranks, optional
+        Of a mesh: one of them measures for all.
 
     Raises
     ------
@@ -52,7 +56,9 @@ class Fp8Linears:
         The device has no fp8 tensor cores, the weights are not bfloat16, or a pattern fits no layer.
     """
 
-    def __init__(self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True) -> None:
+    def __init__(
+        self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True, ranks: Ranks | None = None
+    ) -> None:
         if why_not := no_fp8(stack.device):
             raise ValueError(f"linear_precision: got fp8, must be None here: {why_not}")
         if stack.dtype != torch.bfloat16:
@@ -69,6 +75,7 @@ class Fp8Linears:
         self._kept = recall(stack.device) if measure else {}
         self._exclude = tuple(exclude)
         self._measure = measure
+        self._ranks = ranks
         self._quantized: dict[tuple[int, int], Weights] = {}
         self._sums: dict[tuple[int, int], Tensor] = {}
         """Of the weights that were quantised."""
@@ -106,11 +113,8 @@ class Fp8Linears:
         features, channels = weights.linears[0].weight.shape
         shape = Shape(weights.layer, rows, channels, features)
         if shape not in self.trials:
-            trial = self._kept.get(shape)
-            if trial is None:
-                trial = measure(branch, rows)
-                keep(self.stack.device, shape, trial)
-            self.trials[shape] = trial
+            find = partial(self._found, branch, shape)
+            trial = self.trials[shape] = find() if self._ranks is None else self._ranks.agree(find)
             log.info(
                 "%s of [%d, %d] to %d: %.3f ms in %s, %.3f ms in fp8, so %s",
                 weights.layer,
@@ -123,6 +127,14 @@ class Fp8Linears:
                 "fp8" if trial.pays else "not fp8",
             )
         return self.trials[shape]
+
+    def _found(self, branch: Branch, shape: Shape) -> Trial:
+        """What was measured earlier, or is now."""
+        trial = self._kept.get(shape)
+        if trial is None:
+            trial = measure(branch, shape.rows)
+            keep(self.stack.device, shape, trial)
+        return trial
 
 
 def layer_name(block: Block, branch: Branch) -> str:
