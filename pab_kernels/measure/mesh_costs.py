@@ -6,6 +6,7 @@ nor wait for each other.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +23,15 @@ from pab_kernels.distributed.mesh import AXES, Mesh
 from pab_kernels.measure.floor import Ceilings, computed_branches, step_work
 from pab_kernels.models import checkpoints
 from pab_kernels.pipelines.demo import CONFIG_NAME, WEIGHTS, parts
-from pab_kernels.pipelines.generate import Request
+from pab_kernels.pipelines.generate import DEFAULTS, Request
 from pab_kernels.pipelines.loading import Source
 from pab_kernels.pipelines.memory import TEXT_LENGTHS, ModelShape, PlannedRun
 from pab_kernels.pipelines.sizes import VideoSize, plan_config
 from pab_kernels.schedule import Schedule, StepVariant
 
-H200 = Ceilings(flops=650e12, bandwidth=4.25e12, fp8_flops=1150e12)
-"""What GEMMs reach on a run's tokens (630 to 670, and 1,050 to 1,280 in fp8), and a copy: an NVIDIA H200, PyTorch
-2.11+cu130."""
+H200 = Ceilings(flops=610e12, bandwidth=4.25e12, fp8_flops=940e12)
+"""What whole runs reach rather than their GEMMs: with these, runs on one NVIDIA H200 (PyTorch 2.11+cu130) that were measured
+come out within 4 % in bfloat16 and 6 % in fp8 (Open-Sora at 360p, 480p and 480p 8 s, Latte), Open-Sora-Plan 1.2 within 8 %."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class MeshCost:
     """Computed seconds of a run on a mesh: of the rank that has most, and of the exchanges, with the bytes it sends."""
 
     mesh: Mesh
+    steps: int
     compute: float
     exchanges: float
     nbytes: int
@@ -114,7 +116,7 @@ def run_cost(
         compute += count * seconds * share(mesh, shape, variant)
         exchanges += count * (sum(map(link.seconds, sent)) + gathers(mesh) * link.latency)
         total += count * sum(sent)
-    return MeshCost(mesh, compute, exchanges, total)
+    return MeshCost(mesh, len(schedule), compute, exchanges, total)
 
 
 def share(mesh: Mesh, shape: Sequence[int], variant: StepVariant) -> float:
@@ -161,18 +163,14 @@ def chosen_mesh(source: Source, request: Request, config: PABConfig | None, gpus
     ValueError
         As `parse_mesh`, or there is no mesh of so many ranks.
     """
-    asked = parse_mesh(text, gpus)
-    if gpus == 1 or asked is not None:
-        return asked or Mesh()
+    if gpus == 1:
+        return parse_mesh(text, gpus) or Mesh()
     host = _describe(source, request.size)
-    model, guided = ModelShape.of_host(host), request.guidance > 1
     side = getattr(host.config, "sample_size", 0)
-    own = VideoSize(0, 0, 0, (getattr(host.config, "video_length", 1), side, side))
-    rows = len(request.prompts) * (2 if guided else 1)
+    own = VideoSize(0, 0, 0, (getattr(host.config, "video_length", 1), side, side))  # the demo's, in pixels
+    rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
     run = PlannedRun(source.family, request.size or own, config or PABConfig(), rows)
-    schedule = Schedule(run.config, [1000 * (1 - i / request.steps) for i in range(request.steps)])
-    length = TEXT_LENGTHS.get(source.family, 16)
-    return choose_mesh(gpus, model.stack, schedule, model.shape(run), length, guided)[0].mesh
+    return costs_of(run, ModelShape.of_host(host), gpus, text, request.steps, request.guidance > 1)[0].mesh
 
 
 def _describe(source: Source, size: VideoSize | None) -> Any:
@@ -183,16 +181,30 @@ def _describe(source: Source, size: VideoSize | None) -> Any:
         return parts((WEIGHTS if source.model == "demo" else Path(source.model)) / CONFIG_NAME)[0]
 
 
-def choose_mesh(
+def costs_of(
+    run: PlannedRun,
+    model: ModelShape,
     gpus: int,
-    stack: BlockStack,
-    schedule: Schedule,
-    shape: tuple[int, int, int, int],
-    text: int,
+    text: str | None = None,
+    steps: int | None = None,
     guided: bool = True,
 ) -> list[MeshCost]:
-    """What a run costs on each mesh of `gpus` ranks, the cheapest first. Parameters and errors as above."""
-    costs = [run_cost(mesh, stack, schedule, shape, text) for mesh in meshes(gpus, shape, guided)]
+    """What a run costs on the mesh that ``--mesh`` says, or on each of `gpus` ranks, the cheapest first.
+
+    Timesteps are taken to be spaced evenly; `steps` are by default the family's.
+
+    Raises
+    ------
+    ValueError
+        As `parse_mesh`, or there is no mesh of so many ranks.
+    """
+    steps = steps or (DEFAULTS[run.family].steps if run.family in DEFAULTS else 50)
+    schedule = Schedule(run.config, [1000 * (1 - i / steps) for i in range(steps)])
+    batch, frames, tokens, channels = model.shape(dataclasses.replace(run, mesh=Mesh()))
+    shape = (batch * run.forwards, frames, tokens, channels)
+    asked = parse_mesh(text, gpus)
+    found = meshes(gpus, shape, guided) if asked is None else [asked]
+    costs = [run_cost(mesh, model.stack, schedule, shape, TEXT_LENGTHS.get(run.family, 16)) for mesh in found]
     return sorted(costs, key=lambda cost: cost.seconds)
 
 

@@ -12,10 +12,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from pab_kernels.blocks.block import BlockStack
-from pab_kernels.blocks.branches import CrossAttention, Weights
+from pab_kernels.blocks.branches import CrossAttention, SelfAttention, Weights
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.models import adapter_for, autoencoders, checkpoints
+from pab_kernels.ops.backends import FP8_TOKENS, no_hopper
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
@@ -121,7 +122,8 @@ class ModelShape:
 
     @classmethod
     def of_host(cls, host: Any) -> ModelShape:
-        """Of a transformer on the meta device."""
+        """Of a transformer on the meta device, as if it were in bfloat16."""
+        torch.nn.Module.to(host, torch.bfloat16)
         patch = host.config.patch_size
         return cls(
             stack=adapter_for(host).stack,
@@ -221,6 +223,25 @@ def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
         return measure_shapes(model.stack, batch * frames * tokens, device, run.dtype)
     except ValueError as error:
         return str(error)
+
+
+def fp8_attention(run: PlannedRun, model: ModelShape) -> dict[str, str] | str:
+    """Of each self-attention that could run in fp8 on this machine whether it does; or why none can."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if why_not := no_hopper(device):
+        return why_not
+    found = {}
+    shape = model.shape(dataclasses.replace(run, mesh=Mesh()))
+    for block in model.stack.blocks:
+        for branch in block.branches:
+            weights = branch.weights
+            if isinstance(weights, SelfAttention) and weights.sequence != "temporal":
+                head_dim, tokens = model.channels // weights.heads, weights.keys(shape, 0)
+                least = FP8_TOKENS.get(head_dim)
+                runs = "yes" if least is not None and tokens >= least else "no"
+                why = "no such head_dim" if least is None else f"from {least:,} tokens on"
+                found[branch.kind] = f"{runs}: {tokens:,} tokens, head_dim {head_dim} ({why})"
+    return found
 
 
 def _text(run: PlannedRun, model: ModelShape) -> int:

@@ -36,14 +36,20 @@ class Report:
     """Why steps run without CUDA graphs, None where they have them."""
     seconds: dict[str, tuple[int, float]]
     """For each variant: how many steps ran, and the seconds they took together."""
+    exchanges: dict[str, tuple[int, int]]
+    """On a mesh, for each variant: how often a step exchanges rows of attention, and the bytes that this rank sends."""
 
     @classmethod
     def of(cls, done: Sequence[tuple[StepVariant, Any, Any]], kinds: Sequence[str], shapes: Shapes) -> Report:
         """Of the calls of a run, each with its marks in time, and of what is kept. Waits for the device."""
         seconds: dict[str, tuple[int, float]] = {}
+        exchanges: dict[str, tuple[int, int]] = {}
         for variant, start, end in done:
             count, total = seconds.get(str(variant), (0, 0.0))
             seconds[str(variant)] = (count + 1, total + clock.seconds(start, end))
+            each = [workspace.exchanges(variant) for workspace in shapes.latest if workspace.on_mesh]
+            if each:
+                exchanges[str(variant)] = (sum(calls for calls, _ in each), sum(nbytes for _, nbytes in each))
         broadcast = {kind: sum(getattr(variant, kind) for variant, _, _ in done) for kind in kinds}
         workspaces = shapes.latest
         caches = [workspace.cache for workspace in workspaces]
@@ -60,6 +66,7 @@ class Report:
             shapes=len(shapes),
             eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
             seconds=seconds,
+            exchanges=exchanges,
         )
 
     def __str__(self) -> str:
@@ -77,5 +84,7 @@ class Report:
         if self.fp8:
             lines.append(f"  in fp8: {', '.join(f'{layer} of {count} blocks' for layer, count in self.fp8.items())}")
         for name, (count, seconds) in self.seconds.items():
-            lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
+            moved = self.exchanges.get(name)
+            sent = "" if moved is None else f"; {moved[0]} exchanges a step, which send {moved[1] / 1e6:.2f} MB"
+            lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms{sent}")
         return "\n".join(lines)
