@@ -10,7 +10,7 @@ import typer
 
 from pab_kernels.cli import generating, options
 from pab_kernels.config import PABConfig
-from pab_kernels.files import check_outputs
+from pab_kernels.files import check_outputs, clear_left_over
 
 if TYPE_CHECKING:
     from pab_kernels.pipelines.loading import Source
@@ -88,8 +88,9 @@ def generate(
 
     pab generate --model open_sora --resolution 480p --duration 8s --gpus 4 --mesh guidance=2,frames=2
     """
+    import torch
+
     from pab_kernels.distributed.launch import check_ranks, launch
-    from pab_kernels.files import clear_left_over
     from pab_kernels.measure.mesh_costs import chosen_mesh
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines import outputs
@@ -155,6 +156,9 @@ def generate(
         if gpus == 1:
             code = generating.run(job)
         else:
+            generating.check_memory(
+                job, torch.device("cpu")
+            )  # what only arguments tell; the rest is each rank's to see
             if not quiet:
                 options.console(stderr=True).print(f"{gpus} ranks, mesh {job.mesh}")
             try:

@@ -70,6 +70,14 @@ def preview_path(output: Path, run: str, step: int) -> Path:
     return output.with_name(f"{output.stem}-{run.replace(' ', '-')}-step-{step:03}.png")
 
 
+def check_memory(job: Job, device: torch.device) -> None:
+    """Refuse a job that will not fit on `device`, which each rank has one of; see `generate.check_memory`."""
+    from pab_kernels.pipelines import generate as generation
+
+    more = (job.decode_memory, job.seamless, job.offload_text, job.mesh)
+    generation.check_memory(job.source, job.request, job.config, device, job.dtype, job.cache_device, *more)
+
+
 def run(job: Job) -> int:
     """Make the videos; the exit code. Of several ranks the first one alone writes files and prints."""
     import torch.distributed as dist
@@ -83,8 +91,7 @@ def run(job: Job) -> int:
     ranks, request, output = job.mesh.size, job.request, job.output
     rank = dist.get_rank() if ranks > 1 else 0
     place = options.rank_device(job.device, rank) if ranks > 1 else job.device
-    memory = (job.decode_memory, job.seamless, job.offload_text, job.mesh)
-    generation.check_memory(job.source, request, job.config, place, job.dtype, job.cache_device, *memory)
+    check_memory(job, place)
     pipe = load_pipeline(
         job.source,
         job.weights_size,

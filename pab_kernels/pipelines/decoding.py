@@ -273,7 +273,7 @@ class VideoDecoder:
         ValueError
             Not even one.
         """
-        if not self.on_planes:
+        if not self.on_planes and self.memory is None:
             return 4
         return self._frames_within(self._decoder("spatial").nbytes(1, height, width), height, width)
 
@@ -306,7 +306,8 @@ class VideoDecoder:
             return own
         base = own or Tiling()
         frames, height, width = latents
-        chunks = sorted({max(frames, 2), *(n for n in (17, 8, 5, 3, 2) if n < frames)}, reverse=True)
+        # Chunks share a latent, and the fewer of it are computed twice the better: so many chunks of nearly one length.
+        chunks = sorted({max(-(-(frames - 1) // count), 1) + 1 for count in range(1, max(frames, 2))}, reverse=True)
         whole = [(max(height, width), n) for n in chunks]
         smaller = [(side, n) for side in (64, 32, 16) if side < max(height, width) for n in chunks if n <= 17]
         needed = 0

@@ -160,25 +160,31 @@ def check_memory(
     offload_text: bool = False,
     mesh: Mesh | None = None,
 ) -> None:
-    """Refuse a run, or a rank of a mesh, that will not fit in the GPU's free memory; nothing is checked on a CPU.
+    """Refuse a run that will not fit in the GPU's free memory; on a CPU only a bound that no piece of a video fits.
 
-    The decoder's weights lie there all the time, its pieces once the latents are made. `offload_text` leaves the text
-    encoder out.
+    The decoder's weights lie there all the time, its pieces once the latents are made. With `offload_text` the text
+    encoder is there before the run is, and not beside it. Of a `mesh` it is about the rank that has most.
 
     Raises
     ------
     ValueError
-        As `memory.check_fits`.
+        As `memory.check_fits` and `memory.decoder_memory`; or `offload_text` for the demo or Latte.
     """
-    if device.type == "cuda" and request.size is not None:
+    if offload_text and source.family in ("demo", "latte"):
+        raise ValueError(f"offload_text: got it for {source.family}, must be of Open-Sora or Open-Sora-Plan")
+    if request.size is None:
+        return
+    on_gpu, decoder = device.type == "cuda", None
+    if source.decodes and source.family != "demo" and (on_gpu or decode_memory is not None):
+        decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
+    if on_gpu:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
         plan = (source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
         run = memory.PlannedRun(*plan, mesh=mesh or Mesh())
-        extra = 0 if offload_text else text_encoder_bytes(source, dtype)
-        if source.decodes and source.family != "demo":
-            decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
-            weights, piece = decoder or (0, 0)
-            extra += weights + max(0, piece - memory.estimate(run).activations)
+        need, text = memory.estimate(run), text_encoder_bytes(source, dtype)
+        weights, piece = decoder or (0, 0)
+        beside = weights + max(0, piece - need.activations)
+        extra = max(beside, need.weights + weights + text - need.total) if offload_text else beside + text
         memory.check_fits(run, torch.cuda.mem_get_info(device)[0], extra=extra)
 
 
