@@ -223,7 +223,7 @@ def self_attention(
     """
     batch, frames, tokens, channels = h.shape
     shards = None if weights.sequence == "spatial" else shards
-    place = None if shards is None else shards.buffer("qkv", (batch, frames, tokens, 3 * channels), out.dtype)
+    place = None if shards is None else shards.buffer("qkv", (batch, frames, tokens, 3 * channels), out)
     qkv = linear(h, weights.qkv, place).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
     if weights.rotary and rope is None:
         raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")

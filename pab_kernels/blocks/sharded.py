@@ -13,7 +13,9 @@ from torch import Tensor
 class Exchanges(Protocol):
     """What moves rows between ranks: `distributed.exchange.Exchange`."""
 
-    def buffer(self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype) -> Tensor | None:
+    def buffer(
+        self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
         """Where to compute what is to be exchanged; None where that is anywhere."""
 
     def __call__(
@@ -48,10 +50,10 @@ class Shards:
         start = sum(rows[: self.rank])
         return slice(start, start + own)
 
-    def buffer(self, name: str, shape: Sequence[int], like: torch.dtype) -> Tensor | None:
-        """Where to compute what has `shape` [B, rows, ...] here; see `Exchanges`."""
-        size = torch.Size(shape).numel()
-        return self.exchange.buffer(name, shape, size // self.sizes[self.rank] * max(self.sizes), like)
+    def buffer(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:
+        """Where to compute what has `shape` [B, rows, ...] here, in dtype and on the device of `like`."""
+        largest = torch.Size(shape).numel() // self.sizes[self.rank] * max(self.sizes)
+        return self.exchange.buffer(name, shape, largest, like.dtype, like.device)
 
     def around(self, qkv: Tensor, split: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Attention on all rows, for a part of the dimension `split`, which is attended to apart: tokens or heads.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 
@@ -36,7 +39,9 @@ class Exchange:
         self.calls = self.sent = 0
         self._mover = BACKENDS[backend][1](self)
 
-    def buffer(self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype) -> Tensor | None:
+    def buffer(
+        self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
         """Where to compute what is to be exchanged, so that it is not copied before; None where that is anywhere.
 
         Parameters
@@ -47,9 +52,10 @@ class Exchange:
         largest : int
             The number of elements on the rank that has most.
         dtype : torch.dtype
+        device : torch.device
         """
         find = getattr(self._mover, "buffer", None)
-        return None if find is None else find(name, shape, largest, dtype)
+        return None if find is None else find(name, shape, largest, dtype, device)
 
     def __call__(
         self, x: Tensor, split: int, join: int, splits: Sequence[int], joins: Sequence[int], *, dense: bool = False
@@ -111,6 +117,54 @@ class AllToAll:
         return received.movedim(0, join)
 
 
+class Symmetric:
+    """Symmetric memory: each rank reads its part of what the others have, where it lies, straight into its place.
+
+    A barrier comes before the reading. Nothing is overwritten that another rank still reads as long as two exchanges in
+    a row are of different buffers, as they are around attention: the second one's barrier comes after the reading of
+    the first.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        # Multicast is not needed, and a fault in it takes the GPUs of a host down.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self._group, self._rank, self._size = exchange.group, exchange.rank, exchange.size
+        self._memory: dict[tuple[str, int], tuple[Tensor, Any]] = {}
+
+    def buffer(self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Exchange.buffer`. The first time is collective."""
+        key = name, largest * dtype.itemsize
+        if key not in self._memory:
+            self._memory[key] = self._allocate(key[1], device)
+        return self._memory[key][0].view(dtype)[: math.prod(shape)].view(tuple(shape))
+
+    def _allocate(self, nbytes: int, device: torch.device) -> tuple[Tensor, Any]:
+        """Memory that the others can read, and the handle through which this rank reads theirs."""
+        memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        return memory, symmetric_memory.rendezvous(memory, self._group)
+
+    def __call__(self, x: Tensor, split: int, join: int, splits: tuple[int, ...], joins: tuple[int, ...]) -> Tensor:
+        handle = next((each for memory, each in self._memory.values() if memory.data_ptr() == x.data_ptr()), None)
+        if handle is None:
+            largest = x.numel() // x.shape[join] * max(joins)
+            place = self.buffer("copied", x.shape, largest, x.dtype, x.device)
+            copy_rows(place, x)
+            handle = self._memory["copied", largest * x.element_size()][1]
+        elif not x.is_contiguous():
+            raise ValueError(f"x: strides are {x.stride()}, must be contiguous where it lies in a buffer")
+        shape = list(x.shape)
+        shape[join], shape[split] = sum(joins), splits[self._rank]
+        out, start, starts = x.new_empty(shape), sum(splits[: self._rank]), [0, *accumulate(joins)]
+        handle.barrier(channel=0)
+        for step in range(self._size):
+            peer = (self._rank + step) % self._size  # so that not all read from the same
+            theirs = list(x.shape)
+            theirs[join] = joins[peer]
+            source = x if step == 0 and x.is_contiguous() else handle.get_buffer(peer, theirs, x.dtype)
+            copy_rows(out.narrow(join, starts[peer], joins[peer]), source.narrow(split, start, splits[self._rank]))
+        return out
+
+
 def copy_rows(to: Tensor, source: Tensor) -> None:
     """Copy, 8 bytes at a time where the layouts allow it: torch moves strided tensors element by element."""
     pair = [to, source]
@@ -130,12 +184,13 @@ def _no_gloo(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "the tensors are not on a CPU"
 
 
-def _no_nccl(device: torch.device) -> str | None:
+def _no_gpu(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "the tensors are not on a GPU"
 
 
 BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[Exchange], Any]]] = {
-    "nccl": (_no_nccl, AllToAll),
+    "nccl": (_no_gpu, AllToAll),
+    "symmetric": (_no_gpu, Symmetric),
     "gloo": (_no_gloo, AllToAll),
 }
 """Best first: why a backend cannot serve a device (None: it can), and what moves the rows."""

@@ -135,9 +135,9 @@ class Workspace:
         return self._executor.stack
 
     @property
-    def on_mesh(self) -> bool:
-        """Whether this rank runs a part of the call."""
-        return self._share.shards is not None or self._share.guidance is not None
+    def shared(self) -> bool:
+        """Whether ranks share the rows of a sequence."""
+        return self._share.shards is not None
 
     def exchanges(self, variant: StepVariant) -> tuple[int, int]:
         """How often a step exchanges rows with other ranks, and the bytes that it sends; see `Executor`."""
