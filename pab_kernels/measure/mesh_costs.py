@@ -30,9 +30,11 @@ from pab_kernels.pipelines.sizes import VideoSize, plan_config
 from pab_kernels.schedule import Schedule, StepVariant
 
 H200 = Ceilings(flops=610e12, bandwidth=4.25e12, fp8_flops=940e12)
-"""What whole runs reach, not what their GEMMs alone do. So computed, runs with PAB that were measured on one NVIDIA H200
-(PyTorch 2.11+cu130) come out within 4 % (Open-Sora at 360p, 480p and 480p 8 s, and Latte, in bfloat16 and fp8), and those
-of Open-Sora-Plan 1.2 within 11 %."""
+"""What whole runs reach, not what their GEMMs alone do.
+
+So computed, runs with PAB that were measured on one NVIDIA H200 (PyTorch 2.11+cu130) come out within 4 % (Open-Sora at
+360p, 480p and 480p 8 s, and Latte, in bfloat16 and fp8), and those of Open-Sora-Plan 1.2 within 11 %.
+"""
 
 
 @dataclass(frozen=True)
