@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from pab_kernels.blocks.block import BlockStack
-from pab_kernels.blocks.branches import SelfAttention
 from pab_kernels.blocks.sharded import Shards, near_even
 from pab_kernels.config import PABConfig
 from pab_kernels.distributed.mesh import AXES, Mesh
@@ -142,14 +141,8 @@ def sent_bytes(
     batch, frames, tokens, channels = shape
     rows = 1 if variant.guidance else mesh.guidance
     batch = -(-batch // (2 if variant.guidance else rows))
-    one_sequence = not any(
-        isinstance(branch.weights, SelfAttention) and branch.weights.sequence != "full"
-        for block in stack.blocks
-        for branch in block.branches
-    )
-    total = frames * tokens if one_sequence else frames
-    sizes = near_even(total, mesh.frames)
-    local = (batch, 1, sizes[0], channels) if one_sequence else (batch, sizes[0], tokens, channels)
+    sizes = near_even(frames, mesh.frames)
+    local = (batch, sizes[0], tokens, channels)
     shards = Shards(sizes, 0, None)  # type: ignore[arg-type]  # nothing is exchanged
     return [
         elements * stack.dtype.itemsize
@@ -212,7 +205,7 @@ def costs_of(
 
 
 def parse_mesh(text: str | None, gpus: int) -> Mesh | None:
-    """The mesh of ``--mesh guidance=2,frames=4``; None where that is not given.
+    """The mesh of ``--mesh guidance=2,frames=4`` (and maybe ``backend=nccl``); None where that is not given.
 
     Raises
     ------
@@ -222,9 +215,10 @@ def parse_mesh(text: str | None, gpus: int) -> Mesh | None:
     if text is None:
         return None
     axes = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
+    backend = axes.pop("backend", None)
     if not axes.keys() <= set(AXES) or not all(value.isdecimal() for value in axes.values()):
         raise ValueError(f"mesh: got {text!r}, must be such as guidance=2,frames={max(1, gpus // 2)}")
-    mesh = Mesh(int(axes.get("guidance", 1)), int(axes.get("frames", 1)))
+    mesh = Mesh(int(axes.get("guidance", 1)), int(axes.get("frames", 1)), backend)
     if mesh.size != gpus:
         raise ValueError(f"mesh: got {text!r}, which are {mesh.size} ranks, must be {gpus}, as --gpus says")
     return mesh
