@@ -267,8 +267,7 @@ class PABHandle:
         doubts: Iterable[Tensor],
     ) -> Tensor:
         """A call of the run; see `Workspace.step`."""
-        self._identity.check()
-        self._identity.check_versions()
+        self._identity.check_addresses()  # what kernels read must be there; the rest can wait
         latents = call.tensors["latents"]
         run.expect(forward, step, latents.shape)
         run.thread = threading.current_thread()
@@ -307,6 +306,9 @@ class PABHandle:
         # Of several ranks one that tries again would be alone.
         result = self._shapes.with_memory(work) if self._ranks is None else work()
         run.clock.append((variant, start, clock.mark(self._lane.device)))
+        # While a GPU is at work. Nobody has the result yet.
+        self._identity.check()
+        self._identity.check_versions()
         run.done(forward, step, latents.shape)
         run.broken = False
         return result
