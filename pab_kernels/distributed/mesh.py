@@ -111,7 +111,7 @@ class Ranks:
     def agree(self, find: Callable[[], Any]) -> Any:
         """What rank 0 finds, on every rank; only there it is looked for. All ranks call it together."""
         found = [find() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0, device=self.device)
+        dist.broadcast_object_list(found, src=0)
         return found[0]
 
     def check_alike(self, name: str, *tensors: Tensor) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -282,8 +283,25 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def _median_ms(run: Callable[[], object]) -> float:
-    # From a graph, as steps run: launched one by one, short kernels would be timed by the host.
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(run, rep=20, return_mode="median")
+def _median_ms(run: Callable[[], object], calls: int = 20, replays: int = 20) -> float:
+    """From a graph, as steps run: launched one by one, short kernels would be timed by the host."""
+    stream, graph, times = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), []
+    own = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
+    own.wait_stream(stream)
+    with torch.cuda.stream(own):
+        run()
+        torch.cuda.synchronize()
+        # Other threads may ask for events meanwhile, as that which watches over NCCL does.
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                run()
+        graph.replay()
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / calls)
+    stream.wait_stream(own)
+    return statistics.median(times)

@@ -50,6 +50,15 @@ class Model:
     """Arguments, of each forward of a step."""
     stamp: Callable[[Tensor, float], Tensor]
     """The timestep argument for these latents."""
+    flow: bool = False
+    """Whether the runtime takes whole steps of rectified flow."""
+
+    def steps(self, handle: PABHandle) -> Callable[..., Tensor]:
+        """After `begin`: from latents and timestep to the latents after the step."""
+        if not self.flow:
+            return self.step
+        step = handle.rectified_flow(self.latents, 3.0, **self.calls[0])
+        return lambda latents, t, stop=False: step(latents)
 
     def step(self, x: Tensor, t: float, stop: bool = False) -> Tensor:
         """The latents after a step of guidance 3; with `stop` only the first forward is called."""
@@ -78,11 +87,12 @@ def model(family: str) -> Model:
     if family in FAMILIES:
         made = host(family)
         return Model(made.model, random(1, *made.shape[1:]), [made.given], rows)
-    if family == "open_sora given frames":
+    if family.startswith("open_sora"):
         made = host("open_sora")
         mask = torch.ones(2, made.shape[2], dtype=torch.bool)
         mask[:, 0] = False
-        return Model(made.model, random(1, *made.shape[1:]), [made.given | {"x_mask": mask}], rows)
+        given = [made.given | {"x_mask": mask}]
+        return Model(made.model, random(1, *made.shape[1:]), given, rows, flow="whole steps" in family)
     if family.startswith("wan"):
         texts = [{"encoder_hidden_states": random(1, 6, TEXT), "return_dict": False} for _ in range(2)]
         latents = random(1, 16, 5, 4, 6)
@@ -98,7 +108,7 @@ def model(family: str) -> Model:
     return Model(tiny_ltx(), random(1, 45, 8), [arguments], rows)
 
 
-MODELS = (*FAMILIES, "open_sora given frames", "wan", "wan tokens", "ltx")
+MODELS = (*FAMILIES, "open_sora given frames", "open_sora whole steps", "wan", "wan tokens", "ltx")
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,10 @@ def run(case: Case, *, mesh: bool) -> Found:
 
         def steps(latents: Tensor) -> Tensor:
             handle.begin(STEPS)
-            found = []
+            step, found = made.steps(handle), []
             for i, t in enumerate(STEPS):
                 before = _count(handle)
-                latents = made.step(latents, t)
+                latents = step(latents, t)
                 found.append(latents)
                 if mesh and case.frames > 1:
                     exchanges.append(_exchanges(handle, i, before, len(made.calls)))
@@ -150,10 +160,10 @@ def run(case: Case, *, mesh: bool) -> Found:
 
         first = steps(made.latents)
         handle.begin(STEPS)
-        other = made.latents + 1
+        other, step = made.latents + 1, made.steps(handle)
         for t in STEPS[:3]:
-            other = made.step(other, t)
-        made.step(other, STEPS[3], stop=True)
+            other = step(other, t)
+        step(other, STEPS[3], stop=True)
         again = steps(made.latents)
         return Found(first, again, sum(cache.nbytes for cache in handle.caches), exchanges)
 
@@ -180,21 +190,26 @@ def _exchanges(handle: PABHandle, step: int, before: tuple[int, int], forwards: 
     return str(variant), quiet, planned, (now[0] - before[0], now[1] - before[1])
 
 
-def _rank(rank: int, size: int, port: int, folder: str, work: Callable[[], Any]) -> None:
+def _rank(rank: int, size: int, port: int, folder: str, work: Callable[[], Any], gpus: bool) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if gpus:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
+    else:
+        dist.init_process_group("gloo")
     torch.save(work(), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def on_ranks(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """What `work`, a function that a new process can import, returns on each of so many ranks."""
+def on_ranks(size: int, work: Callable[[], Any], folder: Path, *, gpus: bool = False) -> list[Any]:
+    """What `work`, a function that a new process can import, returns on each of so many ranks: CPU or a GPU each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.start_processes(_rank, (size, port, str(folder), work), nprocs=size, join=False, start_method="spawn")
+    arguments = size, port, str(folder), work, gpus
+    context = mp.start_processes(_rank, arguments, nprocs=size, join=False, start_method="spawn")
     assert context is not None
     try:
         if not context.join(timeout=TIMEOUT):
