@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pab_kernels.cli import benching, options
-from pab_kernels.cli.bench_files import csv_columns
+from pab_kernels.cli.csv_rows import append_rows, columns_of
 from pab_kernels.cli.whole_runs import whole_runs
 from pab_kernels.files import check_outputs
 
@@ -92,7 +92,7 @@ def bench(
         options.on_host(cache_device)
         pictures = [] if report_folder is None else [report_folder / name for name in pages.FILES]
         check_outputs({"json": [json_file], "csv": [csv_file], "report": pictures}, inputs=[pab])
-        columns = csv_columns(csv_file)
+        columns = columns_of(csv_file)
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
         names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number), gpus)
@@ -101,9 +101,11 @@ def bench(
         if gpus > 1:
             check_ranks(gpus, str(place))
         if end_to_end:
-            if csv_file is not None or report_folder is not None or gpus > 1:
-                raise ValueError("end-to-end: got it with --csv, --report or --gpus, must be with --json alone")
-            whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny")
+            if report_folder is not None or gpus > 1:
+                raise ValueError("end-to-end: got it with --report or --gpus, must be with --json or --csv alone")
+            found = whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny", pab)
+            if csv_file is not None:
+                append_rows(csv_file, columns, found)
             return
         job = benching.Job(
             workload=chosen,

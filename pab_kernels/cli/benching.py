@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from rich import box
 from rich.table import Table
 
 from pab_kernels.cli import options
-from pab_kernels.cli.bench_files import append_csv, write_json
+from pab_kernels.cli.csv_rows import append_rows
+from pab_kernels.files import replaced
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +135,8 @@ class _Benchmark:
         self.console.print(f"{timing.key}: warm-up {timing.warm_up:.1f} s; {times}")
         self.result["contenders"] = results.rows(self.timings, self.problem, self.floor)
         if self.job.json_file is not None:
-            write_json(self.result, self.job.json_file)
+            with replaced(self.job.json_file) as partial:
+                partial.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
 
     def finish(self) -> int:
         """Print the tables and write the files; the exit code."""
@@ -144,12 +147,32 @@ class _Benchmark:
         if any(row["variants"] for row in rows):
             self.console.print(_table(pages.variants_grid(rows), "this runtime, by step variant"))
         if self.job.csv_file is not None:
-            append_csv(self.result, self.job.csv_file, self.job.columns)
+            append_rows(self.job.csv_file, self.job.columns, _csv_rows(self.result))
         if self.job.report_folder is not None:
             page = pages.write([self.result], self.job.report_folder)[0]
             self.console.print(f"wrote {page}", soft_wrap=True)
         within = self.result.get("check", {"within": True})["within"]
         return 1 if not within or any(timing.error for timing in self.timings) else 0
+
+
+def _csv_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A row for each contender that ran."""
+    return [
+        {
+            "date": result["date"][:10],
+            "gpu": result["device"],
+            "commit": result["commit"],
+            "op": "denoising run",
+            "shape": result["workload"],
+            "dtype": result["dtype"],
+            "backend": row["name"],
+            "ms": f"{row['seconds'] * 1e3:.2f}",
+            "figure": f"{row['frames_per_second']:.2f}",
+            "unit": "frames/s",
+        }
+        for row in result["contenders"]
+        if row["seconds"] is not None
+    ]
 
 
 def _table(grid: Grid, title: str) -> Table:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import os
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from pab_kernels.measure import info
 from pab_kernels.measure.benchmark import Floor, Timing, relative_error
@@ -35,17 +30,12 @@ def heading(problem: Problem, floor: Floor) -> str:
         fp8_floor = f"; in fp8 {floor.seconds(False, fp8=True):.3f} s and {floor.seconds(True, fp8=True):.3f} s"
     return (
         f"{problem.workload.name}: {len(problem.timesteps)} calls of [{batch}, {frames}, {tokens}, {channels}], "
-        f"{str(problem.dtype).removeprefix('torch.')}, on {_device_name(problem)}\n"
+        f"{str(problem.dtype).removeprefix('torch.')}, on {info.device_name(problem.device)}\n"
         f"{', '.join(f'{name} {version}' for name, version in info.versions().items())}\n"
         f"ceilings: GEMMs {floor.gemm_own / 1e12:.3g} TFLOP/s on the run's tokens{filled}; "
         f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s{fp8_rate}\n"
         f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB{fp8_floor}"
     )
-
-
-def _device_name(problem: Problem) -> str:
-
-    return torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "CPU"
 
 
 def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
@@ -62,11 +52,11 @@ def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
         "timesteps": problem.timesteps,
         "pab": problem.config.to_dict(),
         "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": _device_name(problem),
+        "device": info.device_name(problem.device),
         "compile_scope": problem.compile_scope,
         "cache_device": problem.cache_device,
         "command": command,
-        "commit": _commit(Path(__file__).parent),
+        "commit": info.commit(),
         "machine": {"gpu": info.gpu(), "cpu": info.cpu()},
         "versions": info.versions(),
         "ceilings": {
@@ -137,14 +127,3 @@ def rows(timings: Sequence[Timing], problem: Problem, floor: Floor) -> list[dict
             }
         )
     return found
-
-
-def _commit(folder: Path) -> str:
-    """The commit that `folder` is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
-    if named := os.environ.get("PAB_COMMIT"):
-        return named
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
