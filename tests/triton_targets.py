@@ -100,7 +100,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     q, k, v = make(1, 200, 3, 2, 72).unbind(2)
     results = (q8, k8, v8, q_scale, k_scale, v_scale)
     yield "quantize_qkv", lambda: quantize_qkv_triton(q, k, v, make(1, 2, 72, dtype=f32), results)
-    yield "gelu_quantize", lambda: gelu_quantize_triton(make(8, 4608), make(8, 4608, dtype=e4m3), make(8, dtype=f32))
+    hidden = make(8, 4608)
+    small_hidden, hidden_scale, factors = make(8, 4608, dtype=e4m3), make(8, dtype=f32), make(4608, dtype=f32)
+    yield "gelu_quantize", lambda: gelu_quantize_triton(hidden, factors, small_hidden, hidden_scale)
     planes, kernel = make(2, 9, 9, 64), make(1, 64, 3, 3, 3, 64)
     yield (
         "conv_planes",
@@ -116,7 +118,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     rows8, scales, out8 = make(256, 128, dtype=e4m3), make(256, dtype=f32), make(256, 256, dtype=e4m3)
     yield (
         "scaled_linear_gelu",
-        lambda: scaled_linear_gelu_triton(rows8, scales, rows8, scales, make(256), 1.0, 1.0, out8, scales),
+        lambda: scaled_linear_gelu_triton(rows8, scales, rows8, scales, make(256), scales, 1.0, 1.0, out8, scales),
     )
 
 

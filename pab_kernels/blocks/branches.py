@@ -302,7 +302,7 @@ def mlp(h: Rows, weights: Mlp, out: Tensor) -> Tensor:
             raise TypeError(f"h: got {type(h).__name__}, must be Quantized because the weights are")
         up = weights.up
         hidden = fp8_linear.scaled_linear_gelu(
-            h.flatten(), up.weight, up.bias, weight_sum=up.weight_sum, bias_max=up.bias_max
+            h.flatten(), up.weight, up.bias, factors=up.factors, weight_sum=up.weight_sum, bias_max=up.bias_max
         )
         return linear(hidden, weights.down, out)
     if isinstance(h, Tensor) and h.device.type == "cuda":

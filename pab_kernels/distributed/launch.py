@@ -226,6 +226,8 @@ def _join_group(rank: int, ranks: int, device: str, port: int, timeout: float) -
     if device == "cuda":
         own = torch.device("cuda", rank)
         torch.cuda.set_device(own)
+        # Multicast is not needed, and a fault in it takes the GPUs of a host down.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     dist.init_process_group(

@@ -39,18 +39,25 @@ def dequantize_ref(x: Quantized) -> Tensor:
     return x.values.float() * x.row_scale[..., None]
 
 
-def gelu_quantize_ref(x: Tensor, out: Quantized) -> Quantized:
+def gelu_quantize_ref(x: Tensor, factors: Tensor | None, out: Quantized) -> Quantized:
     """GELU (tanh form), then one byte an element. See `pab_kernels.ops.fp8_linear.gelu_quantize`."""
-    return quantize_ref(F.gelu(_wide(x), approximate="tanh"), out)
+    y = F.gelu(_wide(x), approximate="tanh")
+    return quantize_ref(y if factors is None else y * factors, out)
 
 
 def scaled_linear_gelu_ref(
-    x: Quantized, weight: Quantized, bias: Tensor, weight_sum: float, bias_max: float, out: Quantized
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor,
+    factors: Tensor | None,
+    weight_sum: float,
+    bias_max: float,
+    out: Quantized,
 ) -> Quantized:
     """A linear in fp8, GELU, and fp8 again. See `pab_kernels.ops.fp8_linear.scaled_linear_gelu`."""
     y = F.gelu(F.linear(dequantize_ref(x), dequantize_ref(weight), bias.float()), approximate="tanh")
     out.row_scale.copy_(x.row_scale * weight_sum + bias_max / LIMITS[out.values.dtype])
-    out.values.copy_(y / out.row_scale[..., None])
+    out.values.copy_((y if factors is None else y * factors) / out.row_scale[..., None])
     return out
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
 from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
-from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, balancing_factors, linear
 from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
@@ -177,7 +177,15 @@ def fits_fp8(weights: Weights) -> bool:
 
 
 def quantize_layer(weights: Weights) -> Weights:
-    """The weights with a layer's linears in fp8."""
+    """The weights with a layer's linears in fp8.
+
+    Features of an MLP that may be much larger than its others are made smaller by a power of two, and the weights that
+    read them larger.
+    """
+    if isinstance(weights, Mlp) and isinstance(weights.up, Linear) and isinstance(weights.down, Linear):
+        factors, down = balancing_factors(weights.up.weight), weights.down
+        reads = Linear(down.weight / factors.to(down.weight.dtype), down.bias)
+        return replaced(weights, {"up": Fp8Linear.of(weights.up, factors), "down": Fp8Linear.of(reads)})
     parts: dict[str, Any] = {
         name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
         for name, part in layer_linears(weights).items()

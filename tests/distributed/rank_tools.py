@@ -183,9 +183,8 @@ def _exchanges(handle: PABHandle, step: int, before: tuple[int, int], forwards: 
             continue  # the second forward is left out
         more = workspace.exchanges(variant)
         planned = planned[0] + more[0], planned[1] + more[1]
-    kinds = handle._adapter.stack.kinds
     variant = schedule[step]
-    quiet = variant.stack or (variant.temporal if "temporal" in kinds else variant.spatial)
+    quiet = variant.temporal if "temporal" in handle._adapter.stack.kinds else variant.spatial
     now = _count(handle)
     return str(variant), quiet, planned, (now[0] - before[0], now[1] - before[1])
 
