@@ -48,7 +48,7 @@ def main() -> None:
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device)
     for text in options.cases:
         late = [time.perf_counter() - start > options.seconds]
         dist.broadcast_object_list(late, src=0)
@@ -172,13 +172,15 @@ def time_pair(problem: Problem, mesh: Mesh) -> dict[str, Any]:
         output = None
 
         def pair(rows: torch.Tensor = rows, shards: Shards = shards, full: bool = full) -> None:
-            def attend(qkv: torch.Tensor) -> torch.Tensor:
+            def attend(qkv: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
                 nonlocal output
+                if out is not None:
+                    return out
                 if output is None:
                     output = qkv.select(-3, 0).contiguous() if full else qkv.select(-3, 0).flatten(-2).contiguous()
                 return output
 
-            shards.around(rows, 3 if full else 2, attend)
+            shards.around(rows, 3 if full else 2, channels // (weights.heads if full else 1), attend)
 
         found[f"ms_batch_{batch}"] = _time(pair, problem.device)
         found[f"sent_mib_batch_{batch}"] = exchange.sent / exchange.calls * 2 / 2**20

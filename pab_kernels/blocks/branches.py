@@ -232,10 +232,10 @@ def self_attention(
     options: dict[str, Any] = {"q_weight": q_norm, "k_weight": k_norm, "rope": rope, "eps": eps}
     if weights.sequence == "temporal":
 
-        def temporal(qkv: Tensor) -> Tensor:
-            return ops.temporal_attention(qkv, **options)
+        def temporal(qkv: Tensor, place: Tensor | None) -> Tensor:
+            return ops.temporal_attention(qkv, out=place, **options)
 
-        y = temporal(qkv) if shards is None else shards.around(qkv, 2, temporal)
+        y = temporal(qkv, None) if shards is None else shards.around(qkv, 2, channels, temporal)
         return linear(y, weights.proj, out)
     qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
     options |= {"pair_stride": weights.pair_stride}
@@ -245,11 +245,11 @@ def self_attention(
         ops.qk_norm_rope(qkv, **options | {"rope": rope and (rope[0][own], rope[1][own])})
         options = {}
 
-    def attend(qkv: Tensor) -> Tensor:
+    def attend(qkv: Tensor, place: Tensor | None) -> Tensor:
         y = ops.self_attention(qkv, precision=weights.precision, **options)
         return y.unflatten(-1, (-1, qkv.shape[-1]))
 
-    y = attend(qkv) if shards is None else shards.around(qkv, 3, attend)
+    y = attend(qkv, None) if shards is None else shards.around(qkv, 3, qkv.shape[-1], attend)
     return linear(y.flatten(-2), weights.proj, out)
 
 

@@ -55,7 +55,7 @@ class Shards:
         largest = torch.Size(shape).numel() // self.sizes[self.rank] * max(self.sizes)
         return self.exchange.buffer(name, shape, largest, like.dtype, like.device)
 
-    def around(self, qkv: Tensor, split: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    def around(self, qkv: Tensor, split: int, width: int, attend: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """Attention on all rows, for a part of the dimension `split`, which is attended to apart: tokens or heads.
 
         Parameters
@@ -63,19 +63,29 @@ class Shards:
         qkv : Tensor
             [B, own rows, ...].
         split : int
+        width : int
+            Numbers of output for each of `split`.
         attend : callable
-            From [B, all rows, ...] with this rank's part of `split` to [B, all rows, the same part, ...].
+            From [B, all rows, ...] with this rank's part of `split` to [B, all rows, the same part, width]; the second
+            argument is where to put that, None for anywhere, and may be left.
 
         Returns
         -------
         Tensor
-            [B, own rows, all of `split`, ...].
+            [B, own rows, all of `split`, width].
+
+        Raises
+        ------
+        ValueError
+            `split` is smaller than the number of ranks.
         """
         rows, parts = self.rows(qkv.shape[1]), near_even(qkv.shape[split], len(self.sizes))
         if min(parts) < 1:
             what = "heads" if split > 2 else "tokens of a frame"
             raise ValueError(f"frames: {qkv.shape[split]} {what} cannot be split over {len(parts)} ranks")
-        y = attend(self.exchange(qkv, split, 1, parts, rows))
+        shape, largest = [len(qkv), sum(rows), parts[self.rank], width], len(qkv) * sum(rows) * max(parts) * width
+        place = self.exchange.buffer("attended", shape, largest, qkv.dtype, qkv.device)
+        y = attend(self.exchange(qkv, split, 1, parts, rows), place)
         return self.exchange(y, 1, 2, rows, parts, dense=True)
 
     def sent(self, rows: int, part: int, width: int) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -130,6 +131,7 @@ class Symmetric:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._group, self._rank, self._size = exchange.group, exchange.rank, exchange.size
         self._memory: dict[tuple[str, int], tuple[Tensor, Any]] = {}
+        self._beside: torch.cuda.Stream | None = None
 
     def buffer(self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Exchange.buffer`. The first time is collective."""
@@ -147,22 +149,39 @@ class Symmetric:
         handle = next((each for memory, each in self._memory.values() if memory.data_ptr() == x.data_ptr()), None)
         if handle is None:
             largest = x.numel() // x.shape[join] * max(joins)
-            place = self.buffer("copied", x.shape, largest, x.dtype, x.device)
+            place = self.buffer("attended", x.shape, largest, x.dtype, x.device)
             copy_rows(place, x)
-            handle = self._memory["copied", largest * x.element_size()][1]
+            handle = self._memory["attended", largest * x.element_size()][1]
         elif not x.is_contiguous():
             raise ValueError(f"x: strides are {x.stride()}, must be contiguous where it lies in a buffer")
         shape = list(x.shape)
         shape[join], shape[split] = sum(joins), splits[self._rank]
         out, start, starts = x.new_empty(shape), sum(splits[: self._rank]), [0, *accumulate(joins)]
+
+        def take(peer: int, theirs: Tensor) -> None:
+            copy_rows(out.narrow(join, starts[peer], joins[peer]), theirs.narrow(split, start, splits[self._rank]))
+
+        if x.is_cuda and self._beside is None:
+            self._beside = torch.cuda.Stream(x.device)
+        with nullcontext() if self._beside is None else _forked(self._beside):
+            take(self._rank, x)  # its own, while the others' come over the links
         handle.barrier(channel=0)
-        for step in range(self._size):
+        for step in range(1, self._size):
             peer = (self._rank + step) % self._size  # so that not all read from the same
             theirs = list(x.shape)
             theirs[join] = joins[peer]
-            source = x if step == 0 and x.is_contiguous() else handle.get_buffer(peer, theirs, x.dtype)
-            copy_rows(out.narrow(join, starts[peer], joins[peer]), source.narrow(split, start, splits[self._rank]))
+            take(peer, handle.get_buffer(peer, theirs, x.dtype))
+        if self._beside is not None:
+            torch.cuda.current_stream(x.device).wait_stream(self._beside)
         return out
+
+
+@contextmanager
+def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
+    """On another stream, after what the current one was given."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def copy_rows(to: Tensor, source: Tensor) -> None:

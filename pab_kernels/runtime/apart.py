@@ -27,6 +27,7 @@ class Apart:
         self._own = ranks.guidance
         self._exchange = ranks.exchange("guidance")
         self._first = torch.empty(0)
+        """The first forward's prediction, from the second on on every rank."""
         self._handed: Tensor | None = None
         """What the caller has of the first forward, until the second."""
         self._waits = False
@@ -53,9 +54,16 @@ class Apart:
         return result
 
     def handed(self, value: Tensor) -> None:
-        """What the caller got of the forward that was run last."""
+        """What the caller got of the forward that was run last; fills what it got of the first.
+
+        It is the caller's, so this happens on the caller's stream and in its mode, which may be that of inference.
+        """
         if self._waits:
             self._handed = value
+        elif self._handed is not None:
+            if self._own == 1:
+                self._handed.copy_(self._first)
+            self._handed = None
 
     def second(
         self,
@@ -77,13 +85,11 @@ class Apart:
         mine = self._first
         if self._own == 1:
             mine = nothing() if compute is None else compute()
-        first, second = self._exchange.gather(mine, 0, [len(mine)] * 2).chunk(2)
-        if self._own == 1 and self._handed is not None:
-            self._handed.copy_(first)
-        self.begin()
+        self._first, second = self._exchange.gather(mine, 0, [len(mine)] * 2).chunk(2)
+        self._waits = False
         if pairs is None:
             return second
-        pairs.take(0, step, first)
+        pairs.take(0, step, self._first)
         if compute is None:
             return pairs.second(step, schedule)
         pairs.take(1, step, second)

@@ -194,7 +194,7 @@ def _rank(rank: int, size: int, port: int, folder: str, work: Callable[[], Any],
     torch.set_num_threads(1)
     if gpus:
         torch.cuda.set_device(rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
     torch.save(work(), Path(folder) / f"{rank}.pt")

@@ -76,7 +76,7 @@ def test_rows_are_shared_near_evenly():
 
 def test_what_cannot_be_split_is_named():
     with pytest.raises(ValueError, match="frames: 2 heads cannot be split over 3 ranks"):
-        Shards((1, 1, 1), 0, Alone()).around(torch.zeros(1, 4, 3, 2, 8), 3, lambda x: x)
+        Shards((1, 1, 1), 0, Alone()).around(torch.zeros(1, 4, 3, 2, 8), 3, 8, lambda x, _: x)
 
     class Joint(Mlp):
         sent = Weights.sent  # as of a family's own branch that says nothing of ranks
@@ -129,7 +129,7 @@ def test_symmetric_memory_is_read_into_place():
         assert rows.is_contiguous()
     # What lies elsewhere is copied first.
     for rank, rows in zip(ranks, found, strict=True):
-        rank.buffer("copied", rows.shape, rows.numel() // rows.shape[2] * 4, rows.dtype, cpu).copy_(rows)
+        rank.buffer("attended", rows.shape, rows.numel() // rows.shape[2] * 4, rows.dtype, cpu).copy_(rows)
     back = [rank(rows, 1, 2, frames, tokens) for rank, rows in zip(ranks, found, strict=True)]
     for rows, expected in zip(back, mine, strict=True):
         assert torch.equal(rows, expected)
