@@ -51,10 +51,12 @@ def _pair(problem: Problem) -> Callable[[], Tensor]:
     buffer = shards.buffer("qkv", qkv.shape, qkv)
     qkv = (qkv if buffer is None else buffer).view(batch, *rows, 3, heads, channels // heads)
 
-    def attend(x: Tensor) -> Tensor:
-        return x.new_empty(*x.shape[:3], channels) if temporal else x.new_empty(*x.shape[:2], *x.shape[3:])
+    split, width = (2, channels) if temporal else (3, channels // heads)
 
-    return lambda: shards.around(qkv, 2 if temporal else 3, attend)
+    def attend(x: Tensor, place: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:2], x.shape[split], width) if place is None else place
+
+    return lambda: shards.around(qkv, split, width, attend)
 
 
 def _seconds(pair: Callable[[], Tensor], device: torch.device) -> float:
