@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pab_kernels import PABConfig, accelerate, clock
 from pab_kernels.workloads import WORKLOADS, Inputs
 
-ROUNDS = 3
+ROUNDS = 2
 """Timed steps of each form, in turn; two more come before, the second of which captures."""
 
 

@@ -16,13 +16,17 @@ from pab_kernels.ops import backends as table
 def versions() -> dict[str, str]:
     """Versions of the packages that matter, and the compiled part's own account."""
     found = {"python": platform.python_version()}
-    for name in ("pab-kernels", "torch", "triton", "diffusers", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+    found |= {name: version(name) for name in ("pab-kernels", "torch", "triton", "diffusers", "transformers")}
     found["cuda kernels"] = "left out of this build" if table._C is None else _built(table._C.build_info())
     return found
+
+
+def version(package: str) -> str:
+    """Of a package; "not installed" also for this one where it runs from a folder of sources."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _built(info: dict[str, object]) -> str:

@@ -18,8 +18,8 @@ from torch import Tensor
 from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
 from pab_kernels.distributed.mesh import Mesh
-from pab_kernels.pipelines import latents, memory
-from pab_kernels.pipelines.arguments import seeds_of
+from pab_kernels.pipelines import latents, memory, samplers
+from pab_kernels.pipelines.arguments import check_steps, seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
@@ -71,7 +71,8 @@ class Request:
             raise ValueError("prompt must be given at least once")
         if len(self.seeds) not in (1, count):
             raise ValueError(f"seed must be given once or for each of {count} prompts, got {len(self.seeds)}")
-        _ = self.all_seeds  # that they are seeds shall be known before anything is loaded
+        check_steps(self.steps)  # here, so that what is wrong is known before anything is loaded
+        _ = self.all_seeds
 
     @property
     def all_seeds(self) -> list[int]:
@@ -179,8 +180,13 @@ def check_memory(
         decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
     if on_gpu:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
-        plan = (source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
-        run = memory.PlannedRun(*plan, mesh=mesh or Mesh())
+        size, family, on_host = request.size, source.family, cache_device == "cpu"
+        if family == "open_sora":
+            timesteps = samplers.rflow_timesteps(request.steps, size.height, size.width, size.latent[0])
+        else:
+            timesteps = samplers.family_timesteps(family, request.steps)
+        more: dict[str, Any] = {"timesteps": tuple(timesteps), "mesh": mesh or Mesh()}
+        run = memory.PlannedRun(family, size, config or PABConfig(), rows, dtype, on_host, **more)
         need, text = memory.estimate(run), text_encoder_bytes(source, dtype)
         weights, piece = decoder or (0, 0)
         beside = weights + max(0, piece - need.activations)

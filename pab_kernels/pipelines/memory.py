@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,11 @@ from pab_kernels.ops.backends import FP8_TOKENS, no_hopper
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
-from pab_kernels.runtime.plan import slot_keys, slot_places
+from pab_kernels.runtime.plan import slot_keys, slot_places, storage
 from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_shapes
 from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.runtime.workspace import TEXT_PADDING
+from pab_kernels.schedule import Schedule
 
 TEXT_LENGTHS = {
     "open_sora": 300,
@@ -65,7 +67,8 @@ class PlannedRun:
 
     `rows` is the batch that the transformer sees, 2 a prompt with guidance, and `forwards` how often a step calls it.
     `model` are config values that differ from the released model, and `transformers` how many there are, of which one
-    runs at a time. With `cache_on_host` slots lie in pinned host memory. Of a `mesh` it is the rank that has most.
+    runs at a time. With `cache_on_host` slots lie in pinned host memory. `timesteps` are the run's, as far as they are
+    known. Of a `mesh` it is the rank that has most.
     """
 
     family: str
@@ -77,6 +80,7 @@ class PlannedRun:
     forwards: int = 1
     transformers: int = 1
     model: dict[str, Any] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
     mesh: Mesh = field(default_factory=Mesh)
 
     @classmethod
@@ -160,8 +164,8 @@ class ModelShape:
 def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     """Memory of the executor's path, from shapes alone.
 
-    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB). MLP slots
-    are counted as if none shared its memory with another, which depends on the timesteps.
+    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB). Which MLP
+    slots share memory, and which have a second one, depends on the timesteps: without them each counts once.
 
     Parameters
     ----------
@@ -177,20 +181,29 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     model = ModelShape.of(run.family, **run.model) if model is None else model
     run = run.own
     item = run.dtype.itemsize
-    slots = slot_keys(model.stack, run.config)
+    slots = _slots(run, model)
     branches = [place.branch for place in slot_places(model.stack, run.config)]
     gated = sum(isinstance(branch.gate, int) and not branch.regate for branch in branches)
     gates = gated * run.rows * model.channels * item
-    on_device = min(STAGES, len(slots)) if run.cache_on_host else len(slots)
+    on_device = min(STAGES, slots) if run.cache_on_host else slots
     weights = model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes)
     return Memory(
         weights=run.transformers * weights,
         slots=run.forwards * (on_device * model.slot(run) + gates),
         text=run.forwards * _text(run, model),
         activations=run.forwards * _activations(run, model),
-        slot_count=run.forwards * len(slots),
-        host=run.forwards * len(slots) * model.slot(run) if run.cache_on_host else 0,
+        slot_count=run.forwards * slots,
+        host=run.forwards * slots * model.slot(run) if run.cache_on_host else 0,
     )
+
+
+def _slots(run: PlannedRun, model: ModelShape) -> int:
+    """How many there are for a forward."""
+    if not run.timesteps:
+        return len(slot_keys(model.stack, run.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a window that no timestep opens: said when the run begins
+        return len(set(storage(model.stack, Schedule(run.config, run.timesteps)).values()))
 
 
 def decoder_memory(

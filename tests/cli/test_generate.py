@@ -202,6 +202,7 @@ def test_generate_refuses_a_word_that_the_demo_does_not_know(demo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "open_sora", "--steps", "3000"], r"num_inference_steps must be in \[1, 1000\], got 3000"),
         (["--output", "v.avi"], "output: got 'v.avi'"),
         (["--model", "opensora"], "model: got 'opensora', must be demo"),
         (["--random-weights"], "random_weights: got it for 'demo'"),
