@@ -352,6 +352,7 @@ class VideoDecoder:
     def _run(self, name: str, z: Tensor) -> Tensor:
         """Planes of a piece [C, T, H, W]; small ones, which would wait for their launches, from a CUDA graph."""
         decoder = self._decoder(name)
+        decoder.compile()
         memory = MEMORY if self.memory is None else self.memory
         if 2 * decoder.nbytes(*z.shape[1:]) > memory:  # a graph keeps memory of its own
             return decoder(z)

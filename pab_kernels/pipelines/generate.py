@@ -149,6 +149,12 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
+def check_offload(family: str) -> None:
+    """Raise ValueError for a family whose text encoder stays where it is."""
+    if family in ("demo", "latte"):
+        raise ValueError(f"offload_text: got it for {family}, must be of Open-Sora or Open-Sora-Plan")
+
+
 def check_memory(
     source: Source,
     request: Request,
@@ -169,10 +175,10 @@ def check_memory(
     Raises
     ------
     ValueError
-        As `memory.check_fits` and `memory.decoder_memory`; or `offload_text` for the demo or Latte.
+        As `memory.check_fits`, `memory.decoder_memory` and `check_offload`.
     """
-    if offload_text and source.family in ("demo", "latte"):
-        raise ValueError(f"offload_text: got it for {source.family}, must be of Open-Sora or Open-Sora-Plan")
+    if offload_text:
+        check_offload(source.family)
     if request.size is None:
         return
     on_gpu, decoder = device.type == "cuda", None

@@ -129,9 +129,9 @@ def test_what_dies_again_and_again_is_given_up(prompts, demo, tmp_path, monkeypa
         (failed,) = (each for each in records if each["status"] == "failed")
         assert failed["error"].startswith("its worker died 2 times: ")
         monkeypatch.setattr(on_ray, "Worker", Hangs)
-        records = list(on_ray.on_ray(job, planned, workers=2, retries=0, timeout=20))
+        records = list(on_ray.on_ray(job, planned, workers=2, retries=0, timeout=60))
         assert {each["row"]: each["error"] for each in records} == {
-            1: None, 3: None, 2: "its worker died 1 times: TimeoutError: it was not done after 20 s"
+            1: None, 3: None, 2: "its worker died 1 times: TimeoutError: it was not done after 60 s"
         }  # fmt: skip
         monkeypatch.setattr(on_ray, "Worker", NeverLoads)
         with pytest.raises(ChildProcessError, match="2 workers died while they loaded the model"):
