@@ -1,10 +1,10 @@
 """Whole runs on a mesh of GPUs against one of them: `torchrun --nproc-per-node 2 -m bench.mesh --seconds 200 CASE...`
 
 A case is ``workload/contenders/meshes[/steps]``, such as ``open_sora-480p-2s/fp8+pab,bf16/g2,f2,f2:symmetric``: each
-contender runs on one GPU alone and then on each mesh (guidance, frames, what exchanges rows), twice, to see that both
-runs are bit for bit alike. ``shard`` in the place of a mesh runs the largest share of the frames on one GPU alone, and
-``pair:nccl`` times the exchange around one attention by itself. Prints a line of JSON a run; with ``--out`` also to a
-file.
+contender runs on one GPU alone (not where the meshes begin with ``-``) and then on each mesh (guidance, frames, what
+exchanges rows), twice, to see that both runs are bit for bit alike. ``shard`` in the place of a mesh runs the largest
+share of the frames on one GPU alone, and ``pair:nccl`` times the exchange around one attention by itself. Prints a line
+of JSON a run; with ``--out`` also to a file.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def run_case(text: str, device: torch.device, options: argparse.Namespace) -> No
         precision, *more = contender.split("+")
         used = dataclasses.replace(config if more else PABConfig(), **({} if options.tiny else PRECISIONS[precision]))
         alone = None
-        for mesh in ("alone", *meshes.split(",")):
+        forms = meshes.split(",")
+        for mesh in forms[1:] if forms[0] == "-" else ("alone", *forms):
             label = {"workload": workload.name, "contender": contender, "mesh": mesh, "ranks": dist.get_world_size()}
             if mesh.startswith("pair:"):
                 found = time_pair(problem, Mesh(1, dist.get_world_size(), mesh.removeprefix("pair:")))
