@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.pipelines import latents, memory, samplers
 from pab_kernels.pipelines.arguments import check_steps, seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
@@ -164,11 +165,12 @@ def check_memory(
     decode_memory: int | None = None,
     seamless: bool = False,
     offload_text: bool = False,
+    mesh: Mesh | None = None,
 ) -> None:
     """Refuse a run that will not fit in the GPU's free memory; on a CPU only a bound that no piece of a video fits.
 
     The decoder's weights lie there all the time, its pieces once the latents are made. With `offload_text` the text
-    encoder is there before the run is, and not beside it.
+    encoder is there before the run is, and not beside it. Of a `mesh` it is about the rank that has most.
 
     Raises
     ------
@@ -189,8 +191,8 @@ def check_memory(
             timesteps = samplers.rflow_timesteps(request.steps, size.height, size.width, size.latent[0])
         else:
             timesteps = samplers.family_timesteps(family, request.steps)
-        plan = config or PABConfig()
-        run = memory.PlannedRun(family, size, plan, rows, dtype, on_host, timesteps=tuple(timesteps))
+        more: dict[str, Any] = {"timesteps": tuple(timesteps), "mesh": mesh or Mesh()}
+        run = memory.PlannedRun(family, size, config or PABConfig(), rows, dtype, on_host, **more)
         need, text = memory.estimate(run), text_encoder_bytes(source, dtype)
         weights, piece = decoder or (0, 0)
         beside = weights + max(0, piece - need.activations)
@@ -208,6 +210,7 @@ def generate(
     given: tuple[Tensor, Tensor] | None = None,
     offload_text: bool = False,
     handle: PABHandle | None = None,
+    mesh: Mesh | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -228,6 +231,8 @@ def generate(
         The text encoder waits in host memory while the transformer runs.
     handle : PABHandle, optional
         The runtime of `config` and `cache_device` that is on the pipeline already; it stays, with its slots and graphs.
+    mesh : Mesh, optional
+        As for `accelerate`: every rank makes this call.
     """
     device = pipe.transformer.device
     on_gpu = device.type == "cuda"
@@ -238,7 +243,7 @@ def generate(
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with ExitStack() as stack:
         if handle is None and config is not None:
-            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device))
+            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device, mesh=mesh))
         frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:
