@@ -1,10 +1,10 @@
 """Whole runs on a mesh of GPUs against one of them: `torchrun --nproc-per-node 2 -m bench.mesh --seconds 200 CASE...`
 
-A case is ``workload/contenders/meshes[/steps]``, such as ``open_sora-480p-2s/fp8+pab,bf16/g2,f2,f2:symmetric``: each
-contender runs on one GPU alone and then on each mesh (guidance, frames, what exchanges rows), twice, to see that both
-runs are bit for bit alike. ``shard`` in the place of a mesh runs the largest share of the frames on one GPU alone, and
-``pair:nccl`` times the exchange around one attention by itself. Prints a line of JSON a run; with ``--out`` also to a
-file.
+A case is ``workload/contenders/meshes[/steps[xruns]]``, such as ``open_sora-480p-2s/fp8+pab,bf16/g2,f2:nccl/30x3``.
+Each contender runs on one GPU alone (not where the meshes begin with ``-``) and then on each mesh (guidance, frames,
+what exchanges rows), twice if not said otherwise, to see that the runs are bit for bit alike. ``shard`` in the place of
+a mesh runs the largest share of the frames on one GPU alone, and ``pair:nccl`` times the exchange around one attention
+by itself. Prints a line of JSON a run; with ``--out`` also to a file.
 """
 
 from __future__ import annotations
@@ -65,19 +65,21 @@ def run_case(text: str, device: torch.device, options: argparse.Namespace) -> No
     workload = WORKLOADS[name].tiny() if options.tiny else WORKLOADS[name]
     dtype = torch.float32 if options.tiny else torch.bfloat16
     config = PABConfig.preset(workload.family)
-    problem = Problem.make(workload, config, device, dtype, int(steps[0]) if steps else None)
+    number, _, runs = (steps or [""])[0].partition("x")
+    problem = Problem.make(workload, config, device, dtype, int(number) if number else None)
     for contender in contenders.split(","):
         precision, *more = contender.split("+")
         used = dataclasses.replace(config if more else PABConfig(), **({} if options.tiny else PRECISIONS[precision]))
         alone = None
-        for mesh in ("alone", *meshes.split(",")):
+        forms = meshes.split(",")
+        for mesh in forms[1:] if forms[0] == "-" else ("alone", *forms):
             label = {"workload": workload.name, "contender": contender, "mesh": mesh, "ranks": dist.get_world_size()}
             if mesh.startswith("pair:"):
                 found = time_pair(problem, Mesh(1, dist.get_world_size(), mesh.removeprefix("pair:")))
                 say(options.out, **label, **found)
                 continue
             shown = shard(problem) if mesh == "shard" else problem
-            found = run(shown, used, None if mesh in ("alone", "shard") else mesh_of(mesh))
+            found = run(shown, used, None if mesh in ("alone", "shard") else mesh_of(mesh), int(runs or 2))
             latents = found.pop("latents")
             if mesh == "alone":
                 alone = latents, found["seconds"]
@@ -103,8 +105,8 @@ def shard(problem: Problem) -> Problem:
     return dataclasses.replace(problem, workload=part, inputs=part.inputs(problem.device, problem.dtype))
 
 
-def run(problem: Problem, config: PABConfig, mesh: Mesh | None) -> dict[str, Any]:
-    """Seconds of two runs, of each variant's steps, and the latents."""
+def run(problem: Problem, config: PABConfig, mesh: Mesh | None, runs: int) -> dict[str, Any]:
+    """Seconds of the runs, of each variant's steps, and the latents."""
     gc.collect()
     if problem.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -118,20 +120,20 @@ def run(problem: Problem, config: PABConfig, mesh: Mesh | None) -> dict[str, Any
             handle.begin(problem.timesteps)
             denoise(problem.host, problem, 1 + max(first.values()))
         session = Session(problem.host, handle.begin, handle.report)
-        dist.barrier()
-        seconds, latents, steps = _timed_run(session, problem)
+        timed = []
+        for _ in range(runs):
+            dist.barrier()
+            timed.append(_timed_run(session, problem))
         report = handle.report()
-        dist.barrier()
-        again = (seconds, latents) if mesh is None else _timed_run(session, problem)
+        _, latents, steps = timed[0]
         every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, (seconds, steps, latents.double().sum().item()))
+        dist.all_gather_object(every, (steps, latents.double().sum().item()))
         return {
-            "seconds": min(seconds, again[0]),
-            "runs": [seconds, again[0]],
-            "repeats": torch.equal(latents, again[1]),
-            "ranks_agree": mesh is None or len({total for _, _, total in every}) == 1,
-            "jitter_ms": 1e3
-            * max(max(each) - min(each) for each in zip(*(steps for _, steps, _ in every), strict=True)),
+            "seconds": min(seconds for seconds, *_ in timed),
+            "runs": [seconds for seconds, *_ in timed],
+            "runs_differ": max(float((other - latents).abs().max()) for _, other, _ in timed),
+            "ranks_agree": mesh is None or len({total for _, total in every}) == 1,
+            "jitter_ms": 1e3 * max(max(each) - min(each) for each in zip(*(steps for steps, _ in every), strict=True)),
             "variants_ms": {name: [n, 1e3 * total / n] for name, (n, total) in report.seconds.items()},
             "exchanges": report.exchanges,
             "graphs": report.graphs,

@@ -72,7 +72,20 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "attention float32", lambda: attention_triton(*(make(1, 64, 2, 72, dtype=f32),) * 3, None, 0.1)
     qkv, weight, table = make(1, 16, 20, 3, 2, 72), make(72), make(16, 36, dtype=f32)
     out = make(1, 16, 20, 144)
-    yield "temporal_attention", lambda: temporal_attention_triton(qkv, weight, weight, table, table, 1e-6, 0.1, out)
+    yield (
+        "temporal_attention",
+        lambda: temporal_attention_triton(qkv, weight, weight, table, table, 1e-6, 0.1, None, out),
+    )
+    small, row_scale = make(1, 16, 20, 144, dtype=e4m3), make(1, 16, 20, dtype=f32)
+    yield (
+        "temporal_attention e4m3",
+        lambda: temporal_attention_triton(qkv, None, None, None, None, 1e-6, 0.1, row_scale, small),
+    )
+    spatial = make(1, 20, 2, 72)
+    yield (
+        "attention e4m3",
+        lambda: attention_triton(spatial, spatial, spatial, None, 0.1, out_scale=make(1, 20, dtype=f32)),
+    )
     flat, turns = make(1, 16, 3, 2, 72), make(16, 36, dtype=f32)
     for stride in (1, 36):
         yield (

@@ -13,7 +13,7 @@ from pab_kernels import ops
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
 from pab_kernels.blocks.sharded import Shards
 from pab_kernels.ops import fp8_linear as fp8_linear
-from pab_kernels.ops.quantized import Quantized
+from pab_kernels.ops.quantized import LIMITS, Quantized
 from pab_kernels.ops.query_key import across_heads
 
 Rope = tuple[Tensor, Tensor]
@@ -57,7 +57,7 @@ class Weights(Protocol):
     """What a branch runs: `SelfAttention`, `CrossAttention`, `Mlp`, or a frozen dataclass of a family's own.
 
     `layer` is what settings call the part that may run in fp8, and `fp8` names the linears of that part, those whose
-    input is written by a pass that sees whole rows, so that it knows their scales; () where none may.
+    input is written by a pass that knows a scale for its rows; () where none may.
     """
 
     layer: ClassVar[str]
@@ -95,7 +95,7 @@ class SelfAttention(Weights):
     """
 
     qkv: Linear | Fp8Linear  # [3C, C], rows ordered q, k, v, then heads
-    proj: Linear  # [C, C]
+    proj: Linear | Fp8Linear  # [C, C]; in fp8 only where qkv is, whose bounds then are of the values alone
     heads: int
     sequence: Literal["spatial", "temporal", "full"]
     q_norm: Tensor | None = None
@@ -106,7 +106,11 @@ class SelfAttention(Weights):
     precision: str | None = None
 
     layer: ClassVar[str] = "qkv"
-    fp8: ClassVar[tuple[str, ...]] = ("qkv",)
+    fp8: ClassVar[tuple[str, ...]] = ("qkv", "proj")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.proj, Fp8Linear) and not isinstance(self.qkv, Fp8Linear):
+            raise TypeError(f"proj: is Fp8Linear, must be Linear where qkv is {type(self.qkv).__name__}")
 
     @property
     def linears(self) -> tuple[Linear | Fp8Linear, ...]:
@@ -223,6 +227,8 @@ def self_attention(
     """
     batch, frames, tokens, channels = h.shape
     shards = None if weights.sequence == "spatial" else shards
+    # Of rows that other ranks hold nothing is known before attention.
+    scale = value_scales(h, weights) if isinstance(weights.proj, Fp8Linear) and shards is None else None
     place = None if shards is None else shards.buffer("qkv", (batch, frames, tokens, 3 * channels), out)
     qkv = linear(h, weights.qkv, place).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
     if weights.rotary and rope is None:
@@ -233,11 +239,12 @@ def self_attention(
     if weights.sequence == "temporal":
 
         def temporal(qkv: Tensor, place: Tensor | None) -> Tensor:
-            return ops.temporal_attention(qkv, out=place, **options)
+            return ops.temporal_attention(qkv, out_scale=scale, out=place, **options)
 
         y = temporal(qkv, None) if shards is None else shards.around(qkv, 2, channels, temporal)
-        return linear(y, weights.proj, out)
+        return _project(y, scale, weights.proj, out)
     qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
+    scale = None if scale is None else scale.view(qkv.shape[:2])
     options |= {"pair_stride": weights.pair_stride}
     if shards is not None and across_heads(qkv, q_norm, k_norm, rope):
         # Before heads part, and so on this rank's rows.
@@ -246,11 +253,41 @@ def self_attention(
         options = {}
 
     def attend(qkv: Tensor, place: Tensor | None) -> Tensor:
-        y = ops.self_attention(qkv, precision=weights.precision, **options)
+        y = ops.self_attention(qkv, precision=weights.precision, out_scale=scale, **options)
         return y.unflatten(-1, (-1, qkv.shape[-1]))
 
     y = attend(qkv, None) if shards is None else shards.around(qkv, 3, qkv.shape[-1], attend)
-    return linear(y.flatten(-2), weights.proj, out)
+    return _project(y.flatten(-2), scale, weights.proj, out)
+
+
+def _project(y: Tensor, scale: Tensor | None, weights: Linear | Fp8Linear, out: Tensor) -> Tensor:
+    """The projection of what attention gave, y [..., C]: in e4m3 where it has a `scale`."""
+    if scale is not None:
+        return linear(Quantized(y, scale), weights, out)
+    if isinstance(weights, Fp8Linear):
+        rows = y.flatten(0, -2)[None]
+        return linear(ops.residual_norm_modulate(rows, out=_e4m3(rows)), weights, out)
+    return linear(y, weights, out)
+
+
+def _e4m3(x: Tensor) -> Quantized:
+    """Room for rows like x."""
+    return Quantized.empty(tuple(x.shape), fp8_linear.E4M3, x.device)
+
+
+def value_scales(h: Rows, weights: SelfAttention) -> Tensor:
+    """For each row of what attention gives, a scale with which it fits in e4m3: float32 [B, T, S].
+
+    An output is a mean of values, and a value at most ``max|h| * weight_sum + bias_max`` with the largest row of h in
+    its sequence. All is known before attention but for a maximum over the row scales.
+    """
+    qkv = weights.qkv
+    if not isinstance(h, Quantized) or not isinstance(qkv, Fp8Linear):
+        raise TypeError(f"h: got {type(h).__name__}, must be Quantized for a projection in fp8")
+    along = {"spatial": (2,), "temporal": (1,), "full": (1, 2)}[weights.sequence]
+    largest = h.row_scale.amax(along, keepdim=True).expand_as(h.row_scale)
+    bias = torch.tensor(qkv.bias_max / LIMITS[fp8_linear.E4M3])
+    return torch.add(bias, largest, alpha=qkv.weight_sum, out=torch.empty_like(h.row_scale))
 
 
 def text_kv(

@@ -34,14 +34,14 @@ class Fp8Linear:
     Where there are some, the next linear's weight makes up for them."""
 
     @classmethod
-    def of(cls, linear: Linear, factors: Tensor | None = None) -> Fp8Linear:
-        """Quantise the weight. Waits for the GPU."""
+    def of(cls, linear: Linear, factors: Tensor | None = None, bounded: slice = slice(None)) -> Fp8Linear:
+        """Quantise the weight; `bounded` are the features that the bounds are of. Waits for the GPU."""
         weight = fp8_linear.quantize_weight(linear.weight)
         sums = weight.values.float().abs().sum(1) * weight.row_scale
         largest = linear.bias.float().abs()
         if factors is not None:
             sums, largest = sums * factors, largest * factors
-        return cls(weight, linear.bias, float(sums.max()), float(largest.max()), factors)
+        return cls(weight, linear.bias, float(sums[bounded].max()), float(largest[bounded].max()), factors)
 
 
 def balancing_factors(weight: Tensor) -> Tensor:

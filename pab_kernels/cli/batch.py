@@ -104,6 +104,8 @@ def batch(
         source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights, latents_only)
         outputs.check_output(Path(f"video.{video_format}"), source)
         family = source.family
+        if offload_text:
+            generation.check_offload(family)
         changes = {
             "cache_dtype": cache_dtype,
             "linear_precision": linear_precision,

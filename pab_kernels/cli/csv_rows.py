@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pab_kernels.files import append
-
-if TYPE_CHECKING:
-    import torch
 
 COLUMNS = ("date", "gpu", "commit", "op", "shape", "dtype", "backend", "ms", "figure", "unit")
 
@@ -46,22 +40,3 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
         writer.writeheader()
     writer.writerows(rows)
     append(path, text.getvalue())
-
-
-def commit() -> str:
-    """The commit that this package is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
-    if named := os.environ.get("PAB_COMMIT"):
-        return named
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's own name, or "CPU"."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

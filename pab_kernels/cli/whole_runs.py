@@ -13,7 +13,6 @@ from rich import box
 from rich.table import Table
 
 from pab_kernels.cli import options
-from pab_kernels.cli.csv_rows import commit, device_name
 from pab_kernels.config import PABConfig
 from pab_kernels.files import replaced
 
@@ -46,6 +45,7 @@ def whole_runs(
     from pab_kernels import figures
     from pab_kernels.measure import end_to_end as whole
     from pab_kernels.measure.contenders import CONTENDERS
+    from pab_kernels.measure.info import commit, device_name
     from pab_kernels.pipelines.generate import Request
 
     own = [name for name in names if name in ("runtime", "runtime+pab", "runtime-fp8", "runtime-fp8+pab")]

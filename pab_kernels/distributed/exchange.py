@@ -207,9 +207,24 @@ def _no_gpu(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "the tensors are not on a GPU"
 
 
+def _no_symmetric(device: torch.device) -> str | None:
+    """Every rank reads the memory of all others, and so must be a GPU that this one can reach."""
+    if device.type != "cuda":
+        return "the tensors are not on a GPU"
+    ranks, visible = dist.get_world_size(), torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) < ranks:
+        return "some ranks are on other machines"
+    if ranks > visible:
+        return f"{ranks} ranks are more than the {visible} GPUs that this one sees"
+    own = torch.cuda.current_device() if device.index is None else device.index
+    if all(other == own or torch.cuda.can_device_access_peer(own, other) for other in range(ranks)):
+        return None
+    return f"GPU {own} cannot read the memory of all others"
+
+
 BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[Exchange], Any]]] = {
+    "symmetric": (_no_symmetric, Symmetric),
     "nccl": (_no_gpu, AllToAll),
-    "symmetric": (_no_gpu, Symmetric),
     "gloo": (_no_gloo, AllToAll),
 }
 """Best first: why a backend cannot serve a device (None: it can), and what moves the rows."""

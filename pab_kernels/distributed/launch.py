@@ -74,7 +74,7 @@ def launch(function: Callable[..., Any], *args: Any, ranks: int, device: str = "
     args
     ranks : int
     device : {"cuda", "cpu"}
-        Exchanges go through NCCL, or gloo.
+        Exchanges of tensors on a GPU go through NCCL, all others through gloo.
     timeout : float
         Seconds that a rank waits for the others in an exchange before it fails.
 
@@ -226,10 +226,12 @@ def _join_group(rank: int, ranks: int, device: str, port: int, timeout: float) -
     if device == "cuda":
         own = torch.device("cuda", rank)
         torch.cuda.set_device(own)
+        # Multicast is not needed, and a fault in it takes the GPUs of a host down.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     dist.init_process_group(
-        "gloo" if own is None else "nccl",
+        "gloo" if own is None else "cpu:gloo,cuda:nccl",
         store=dist.TCPStore("127.0.0.1", port, ranks, is_master=False),
         rank=rank,
         world_size=ranks,

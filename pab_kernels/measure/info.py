@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -41,6 +42,23 @@ def gpu() -> str:
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
         f"CUDA {torch.version.cuda}"
     )
+
+
+def commit() -> str:
+    """The commit that this package is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
+    if named := os.environ.get("PAB_COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def cpu() -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.pipelines import latents, memory, samplers
 from pab_kernels.pipelines.arguments import check_steps, seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
@@ -148,6 +149,12 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
+def check_offload(family: str) -> None:
+    """Raise ValueError for a family whose text encoder stays where it is."""
+    if family in ("demo", "latte"):
+        raise ValueError(f"offload_text: got it for {family}, must be of Open-Sora or Open-Sora-Plan")
+
+
 def check_memory(
     source: Source,
     request: Request,
@@ -158,19 +165,20 @@ def check_memory(
     decode_memory: int | None = None,
     seamless: bool = False,
     offload_text: bool = False,
+    mesh: Mesh | None = None,
 ) -> None:
     """Refuse a run that will not fit in the GPU's free memory; on a CPU only a bound that no piece of a video fits.
 
     The decoder's weights lie there all the time, its pieces once the latents are made. With `offload_text` the text
-    encoder is there before the run is, and not beside it.
+    encoder is there before the run is, and not beside it. Of a `mesh` it is about the rank that has most.
 
     Raises
     ------
     ValueError
-        As `memory.check_fits` and `memory.decoder_memory`; or `offload_text` for the demo or Latte.
+        As `memory.check_fits`, `memory.decoder_memory` and `check_offload`.
     """
-    if offload_text and source.family in ("demo", "latte"):
-        raise ValueError(f"offload_text: got it for {source.family}, must be of Open-Sora or Open-Sora-Plan")
+    if offload_text:
+        check_offload(source.family)
     if request.size is None:
         return
     on_gpu, decoder = device.type == "cuda", None
@@ -183,8 +191,8 @@ def check_memory(
             timesteps = samplers.rflow_timesteps(request.steps, size.height, size.width, size.latent[0])
         else:
             timesteps = samplers.family_timesteps(family, request.steps)
-        plan = config or PABConfig()
-        run = memory.PlannedRun(family, size, plan, rows, dtype, on_host, timesteps=tuple(timesteps))
+        more: dict[str, Any] = {"timesteps": tuple(timesteps), "mesh": mesh or Mesh()}
+        run = memory.PlannedRun(family, size, config or PABConfig(), rows, dtype, on_host, **more)
         need, text = memory.estimate(run), text_encoder_bytes(source, dtype)
         weights, piece = decoder or (0, 0)
         beside = weights + max(0, piece - need.activations)
@@ -202,6 +210,7 @@ def generate(
     given: tuple[Tensor, Tensor] | None = None,
     offload_text: bool = False,
     handle: PABHandle | None = None,
+    mesh: Mesh | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -222,6 +231,8 @@ def generate(
         The text encoder waits in host memory while the transformer runs.
     handle : PABHandle, optional
         The runtime of `config` and `cache_device` that is on the pipeline already; it stays, with its slots and graphs.
+    mesh : Mesh, optional
+        As for `accelerate`: every rank makes this call.
     """
     device = pipe.transformer.device
     on_gpu = device.type == "cuda"
@@ -232,7 +243,7 @@ def generate(
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with ExitStack() as stack:
         if handle is None and config is not None:
-            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device))
+            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device, mesh=mesh))
         frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:

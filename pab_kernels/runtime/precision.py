@@ -1,8 +1,8 @@
 """Which of the blocks' linears run in fp8: those that are asked for, and, unless all are, those that are faster so.
 
-A branch's layer can: the linears that its weights name in `fp8`, whose input is written by a pass that sees whole rows.
-The projections after attention stay in the model's dtype. A program of the attention kernels sees one head of a token,
-so the scale of its whole row is known to none of them, and a pass of its own would cost more than their GEMM gains.
+A branch's layer can: the linears that its weights name in `fp8`, whose input is written by a pass that sees whole rows
+and so their scales, or by a kernel that is given a scale: what attention gives is a mean of values, and GELU's output
+is at most its input, so bounds are known beforehand.
 """
 
 from __future__ import annotations
@@ -179,18 +179,30 @@ def fits_fp8(weights: Weights) -> bool:
 def quantize_layer(weights: Weights) -> Weights:
     """The weights with a layer's linears in fp8.
 
-    Features of an MLP that may be much larger than its others are made smaller by a power of two, and the weights that
-    read them larger.
+    Features between two of them that may be much larger than the others, an MLP's or values of attention, are made
+    smaller by a power of two, and the weights that read them larger.
     """
     if isinstance(weights, Mlp) and isinstance(weights.up, Linear) and isinstance(weights.down, Linear):
-        factors, down = balancing_factors(weights.up.weight), weights.down
-        reads = Linear(down.weight / factors.to(down.weight.dtype), down.bias)
-        return replaced(weights, {"up": Fp8Linear.of(weights.up, factors), "down": Fp8Linear.of(reads)})
+        factors = balancing_factors(weights.up.weight)
+        return replaced(weights, {"up": Fp8Linear.of(weights.up, factors), "down": _undo(weights.down, factors)})
+    if isinstance(weights, SelfAttention) and isinstance(weights.qkv, Linear) and isinstance(weights.proj, Linear):
+        values = slice(weights.qkv.weight.shape[0] * 2 // 3, None)
+        factors = balancing_factors(weights.qkv.weight[values])
+        weight, bias = weights.qkv.weight.clone(), weights.qkv.bias.clone()
+        weight[values] *= factors[:, None].to(weight.dtype)
+        bias[values] *= factors.to(bias.dtype)
+        qkv = Fp8Linear.of(Linear(weight, bias), bounded=values)
+        return replaced(weights, {"qkv": qkv, "proj": _undo(weights.proj, factors)})
     parts: dict[str, Any] = {
         name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
         for name, part in layer_linears(weights).items()
     }
     return replaced(weights, parts)
+
+
+def _undo(linear: Linear, factors: Tensor) -> Fp8Linear:
+    """A linear in fp8 that reads features times `factors`."""
+    return Fp8Linear.of(Linear(linear.weight / factors.to(linear.weight.dtype), linear.bias))
 
 
 def bit_sums(weights: Weights) -> Tensor:
@@ -280,6 +292,9 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
     if isinstance(first, Fp8Linear):
         written = Quantized.empty(tuple(x.shape), E4M3, x.device)
 
+    # After attention: what it gives is another such tensor.
+    others = [(part, _rows_for(part, x), torch.empty_like(x)) for part in list(layer_linears(weights).values())[1:]]
+
     def run() -> None:
         # Without a norm the input is x itself, or a copy of it in e4m3.
         h: Rows = ops.residual_norm_modulate(x, [other], [vector], modulation, modulation, norm=norm, out=written)
@@ -287,8 +302,18 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
             mlp(h, weights, other)
         else:
             linear(h, first, wide)
+            for part, read, out in others:
+                linear(read, part, out)
 
     return run
+
+
+def _rows_for(part: Linear | Fp8Linear, x: Tensor) -> Rows:
+    """Random rows like x that `part` reads."""
+    rows = torch.randn_like(x)
+    if isinstance(part, Linear):
+        return rows
+    return ops.residual_norm_modulate(rows, out=Quantized.empty(tuple(x.shape), E4M3, x.device))
 
 
 def _median_ms(run: Callable[[], object], calls: int = 20, replays: int = 20) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from pab_kernels.distributed.exchange import Exchange
 from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.models.adapter import Call
 from pab_kernels.runtime.forecast import whole_run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ class Share:
         share = cls(call.layout, call.layout, halves)
         if ranks is None:
             return share
-        if split and ranks.mesh.guidance > 1 and call.layout.batch % 2 == 0:
-            share = share._half(ranks)
+        if split and ranks.mesh.guidance > 1:
+            if call.layout.batch % 2 == 0:
+                share = share._half(ranks)
+            else:
+                log.info("a batch of %d has no two halves: the ranks of both do the same", call.layout.batch)
         return share._frames(call, stack, ranks) if ranks.mesh.frames > 1 else share
 
     def _half(self, ranks: Ranks) -> Share:

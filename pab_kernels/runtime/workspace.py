@@ -141,7 +141,8 @@ class Workspace:
 
     def exchanges(self, variant: StepVariant) -> tuple[int, int]:
         """How often a step exchanges rows with other ranks, and the bytes that it sends; see `Executor`."""
-        return self._executor.exchanges(variant)
+        idle = variant.guidance and self._share.idle
+        return (0, 0) if idle else self._executor.exchanges(variant)
 
     @property
     def eager(self) -> str | None:

@@ -102,7 +102,9 @@ def model(family: str) -> Model:
             each[:, 0] = 0  # a given frame
             return each.flatten(1)
 
-        return Model(tiny_wan(), latents, texts, tokens if family == "wan tokens" else rows)
+        if family == "wan":
+            return Model(tiny_wan(), latents, texts, rows)
+        return Model(tiny_wan(num_attention_heads=3), latents, texts, tokens)  # two heads on one rank, one on the other
     text, size = random(2, 6, TEXT), {"num_frames": 3, "height": 3, "width": 5}
     arguments = {"encoder_hidden_states": text, "encoder_attention_mask": None, "return_dict": False, **size}
     return Model(tiny_ltx(), random(1, 45, 8), [arguments], rows)

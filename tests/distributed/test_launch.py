@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pab_kernels.distributed.launch import RankError, launch
 from tests.distributed import rank_functions
@@ -44,6 +45,15 @@ def test_the_rank_that_fails_first_is_named_and_ends_the_others(how, where, mess
 def test_who_waits_in_vain_gives_up():
     with pytest.raises(RankError, match=r"^rank 0: "):
         launch(rank_functions.come_late, ranks=2, device="cpu", timeout=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_rank_that_hangs_in_an_exchange_of_gpus_is_ended():
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"^rank 1: was killed by SIGKILL$"):
+        launch(rank_functions.fail, "kill", 1, ranks=2)
+    assert time.monotonic() - start < 60
 
 
 def _is_there(pid: int) -> bool:
