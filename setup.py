@@ -31,6 +31,7 @@ PACKAGES = [
     "pab_kernels.blocks",
     "pab_kernels.cli",
     "pab_kernels.demo",
+    "pab_kernels.distributed",
     "pab_kernels.measure",
     "pab_kernels.models",
     "pab_kernels.models.hosts",

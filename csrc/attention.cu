@@ -48,6 +48,7 @@ void check_arguments(const AttentionParams& p, const std::string& dtype) {
     check_aligned("key_scales", p.key_scales);
     check_aligned("cos", p.cos);
     check_aligned("sin", p.sin);
+    check(p.out_scale == nullptr || dtype == "bfloat16", "out_scale", "given for " + dtype + ", must be for bfloat16");
     check(p.out != nullptr, "out", "got a null pointer");
     check_aligned("out", p.out);
     check_operand("q", p.q, p.batch, p.queries, p.heads);
@@ -86,6 +87,7 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
     args.k_tail = tensor_map<Elem>(p.k, p, p.keys, P::half, P::tail);
     args.v = tensor_map<Elem>(p.v, p, p.keys, P::half, P::value_width);
     args.out = p.out;
+    args.out_scale = p.out_scale;
     args.kv_len = p.kv_len;
     args.queries = p.queries;
     args.keys = p.keys;
@@ -118,14 +120,23 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
 
 // Of the plans that were timed, the best. At head_dim 72 two boxes of v in 64 columns, the second mostly padding, came
 // faster than three in 32, and three consumers than two with overlap; at 96 and 128 it is the other way round.
-template <typename Elem, bool kNorm>
+template <typename Elem, bool kNorm, bool kE4m3>
 void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
     if (p.head_dim == 72) {
-        launch<Plan<Elem, 72, 3, 64, false, kNorm>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 72, 3, 64, false, kNorm, kE4m3>>(p, multiprocessors, stream);
     } else if (p.head_dim == 96) {
-        launch<Plan<Elem, 96, 2, 32, true, kNorm>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 96, 2, 32, true, kNorm, kE4m3>>(p, multiprocessors, stream);
     } else {
-        launch<Plan<Elem, 128, 2, 64, true, kNorm>>(p, multiprocessors, stream);
+        launch<Plan<Elem, 128, 2, 64, true, kNorm, kE4m3>>(p, multiprocessors, stream);
+    }
+}
+
+template <typename Elem, bool kE4m3>
+void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
+    if (p.q_weight != nullptr) {
+        launch_best<Elem, true, kE4m3>(p, multiprocessors, stream);
+    } else {
+        launch_best<Elem, false, kE4m3>(p, multiprocessors, stream);
     }
 }
 
@@ -135,8 +146,9 @@ void attention(const AttentionParams& params, const std::string& dtype, int devi
     check_arguments(params, dtype);
     const DeviceGuard guard(device);
     const int multiprocessors = hopper_multiprocessors(device);
-    const bool norm = params.q_weight != nullptr;
-    const auto run = dtype == "bfloat16" ? (norm ? launch_best<__nv_bfloat16, true> : launch_best<__nv_bfloat16, false>)
-                                         : (norm ? launch_best<__half, true> : launch_best<__half, false>);
+    const bool e4m3 = params.out_scale != nullptr;
+    const auto run = dtype == "float16" ? launch_best<__half, false>
+                     : e4m3             ? launch_best<__nv_bfloat16, true>
+                                        : launch_best<__nv_bfloat16, false>;
     run(params, multiprocessors, static_cast<cudaStream_t>(stream));
 }

@@ -24,6 +24,8 @@ struct AttentionParams {
     const float *cos, *sin;  // [queries, head_dim / 2], rotary embedding of the queries; or nullptr
     int pair_stride;         // distance of its pairs
     void* out;               // [B, queries, H * D], contiguous
+    // [B, queries], one value for all of b: then `out` is in e4m3, times that. Or nullptr: `out` in the dtype of q.
+    const float* out_scale;
 };
 
 // Throws std::invalid_argument that names the argument, or std::runtime_error when the launch fails.

@@ -11,12 +11,13 @@
 constexpr int again_words = 32;
 
 // What the kernel is compiled for. `overlapped`: a warpgroup's softmax runs beside its own products too. `norm`:
-// RMSNorm of queries and keys, these by a factor for each, which the scores are multiplied by.
-template <typename Elem_, int D_, int kConsumers, int kValueWidth, bool kOverlapped, bool kNorm>
+// RMSNorm of queries and keys, these by a factor for each, which the scores are multiplied by. `e4m3`: the result is,
+// by a scale for each of the batch.
+template <typename Elem_, int D_, int kConsumers, int kValueWidth, bool kOverlapped, bool kNorm, bool kE4m3>
 struct Plan {
     using Elem = Elem_;
     static constexpr int D = D_, keys = 128, stages = 2, consumers = kConsumers;
-    static constexpr bool overlapped = kOverlapped, norm = kNorm;
+    static constexpr bool overlapped = kOverlapped, norm = kNorm, e4m3 = kE4m3;
     // The first step's offset of the softmax for all; bfloat16 has the range of float32.
     static constexpr bool fixed_offset = std::is_same_v<Elem, __nv_bfloat16>;
 
@@ -51,6 +52,7 @@ struct Plan {
 struct AttentionArgs {
     CUtensorMap q, q_tail, k, k_tail, v;  // [batch, token, head, column]; a box of one head
     void* out;                            // [B, Lq, H * D]
+    const float* out_scale;               // [B, Lq], alike for all of b: what e4m3 in `out` is times; or nullptr
     const int* kv_len;                    // [B], or nullptr
     const void *q_weight, *k_weight;      // [D], of the RMSNorm
     CUtensorMap key_scales;               // [B, 1, H, Lk], 1 / rms of each key

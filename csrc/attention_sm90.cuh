@@ -36,6 +36,7 @@
 // exist, it is computed at half its width, but for the overlapped.
 #pragma once
 
+#include "attention_output.cuh"
 #include "attention_plan.cuh"
 #include "attention_producer.cuh"
 #include "attention_queries.cuh"
@@ -56,7 +57,7 @@ struct Consumer {
     Cursor<P::stages> cursor{};
     uint32_t q_phase = 0;
     Tile done{};                   // whose result is not stored yet; row is beyond the last query where there is none
-    uint32_t result[2][P::D / 8];  // of rows g and g + 8, laid out as sums
+    uint32_t result[2][P::D / 8];  // of rows g and g + 8, packed
 
     // All lanes must have seen what they waited for, or a late one could miss that phase.
     __device__ __forceinline__ void release(uint32_t barrier) const {
@@ -236,18 +237,20 @@ struct Consumer {
 
     __device__ __forceinline__ void finish(const Tile& tile, const Sums& sums, const Softmax& softmax) {
         done = tile;
+        float scale = 1.f;
+        if constexpr (P::e4m3) scale = args.out_scale[static_cast<int64_t>(tile.batch) * args.queries];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float norm = quad_sum(softmax.norm[r][0] + softmax.norm[r][1]);
+            const float norm = quad_sum(softmax.norm[r][0] + softmax.norm[r][1]) * scale;
             const float inverse = norm > 0.f ? __fdividef(1.f, norm) : 0.f;  // without keys, zeros
-#pragma unroll
-            for (int i = 0; i < P::D / 8; ++i) {
-                result[r][i] = pack<Elem>(sums[4 * i + 2 * r] * inverse, sums[4 * i + 2 * r + 1] * inverse);
+            if constexpr (P::e4m3) {
+                pack_row_e4m3<P::D>(result[r], sums, r, inverse);
+            } else {
+                pack_row<Elem, P::D>(result[r], sums, r, inverse);
             }
         }
     }
 
-    // 16 bytes a lane, of head_dim 72 all but the last 8 columns: a sixth of the store instructions.
     __device__ __forceinline__ void store() {
         const int c = threadIdx.x % 4;
 #pragma unroll
@@ -255,16 +258,12 @@ struct Consumer {
             const int row = first_row(done) + 8 * r;
             const bool inside = row < args.queries;
             const int64_t token = static_cast<int64_t>(done.batch) * args.queries + row;
-            Elem* target = static_cast<Elem*>(args.out) + (token * args.heads + done.head) * P::D;
-            uint32_t(&w)[P::D / 8] = result[r];
-#pragma unroll
-            for (int i = 0; i + 4 <= P::D / 8; i += 4) {
-                transpose_quad(w[i], w[i + 1], w[i + 2], w[i + 3]);
-                if (inside) {
-                    *reinterpret_cast<uint4*>(target + 8 * (i + c)) = make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]);
-                }
+            const int64_t at = (token * args.heads + done.head) * P::D;
+            if constexpr (P::e4m3) {
+                store_packed_e4m3<P::D>(static_cast<uint8_t*>(args.out) + at, result[r], inside, c);
+            } else {
+                store_packed<Elem, P::D>(static_cast<Elem*>(args.out) + at, result[r], inside, c);
             }
-            if (P::D % 32 != 0 && inside) *reinterpret_cast<uint32_t*>(target + P::D - 8 + 2 * c) = w[P::D / 8 - 1];
         }
         done.row = args.queries;
     }

@@ -30,7 +30,7 @@ int size(int64_t value) {
 void bind_temporal_attention(uintptr_t qkv, const std::array<int64_t, 5>& qkv_strides,
                              const std::array<int64_t, 6>& shape, const std::string& dtype, uintptr_t q_weight,
                              uintptr_t k_weight, uintptr_t cos, uintptr_t sin, float eps, float softmax_scale,
-                             uintptr_t out, int device, uintptr_t stream) {
+                             uintptr_t out, int device, uintptr_t stream, uintptr_t out_scale) {
     if (shape[3] != 3) {
         throw std::invalid_argument("shape: dimension 3 is " + std::to_string(shape[3]) + ", must be 3 (q, k, v)");
     }
@@ -53,6 +53,7 @@ void bind_temporal_attention(uintptr_t qkv, const std::array<int64_t, 5>& qkv_st
     params.eps = eps;
     params.softmax_scale = softmax_scale;
     params.out = pointer<void>(out);
+    params.out_scale = pointer<const float>(out_scale);
     temporal_attention(params, dtype, device, pointer<void>(stream));
 }
 
@@ -65,7 +66,7 @@ void bind_attention(uintptr_t q, const std::array<int64_t, 3>& q_strides, uintpt
                     const std::array<int64_t, 5>& shape, const std::string& dtype, uintptr_t kv_len,
                     float softmax_scale, uintptr_t q_weight, uintptr_t k_weight, uintptr_t key_scales,
                     int key_scales_pitch, float eps, uintptr_t cos, uintptr_t sin, int pair_stride, uintptr_t out,
-                    int device, uintptr_t stream) {
+                    int device, uintptr_t stream, uintptr_t out_scale) {
     AttentionParams params{};
     params.q = operand(q, q_strides);
     params.k = operand(k, k_strides);
@@ -86,6 +87,7 @@ void bind_attention(uintptr_t q, const std::array<int64_t, 3>& q_strides, uintpt
     params.sin = pointer<const float>(sin);
     params.pair_stride = pair_stride;
     params.out = pointer<void>(out);
+    params.out_scale = pointer<const float>(out_scale);
     attention(params, dtype, device, pointer<void>(stream));
 }
 
@@ -131,16 +133,19 @@ PYBIND11_MODULE(_C, m) {
     m.def("temporal_attention", &bind_temporal_attention, py::kw_only(), py::arg("qkv"), py::arg("qkv_strides"),
           py::arg("shape"), py::arg("dtype"), py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
           py::arg("eps"), py::arg("softmax_scale"), py::arg("out"), py::arg("device"), py::arg("stream"),
-          "Self-attention along T on qkv [B, T, S, 3, H, D]: strides in elements, addresses in bytes, 0 for none.\n\n"
+          py::arg("out_scale") = 0,
+          "Self-attention along T on qkv [B, T, S, 3, H, D]: strides in elements, addresses in bytes, 0 for none. With "
+          "out_scale [B, T, S], alike for all of T, out is e4m3 times that.\n\n"
           "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def("attention", &bind_attention, py::kw_only(), py::arg("q"), py::arg("q_strides"), py::arg("k"),
           py::arg("k_strides"), py::arg("v"), py::arg("v_strides"), py::arg("shape"), py::arg("dtype"),
           py::arg("kv_len"), py::arg("softmax_scale"), py::arg("q_weight"), py::arg("k_weight"), py::arg("key_scales"),
           py::arg("key_scales_pitch"), py::arg("eps"), py::arg("cos"), py::arg("sin"), py::arg("pair_stride"),
-          py::arg("out"), py::arg("device"), py::arg("stream"),
+          py::arg("out"), py::arg("device"), py::arg("stream"), py::arg("out_scale") = 0,
           "Attention on Hopper, q [B, Lq, H, D] on k and v [B, Lk, H, D]: strides of B, L, H in elements, shape "
           "(B, Lq, Lk, H, D), addresses in bytes, 0 for none. RMSNorm takes weights [D] and key_scales "
-          "[B, H, pitch], 1 / rms of each key; rotary embedding (cos and sin [Lq, D / 2]) is of the queries alone.\n\n"
+          "[B, H, pitch], 1 / rms of each key; rotary embedding (cos and sin [Lq, D / 2]) is of the queries alone. "
+          "With out_scale [B, Lq], alike for all of Lq, out is e4m3 times that.\n\n"
           "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def(
         "fp8_attention", &bind_fp8_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),

@@ -146,3 +146,33 @@ __device__ __forceinline__ void store_row(Elem* row, const float (&out)[Columns<
         *reinterpret_cast<uint32_t*>(row + D - 8 + 2 * c) = pack<Elem>(x[0] * inverse, x[1] * inverse);
     }
 }
+
+// The same in e4m3, 8 bytes a lane and store.
+template <int D>
+__device__ __forceinline__ void store_row_e4m3(uint8_t* row, const float (&out)[Columns<D>::tiles][4], int r,
+                                               float inverse, int c) {
+    using Cols = Columns<D>;
+    // Columns 2c + e of four tiles, of which two follow `first` and two `second`.
+    const auto four = [&](int first, int second, int e, int f) {
+        return pack_e4m3(out[first][2 * r + e] * inverse, out[first + 1][2 * r + e] * inverse,
+                         out[second][2 * r + f] * inverse, out[second + 1][2 * r + f] * inverse);
+    };
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int j = 0; j < 8 * Cols::wide; j += 8) {
+            *reinterpret_cast<uint2*>(row + 8 * j + 32 * e + 8 * c) =
+                make_uint2(four(j, j + 2, e, e), four(j + 4, j + 6, e, e));
+        }
+    }
+    if constexpr (Cols::half) {
+        constexpr int tile = 8 * Cols::wide;
+        *reinterpret_cast<uint2*>(row + 64 * Cols::wide + 8 * c) =
+            make_uint2(four(tile, tile + 2, 0, 0), four(tile, tile + 2, 1, 1));
+    }
+    if constexpr (Cols::tail) {
+        const float* x = out[Cols::tiles - 1] + 2 * r;
+        *reinterpret_cast<uint16_t*>(row + D - 8 + 2 * c) =
+            static_cast<uint16_t>(pack_e4m3(x[0] * inverse, x[1] * inverse, 0.f, 0.f));
+    }
+}

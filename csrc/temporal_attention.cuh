@@ -212,12 +212,19 @@ __global__ void __launch_bounds__(32 * (kOneTile ? kWarps : kMaxFrames / kTile),
         }
     }
 
+    const bool e4m3 = p.out_scale != nullptr;
+    const float scale = e4m3 ? p.out_scale[blockIdx.y * static_cast<int64_t>(p.frames) * p.tokens + token] : 1.f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float inverse = __fdividef(1.f, quad_sum(state.sum[r]));  // the sum is between 1 and T
+        const float inverse = __fdividef(1.f, quad_sum(state.sum[r]) * scale);  // the sum is between 1 and T
         if (first + g + 8 * r < p.frames && index == sequence) {
             const int64_t row = (blockIdx.y * static_cast<int64_t>(p.frames) + t[r]) * p.tokens + token;
-            store_row<Elem, D>(static_cast<Elem*>(p.out) + (row * p.heads + head) * D, state.out, r, inverse, c);
+            const int64_t at = (row * p.heads + head) * D;
+            if (e4m3) {
+                store_row_e4m3<D>(static_cast<uint8_t*>(p.out) + at, state.out, r, inverse, c);
+            } else {
+                store_row<Elem, D>(static_cast<Elem*>(p.out) + at, state.out, r, inverse, c);
+            }
         }
     }
 }

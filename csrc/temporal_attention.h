@@ -16,6 +16,8 @@ struct TemporalAttentionParams {
     float eps;
     float softmax_scale;
     void* out;  // [B, T, S, H * D], contiguous
+    // [B, T, S], alike for all frames of (b, s): then `out` is in e4m3, times that. Or nullptr: in the dtype of qkv.
+    const float* out_scale;
 };
 
 // Throws std::invalid_argument that names the argument, or std::runtime_error when the launch fails.

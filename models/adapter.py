@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +31,10 @@ class Call:
     long as they are the same, so is the text. `layout` is that of the residual stream, `latent_size` (H, W) that of
     the latents. Without `temporal` the blocks along time are left out. `options` are the adapter's own. `table_key` is
     all that `Adapter.tables` depends on besides weights. `doubts` are bools on the GPU: what was taken for granted
-    about the arguments, without waiting, is wrong where one is True.
+    about the arguments, without waiting, is wrong where one is True. `split` names the tensors that have a part for
+    each latent frame, and the dimension along which those lie: ranks of a mesh take some frames each. Where
+    `split_frames` is False the parts are tokens of a T of 1, all of which see each other. Nothing in it: ranks cannot
+    share the call.
     """
 
     tensors: dict[str, Tensor]
@@ -45,6 +48,8 @@ class Call:
     options: tuple[Any, ...] = ()
     table_key: tuple[Any, ...] = ()
     doubts: tuple[Tensor, ...] = ()
+    split: Mapping[str, int] = field(default_factory=dict)
+    split_frames: bool = True
 
 
 class Adapter(Protocol):
@@ -86,6 +91,19 @@ class Adapter(Protocol):
 
     def project_out(self, h: Tensor, call: Call) -> Tensor:
         """The prediction [B, C_out, T, H, W], from the normalised and modulated stream [B, T, S, C]."""
+
+    def nothing(self, call: Call) -> Tensor:
+        """NaN in the shape of the prediction."""
+        stream = torch.full(call.layout.shape, torch.nan, dtype=self.stack.dtype, device=self.stack.device)
+        return self.project_out(stream, call)
+
+    def check_like_weights(self, latents: Tensor) -> None:
+        """Raise ValueError for another dtype or device than the blocks have."""
+        if latents.dtype != self.stack.dtype or latents.device != self.stack.device:
+            raise ValueError(
+                f"hidden_states: is {latents.dtype} on {latents.device}, "
+                f"must be {self.stack.dtype} on {self.stack.device} as the transformer's blocks"
+            )
 
     def wrap(self, sample: Tensor, call: Call) -> Any:
         """What the host's forward returns."""

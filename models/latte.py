@@ -87,6 +87,7 @@ class LatteAdapter(AdaLNSingleAdapter):
             options=(given["return_dict"],),
             table_key=(height // patch, width // patch),
             doubts=self._seen.doubts(),
+            split={"latents": 2},
         )
 
     def tables(self, call: Call) -> dict[str, Tensor]:

@@ -108,6 +108,8 @@ class LTXAdapter(AcrossHeadsAdapter):
             options=(given["return_dict"],),
             table_key=place,
             doubts=self._seen.doubts(),
+            split={"latents": 1, MODULATION_INDEX: 1},
+            split_frames=False,
         )
 
     def _timesteps(self, timestep: Tensor, shape: tuple[int, int, int, int]) -> tuple[dict[str, Tensor], Layout]:

@@ -167,6 +167,7 @@ class OpenSoraAdapter(Adapter):
             options=(x.shape[2],),
             table_key=(t, h, w, (height * width) ** 0.5),
             doubts=self._seen.doubts(),
+            split={"latents": 2, "x_mask": 1},
         )
 
     def _first(self, name: str, tensor: Tensor) -> float:

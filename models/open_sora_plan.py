@@ -152,6 +152,7 @@ class OpenSoraPlanV120Adapter(AdaLNSingleAdapter):
             options=(given["return_dict"],),
             table_key=(frames, height // patch, width // patch),
             doubts=self._seen.doubts(),
+            split={"latents": 2},
         )
 
     def tables(self, call: Call) -> dict[str, Tensor]:

@@ -132,6 +132,7 @@ class WanAdapter(AcrossHeadsAdapter):
             image=image,
             options=(given["return_dict"],),
             table_key=(frames, height, width),
+            split={"latents": 2, MODULATION_INDEX: 1},
         )
 
     def _image(self, image: Tensor | None, text: Tensor) -> Tensor | None:

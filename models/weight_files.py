@@ -133,7 +133,7 @@ def read_all(
     return state
 
 
-def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]) -> str:
+def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry | Tensor]) -> str:
     """One line for each kind of difference between names and shapes; empty where there is none."""
     shapes = (
         f"{key} is {list(found[key].shape)}, must be {list(shape)}"

@@ -18,6 +18,7 @@ def temporal_attention(
     out: int,
     device: int,
     stream: int,
+    out_scale: int = 0,
 ) -> None: ...
 def attention(
     *,
@@ -42,6 +43,7 @@ def attention(
     out: int,
     device: int,
     stream: int,
+    out_scale: int = 0,
 ) -> None: ...
 def fp8_attention(
     *,

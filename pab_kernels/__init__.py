@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pab_kernels.blocks.fused import Slot, fused_pab_attention
     from pab_kernels.blocks.linears import Fp8Linear, Linear
     from pab_kernels.config import PABConfig
+    from pab_kernels.distributed.mesh import Mesh
     from pab_kernels.runtime.accelerate import accelerate
     from pab_kernels.runtime.handle import PABHandle
     from pab_kernels.runtime.pair import PABHandles
@@ -21,6 +22,7 @@ _HOMES = {
     "blocks.fused": ("Slot", "fused_pab_attention"),
     "blocks.linears": ("Fp8Linear", "Linear"),
     "config": ("PABConfig",),
+    "distributed.mesh": ("Mesh",),
     "runtime.report": ("Report",),
     "runtime.accelerate": ("accelerate",),
     "runtime.handle": ("PABHandle",),
@@ -32,6 +34,7 @@ __all__ = [
     "CrossAttention",
     "Fp8Linear",
     "Linear",
+    "Mesh",
     "Mlp",
     "PABConfig",
     "PABHandle",

@@ -72,7 +72,20 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "attention float32", lambda: attention_triton(*(make(1, 64, 2, 72, dtype=f32),) * 3, None, 0.1)
     qkv, weight, table = make(1, 16, 20, 3, 2, 72), make(72), make(16, 36, dtype=f32)
     out = make(1, 16, 20, 144)
-    yield "temporal_attention", lambda: temporal_attention_triton(qkv, weight, weight, table, table, 1e-6, 0.1, out)
+    yield (
+        "temporal_attention",
+        lambda: temporal_attention_triton(qkv, weight, weight, table, table, 1e-6, 0.1, None, out),
+    )
+    small, row_scale = make(1, 16, 20, 144, dtype=e4m3), make(1, 16, 20, dtype=f32)
+    yield (
+        "temporal_attention e4m3",
+        lambda: temporal_attention_triton(qkv, None, None, None, None, 1e-6, 0.1, row_scale, small),
+    )
+    spatial = make(1, 20, 2, 72)
+    yield (
+        "attention e4m3",
+        lambda: attention_triton(spatial, spatial, spatial, None, 0.1, out_scale=make(1, 20, dtype=f32)),
+    )
     flat, turns = make(1, 16, 3, 2, 72), make(16, 36, dtype=f32)
     for stride in (1, 36):
         yield (
@@ -100,7 +113,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     q, k, v = make(1, 200, 3, 2, 72).unbind(2)
     results = (q8, k8, v8, q_scale, k_scale, v_scale)
     yield "quantize_qkv", lambda: quantize_qkv_triton(q, k, v, make(1, 2, 72, dtype=f32), results)
-    yield "gelu_quantize", lambda: gelu_quantize_triton(make(8, 4608), make(8, 4608, dtype=e4m3), make(8, dtype=f32))
+    hidden = make(8, 4608)
+    small_hidden, hidden_scale, factors = make(8, 4608, dtype=e4m3), make(8, dtype=f32), make(4608, dtype=f32)
+    yield "gelu_quantize", lambda: gelu_quantize_triton(hidden, factors, small_hidden, hidden_scale)
     planes, kernel = make(2, 9, 9, 64), make(1, 64, 3, 3, 3, 64)
     yield (
         "conv_planes",
@@ -116,7 +131,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     rows8, scales, out8 = make(256, 128, dtype=e4m3), make(256, dtype=f32), make(256, 256, dtype=e4m3)
     yield (
         "scaled_linear_gelu",
-        lambda: scaled_linear_gelu_triton(rows8, scales, rows8, scales, make(256), 1.0, 1.0, out8, scales),
+        lambda: scaled_linear_gelu_triton(rows8, scales, rows8, scales, make(256), scales, 1.0, 1.0, out8, scales),
     )
 
 

@@ -54,6 +54,7 @@ def _attention_kernel(
     v,
     kv_len,  # [B] int32 or None
     out,  # [B, Lq, H * D]
+    out_scale,  # [B, Lq] float32, alike for all of b, where out is in e4m3; or None
     q_b,  # strides in units of UNIT elements, <tensor>_<dimension>
     q_n,
     q_h,
@@ -121,6 +122,8 @@ def _attention_kernel(
         total_z = _dot(weights, v_z, total_z * decay[:, None], WIDE_DOT)
     # Without any key the totals are zero, and so is the result.
     inverse = 1 / tl.where(norm == 0, 1.0, norm)[:, None]
+    if out_scale is not None:
+        inverse /= tl.load(out_scale + batch * queries)
     _store(out, row, a, HEADS * HEAD_DIM, queries - first, total_a * inverse, HEAD_DIM)
     _store(out, row, z, HEADS * HEAD_DIM, queries - first, total_z * inverse, HEAD_DIM)
 
@@ -177,6 +180,7 @@ def attention_triton(
     softmax_scale: float,
     out: Tensor | None = None,
     *,
+    out_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Launch the attention. The arguments are those of `pab_kernels.ops.attention`, already checked.
@@ -184,7 +188,7 @@ def attention_triton(
     Parameters
     ----------
     out : Tensor, optional
-        Contiguous [B, Lq, H * D] in the dtype of q; made where there is none.
+        Contiguous [B, Lq, H * D] in the dtype of q, or e4m3 with `out_scale`; made where there is none.
     config : Config, optional
         Replaces `default_config`, for sweeps.
 
@@ -207,7 +211,7 @@ def attention_triton(
         if value.stride(1) * rows >= 2**31:
             raise ValueError(f"backend: triton got a stride of {value.stride(1)} for {name}, too long for 32 bits")
     if out is None:
-        out = q.new_empty(batch, queries, heads * head_dim)
+        out = q.new_empty(batch, queries, heads * head_dim, dtype=q.dtype if out_scale is None else torch.float8_e4m3fn)
     if softmax_scale <= 0:
         # The largest score must belong to the largest product, so the sign goes into the queries.
         q, softmax_scale = q * math.copysign(softmax_scale != 0, softmax_scale), abs(softmax_scale) or 1.0
@@ -222,6 +226,7 @@ def attention_triton(
             v,
             None if kv_len is None else kv_len.contiguous(),
             out,
+            out_scale,
             *(stride // unit for stride in strides),
             queries,
             keys,

@@ -164,9 +164,9 @@ def conv_planes_triton(
     tiles = row_tiles(height * width, config)
     work = frames * tiles * phases * triton.cdiv(features, config.bn)
     processors = 2 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = min(work, processors * (2 if config.warps == 4 else 1))
+    programs = processors * (2 if config.warps == 4 else 1)  # whatever the size: it is part of the compiled kernel
     with torch.cuda.device_of(x):
-        _conv_planes_kernel[(programs,)](
+        _conv_planes_kernel[(min(work, programs),)](
             TensorDescriptor.from_tensor(x.view(-1, channels), [config.bm, config.bk]),
             TensorDescriptor.from_tensor(weight.view(phases * features, -1), [config.bn, config.bk]),
             bias,

@@ -26,6 +26,7 @@ def _gelu(x):
 @triton.jit
 def _gelu_quantize_kernel(
     x,  # [M, F]
+    factors,  # [F] float32 or None
     values,  # [M, F] contiguous
     row_scale,  # [M]
     x_m,  # stride in elements
@@ -39,6 +40,9 @@ def _gelu_quantize_kernel(
     mask = z < HIDDEN
     value_a = _gelu(tl.load(x + row * x_m + a).to(tl.float32))
     value_z = _gelu(tl.load(x + row * x_m + z, mask=mask, other=0.0).to(tl.float32))
+    if factors is not None:
+        value_a *= tl.load(factors + a)
+        value_z *= tl.load(factors + z, mask=mask, other=0.0)
     store_row(values + row * HIDDEN, row_scale, row, value_a, value_z, a, z, mask)
 
 
@@ -61,7 +65,9 @@ def default_config(hidden: int) -> Config:
     return Config(min(triton.next_power_of_2(triton.cdiv(hidden, CHANNELS_PER_WARP)), 16))
 
 
-def gelu_quantize_triton(x: Tensor, values: Tensor, row_scale: Tensor, *, config: Config | None = None) -> None:
+def gelu_quantize_triton(
+    x: Tensor, factors: Tensor | None, values: Tensor, row_scale: Tensor, *, config: Config | None = None
+) -> None:
     """Launch the pass. The arguments are those of `pab_kernels.ops.fp8_linear.gelu_quantize`, already checked.
 
     Parameters
@@ -79,6 +85,7 @@ def gelu_quantize_triton(x: Tensor, values: Tensor, row_scale: Tensor, *, config
     with torch.cuda.device_of(x):
         _gelu_quantize_kernel[(rows,)](
             x,
+            factors,
             values,
             row_scale,
             x.stride(0),

@@ -37,6 +37,7 @@ def _scaled_linear_gelu_kernel(
     row_scale,  # [M] of x
     weight_scale,  # [F]
     bias,  # [F]
+    factors,  # [F] float32 or None
     out_scale,  # [M]
     weight_sum,
     bias_max,
@@ -67,7 +68,12 @@ def _scaled_linear_gelu_kernel(
         added = tl.load(bias + at_n, mask=at_n < FEATURES, other=0.0).to(tl.float32)
         h = total * in_scale[:, None] * columns_scale[None, :] + added[None, :]
         u = 0.7978845608028654 * h * (1 + 0.044715 * h * h)
-        y = h * (0.5 + 0.5 * _tanh(u, HARDWARE)) * (1 / scale)[:, None]
+        y = h * (1 / scale)[:, None]
+        if factors is not None:
+            half = 0.5 * tl.load(factors + at_n, mask=at_n < FEATURES, other=0.0)
+            y *= half[None, :] + half[None, :] * _tanh(u, HARDWARE)
+        else:
+            y *= 0.5 + 0.5 * _tanh(u, HARDWARE)
         values.store([m, n], y.to(tl.float8e4nv))
         tl.store(out_scale + at_m, scale, mask=at_m < rows)  # every tile of these rows writes the same
 
@@ -93,6 +99,7 @@ def scaled_linear_gelu_triton(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor,
+    factors: Tensor | None,
     weight_sum: float,
     bias_max: float,
     values: Tensor,
@@ -124,6 +131,7 @@ def scaled_linear_gelu_triton(
             row_scale,
             weight_scale,
             bias,
+            factors,
             out_scale,
             weight_sum,
             bias_max,

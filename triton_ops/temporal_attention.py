@@ -95,6 +95,7 @@ def _temporal_attention_kernel(
     k_weight,
     cos,  # [T, D / 2] float32 or None
     sin,
+    out_scale,  # [B, T, S] float32 where out is in e4m3, or None
     out,  # [B, T, S, H * D]
     stride_b,  # of qkv, in units of UNIT elements
     stride_t,
@@ -146,7 +147,12 @@ def _temporal_attention_kernel(
     weights = weights.to(v_a.dtype)
     y_a = _dot(weights, v_a, WIDE_DOT) * norm
     y_z = _dot(weights, v_z, WIDE_DOT) * norm
-    offsets = ((batch * FRAMES + frame) * tokens + token) * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    out_rows = (batch * FRAMES + frame) * tokens + token
+    if out_scale is not None:
+        factor = 1 / tl.load(out_scale + out_rows, mask=valid, other=1.0)[:, None]
+        y_a *= factor
+        y_z *= factor
+    offsets = out_rows * (HEADS * HEAD_DIM) + head * HEAD_DIM
     _store(out, offsets, a, valid, y_a, HEAD_DIM)
     _store(out, offsets, z, valid, y_z, HEAD_DIM)
 
@@ -166,6 +172,7 @@ def temporal_attention_triton(
     sin: Tensor | None,
     eps: float,
     softmax_scale: float,
+    out_scale: Tensor | None,
     out: Tensor,
 ) -> None:
     """Launch the attention. The arguments are those of `pab_kernels.ops.temporal_attention`, already checked."""
@@ -187,6 +194,7 @@ def temporal_attention_triton(
             k_weight,
             cos,
             sin,
+            out_scale,
             out,
             *(stride // unit for stride in qkv.stride()[:5]),
             tokens,

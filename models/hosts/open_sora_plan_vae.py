@@ -5,7 +5,7 @@ Both are CausalVAEModel: the configuration names the blocks of each level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,7 +31,7 @@ from pab_kernels.models.hosts.plan_vae_blocks import (
     frame_conv,
     norm,
 )
-from pab_kernels.models.hosts.tiles import Tiling, chunks, over_space, over_time
+from pab_kernels.models.hosts.tiles import Tiling, chunks, over_space, over_time, tiles
 
 LATENT_SCALE = 0.18215
 MOST_LEVELS, MOST_BLOCKS = 8, 32
@@ -247,7 +247,11 @@ class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return torch.cat(list(self.decode_chunks(latents, self.tiling)), dim=2)
 
     def decode_chunks(
-        self, latents: Tensor, tiling: Tiling | None, run: Callable[[Tensor], Tensor] | None = None
+        self,
+        latents: Tensor,
+        tiling: Tiling | None,
+        run: Callable[[Tensor], Tensor] | None = None,
+        each: Callable[..., Iterable[Tensor]] = map,
     ) -> Iterator[Tensor]:
         """Chunks of the video of latents [B, 4, T, H, W], one after the other in time.
 
@@ -255,6 +259,8 @@ class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ----------
         run : callable, optional
             Decodes a piece in the place of `decode_piece`.
+        each : callable
+            Decodes a list of pieces as ``map(run, pieces)`` does.
         """
         run, z = self.decode_piece if run is None else run, latents / LATENT_SCALE
         if tiling is None or not tiling.exceeded(z, latent=True):
@@ -263,9 +269,11 @@ class CausalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stride = int(tiling.tile_latent_min_size * (1 - tiling.tile_overlap_factor))
         blend = int(tiling.tile_sample_min_size * tiling.tile_overlap_factor)
         sizes = (tiling.tile_latent_min_size, stride, blend, tiling.tile_sample_min_size - blend)
-        for start, end in chunks(z.shape[2], tiling.tile_latent_min_size_t):
-            chunk = over_space(run, z[:, :, start:end], *sizes)
-            yield chunk if start == 0 else chunk[:, :, 1:]  # the frame that it shares with the one before
+        pieces = [z[:, :, start:end] for start, end in chunks(z.shape[2], tiling.tile_latent_min_size_t)]
+        found = iter(each(run, [tile for piece in pieces for row in tiles(piece, *sizes[:2]) for tile in row]))
+        for i, piece in enumerate(pieces):
+            chunk = over_space(lambda tile: next(found), piece, *sizes)
+            yield chunk if i == 0 else chunk[:, :, 1:]  # the frame that it shares with the one before
 
     def decode_piece(self, z: Tensor) -> Tensor:
         """Video of latents over 0.18215, all at once."""

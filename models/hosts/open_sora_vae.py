@@ -6,7 +6,8 @@ five. Neither looks beyond its piece, so there is a seam after every 17 frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -308,6 +309,7 @@ class OpenSoraVAE(nn.Module):
         num_frames: int | None = None,
         *,
         run: Callable[[Tensor], Tensor] | None = None,
+        each: Callable[..., Iterable[Tensor]] = map,
         seamless: bool = False,
     ) -> Tensor:
         """Spatial latents [B, 4, F, H, W] of the transformer's.
@@ -316,6 +318,8 @@ class OpenSoraVAE(nn.Module):
         ----------
         run : callable, optional
             Decodes a piece in the place of the temporal autoencoder's own `decode`.
+        each : callable
+            Decodes a list of pieces as ``map(run, pieces)`` does.
         seamless : bool
             Not what the original does: each piece is decoded a second time behind the one before it, and its frames
             fade from that to what it is alone. It costs twice the time.
@@ -325,11 +329,11 @@ class OpenSoraVAE(nn.Module):
         z = latents * self.scale + self.shift
         frames = self.frames_of(z.shape[2]) if num_frames is None else num_frames
         pieces = z.split(self.latents_of(self.micro_frame_size) if self.micro_frame_size else z.shape[2], dim=2)
-        decoded = []
-        for i, (piece, drop) in enumerate(zip(pieces, self.dropped(z.shape[2], frames), strict=True)):
-            alone = run(piece)
+        pairs = [torch.cat(pair, dim=2) for pair in pairwise(pieces)] if seamless else []
+        decoded, doubled = [], iter(each(run, pairs))
+        for i, (alone, drop) in enumerate(zip(each(run, pieces), self.dropped(z.shape[2], frames), strict=True)):
             if seamless and i > 0:
-                behind = run(torch.cat((pieces[i - 1], piece), dim=2))[:, :, -alone.shape[2] :]
+                behind = next(doubled)[:, :, -alone.shape[2] :]
                 share = torch.linspace(0, 1, alone.shape[2], device=z.device, dtype=z.dtype).view(-1, 1, 1)
                 alone = behind.lerp(alone, share)
             decoded.append(alone[:, :, drop:])

@@ -63,8 +63,15 @@ def over_time(run: Callable[[Tensor], Tensor], x: Tensor, most: int) -> Tensor:
     return torch.cat([pieces[0], *(piece[:, :, 1:] for piece in pieces[1:])], dim=2)
 
 
+def tiles(x: Tensor, side: int, stride: int) -> list[list[Tensor]]:
+    """Rows of tiles of x [B, C, T, H, W], of `side` pixels or what is left, every `stride`."""
+    return [
+        [x[..., i : i + side, j : j + side] for j in range(0, x.shape[4], stride)] for i in range(0, x.shape[3], stride)
+    ]
+
+
 def over_space(run: Callable[[Tensor], Tensor], x: Tensor, side: int, stride: int, blend: int, keep: int) -> Tensor:
-    """`run` on tiles of x [B, C, T, H, W].
+    """`run` on tiles of x [B, C, T, H, W], row by row.
 
     Parameters
     ----------
@@ -73,10 +80,7 @@ def over_space(run: Callable[[Tensor], Tensor], x: Tensor, side: int, stride: in
     blend, keep
         Pixels of the result that a tile shares with the one above and the one to its left, and that it contributes.
     """
-    rows = [
-        [run(x[..., i : i + side, j : j + side]) for j in range(0, x.shape[4], stride)]
-        for i in range(0, x.shape[3], stride)
-    ]
+    rows = [list(map(run, row)) for row in tiles(x, side, stride)]
     result = []
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):

@@ -8,10 +8,12 @@ Nothing waits for that one, so a node that never comes back costs its share of t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +25,8 @@ import torch
 from pab_kernels.batch.manifest import FAILED, record
 from pab_kernels.batch.rows import Row
 from pab_kernels.batch.run import Records
-from pab_kernels.batch.work import Job, Worker, version
+from pab_kernels.batch.work import Job, Worker
+from pab_kernels.measure.info import version
 
 PATIENCE = 60.0
 """Seconds without any worker after which it is said that Ray has none."""
@@ -82,7 +85,9 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def on_ray(job: Job, rows: Sequence[Row], workers: int | None = None, retries: int = 3) -> Records:
+def on_ray(
+    job: Job, rows: Sequence[Row], workers: int | None = None, retries: int = 3, timeout: float | None = None
+) -> Records:
     """The records of `rows`, in the order in which they are done.
 
     Parameters
@@ -94,6 +99,8 @@ def on_ray(job: Job, rows: Sequence[Row], workers: int | None = None, retries: i
         Actors to ask for, at most: an autoscaler adds nodes for them. By default one for each GPU, or one.
     retries : int
         How often a row is done again whose actor died; then it is failed.
+    timeout : float, optional
+        Seconds after which an actor that is at a row counts as hung, and is killed. By default none is.
 
     Raises
     ------
@@ -102,7 +109,7 @@ def on_ray(job: Job, rows: Sequence[Row], workers: int | None = None, retries: i
     ChildProcessError
         Actors die while they load it, `retries` times in a row, and none is left.
     """
-    pool = _Pool(job, min(len(rows), workers or max(1, gpus())), retries)
+    pool = _Pool(job, min(len(rows), workers or max(1, gpus())), retries, timeout)
     try:
         yield from pool.work(rows)
     finally:
@@ -112,15 +119,18 @@ def on_ray(job: Job, rows: Sequence[Row], workers: int | None = None, retries: i
 class _Pool:
     """Actors, and what each is at: loading the model (None), or a row."""
 
-    def __init__(self, job: Job, workers: int, retries: int) -> None:
+    def __init__(self, job: Job, workers: int, retries: int, timeout: float | None) -> None:
         import ray
 
         self.ray, self.job, self.workers, self.retries = ray, job, workers, retries
+        self.timeout = math.inf if timeout is None else timeout
         self.identity = job.identity()
         on_gpu = torch.device(job.device).type == "cuda"
         needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": job.threads}
         self.actor: Any = ray.remote(Worker).options(max_restarts=0, **needs)
         self.busy: dict[Any, tuple[Any, Row | None]] = {}
+        self.since: dict[Any, float] = {}
+        """When each row was given to its actor."""
         self.idle: list[Any] = []
         self.broken = 0
         """Actors that died while loading, since the last that did not."""
@@ -157,7 +167,7 @@ class _Pool:
                 waiting.appendleft(row)
             else:
                 message = f"its worker died {deaths[row.id]} times: {self.last}"
-                yield record(row, FAILED, version=version(), error=message)
+                yield record(row, FAILED, version=version("pab-kernels"), error=message)
 
     def end(self) -> None:
         """End all actors, whatever they are at."""
@@ -171,18 +181,25 @@ class _Pool:
         return min(self.workers - len(self.busy), waiting - starting) if self.broken <= self.retries else 0
 
     def _give(self, actor: Any, row: Row) -> None:
-        self.busy[actor.make.remote(row)] = (actor, row)
+        result = actor.make.remote(row)
+        self.busy[result], self.since[result] = (actor, row), time.monotonic()
 
     def _next(self) -> tuple[Any, Row | None, Any, Exception | None]:
         """The actor that is ready first, what it was at, and its result or why it has none."""
         while True:
-            ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=PATIENCE)
+            left = min(self.since.values(), default=math.inf) + self.timeout - time.monotonic()
+            ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=max(0.0, min(PATIENCE, left)))
             if ready:
                 break
+            if left <= 0:
+                hung = min(self.since, key=self.since.__getitem__)
+                del self.since[hung]
+                return *self.busy.pop(hung), None, TimeoutError(f"it was not done after {self.timeout:g} s")
             if all(row is None for _, row in self.busy.values()):
                 wanted = "a GPU" if torch.device(self.job.device).type == "cuda" else f"{self.job.threads} CPUs"
                 warnings.warn(f"ray: no worker yet; each waits for {wanted}, or loads the model", stacklevel=2)
         actor, row = self.busy.pop(ready[0])
+        self.since.pop(ready[0], None)
         try:
             return actor, row, self.ray.get(ready[0]), None
         except self.ray.exceptions.RayTaskError as error:

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import gc
 import hashlib
-import importlib.metadata
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pab_kernels.batch.manifest import DONE, FAILED, VIDEOS, record
 from pab_kernels.batch.rows import Row, fingerprint
 from pab_kernels.batch.store import Store
 from pab_kernels.config import PABConfig
+from pab_kernels.measure.info import version
 from pab_kernels.pipelines import outputs
 from pab_kernels.pipelines.generate import Generated, Request, generate
 from pab_kernels.pipelines.loading import Pipeline, Source, load_pipeline
@@ -56,7 +56,7 @@ class Job:
         places = (source.model, source.weights, source.text_encoder, source.vae)
         device = torch.device(self.device).type
         return {
-            "version": version(),
+            "version": version("pab-kernels"),
             "family": source.family,
             "weights": [None if place == source.family else fingerprint(place) for place in places],
             "random_weights": source.random_weights,
@@ -67,11 +67,6 @@ class Job:
             "suffix": self.suffix,
             "decoder": [self.decode_memory, self.seamless],
         }
-
-
-def version() -> str:
-    """Of this package."""
-    return importlib.metadata.version("pab-kernels")
 
 
 class Worker:
@@ -196,7 +191,7 @@ class Worker:
         device = torch.device(self.job.device)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        return record(row, status, gpu=gpu, version=version(), finished=finished, **more)
+        return record(row, status, gpu=gpu, version=version("pab-kernels"), finished=finished, **more)
 
 
 def job(source: Source, output: str, **settings: Any) -> Job:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pab_kernels import ops
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.blocks.sharded import Shards
 from pab_kernels.ops import fp8_linear as fp8_linear
-from pab_kernels.ops.quantized import Quantized
+from pab_kernels.ops.quantized import LIMITS, Quantized
+from pab_kernels.ops.query_key import across_heads
 
 Rope = tuple[Tensor, Tensor]
 """Rotary tables (cos, sin), each [positions, D / 2] float32, or [positions, H * D / 2] where each head has its own.
@@ -41,17 +43,21 @@ class TextKV:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a call hands to a branch beside the rows it reads."""
+    """What a call hands to a branch beside the rows it reads. With `shards` those are some of a sequence's rows.
+
+    `rope` has all positions in any case.
+    """
 
     text: TextKV | None = None
     rope: Rope | None = None
+    shards: Shards | None = None
 
 
 class Weights(Protocol):
     """What a branch runs: `SelfAttention`, `CrossAttention`, `Mlp`, or a frozen dataclass of a family's own.
 
     `layer` is what settings call the part that may run in fp8, and `fp8` names the linears of that part, those whose
-    input is written by a pass that sees whole rows, so that it knows their scales; () where none may.
+    input is written by a pass that knows a scale for its rows; () where none may.
     """
 
     layer: ClassVar[str]
@@ -63,6 +69,16 @@ class Weights(Protocol):
 
     def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
         """How many keys each row of a stream of `shape` attends to; `text` tokens count. 0 without attention."""
+
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """Elements that a rank with a stream of `shape` sends to others, of each exchange that computing this makes.
+
+        Raises
+        ------
+        ValueError
+            It must see all rows, and knows of no other ranks.
+        """
+        raise ValueError(f"mesh: frames={len(shards.sizes)} cannot split {type(self).__name__}, must be 1")
 
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`, which is returned."""
@@ -79,7 +95,7 @@ class SelfAttention(Weights):
     """
 
     qkv: Linear | Fp8Linear  # [3C, C], rows ordered q, k, v, then heads
-    proj: Linear  # [C, C]
+    proj: Linear | Fp8Linear  # [C, C]; in fp8 only where qkv is, whose bounds then are of the values alone
     heads: int
     sequence: Literal["spatial", "temporal", "full"]
     q_norm: Tensor | None = None
@@ -90,7 +106,11 @@ class SelfAttention(Weights):
     precision: str | None = None
 
     layer: ClassVar[str] = "qkv"
-    fp8: ClassVar[tuple[str, ...]] = ("qkv",)
+    fp8: ClassVar[tuple[str, ...]] = ("qkv", "proj")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.proj, Fp8Linear) and not isinstance(self.qkv, Fp8Linear):
+            raise TypeError(f"proj: is Fp8Linear, must be Linear where qkv is {type(self.qkv).__name__}")
 
     @property
     def linears(self) -> tuple[Linear | Fp8Linear, ...]:
@@ -102,9 +122,20 @@ class SelfAttention(Weights):
         _, frames, tokens, _ = shape
         return {"spatial": tokens, "temporal": frames, "full": frames * tokens}[self.sequence]
 
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """Elements of queries, keys and values, and of what attention gives: frames for tokens, or tokens for heads."""
+        batch, frames, tokens, channels = shape
+        if self.sequence == "spatial":
+            return ()
+        if self.sequence == "temporal":
+            each = shards.sent(frames, tokens, channels)
+        else:
+            each = shards.sent(frames * tokens, self.heads, channels // self.heads)
+        return batch * each[0], batch * each[1]
+
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
-        return self_attention(h, self, out, inputs.rope)
+        return self_attention(h, self, out, inputs.rope, inputs.shards)
 
 
 @dataclass(frozen=True)
@@ -144,6 +175,10 @@ class CrossAttention(Weights):
         """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
         return text
 
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """None: each row attends to the text by itself."""
+        return ()
+
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
         if inputs.text is None:
@@ -174,26 +209,85 @@ class Mlp(Weights):
         """It attends to nothing."""
         return 0
 
+    def sent(self, shape: tuple[int, int, int, int], shards: Shards) -> tuple[int, ...]:
+        """None: each row is by itself."""
+        return ()
+
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
         return mlp(h, self, out)
 
 
-def self_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None) -> Tensor:
-    """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C]."""
+def self_attention(
+    h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None = None, shards: Shards | None = None
+) -> Tensor:
+    """QKV, attention and out-projection of h [B, T, S, C], into `out` [B, T, S, C].
+
+    With `shards` those are some rows of the sequences: attention along more than a frame exchanges them.
+    """
     batch, frames, tokens, channels = h.shape
-    qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
+    shards = None if weights.sequence == "spatial" else shards
+    # Of rows that other ranks hold nothing is known before attention.
+    scale = value_scales(h, weights) if isinstance(weights.proj, Fp8Linear) and shards is None else None
+    place = None if shards is None else shards.buffer("qkv", (batch, frames, tokens, 3 * channels), out)
+    qkv = linear(h, weights.qkv, place).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
     if weights.rotary and rope is None:
         raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
     rope = rope if weights.rotary else None
     q_norm, k_norm, eps = weights.q_norm, weights.k_norm, weights.norm_eps
+    options: dict[str, Any] = {"q_weight": q_norm, "k_weight": k_norm, "rope": rope, "eps": eps}
     if weights.sequence == "temporal":
-        y = ops.temporal_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps)
-    else:
-        qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
-        options: dict[str, Any] = {"pair_stride": weights.pair_stride, "precision": weights.precision}
-        y = ops.self_attention(qkv, q_weight=q_norm, k_weight=k_norm, rope=rope, eps=eps, **options)
-    return linear(y, weights.proj, out)
+
+        def temporal(qkv: Tensor, place: Tensor | None) -> Tensor:
+            return ops.temporal_attention(qkv, out_scale=scale, out=place, **options)
+
+        y = temporal(qkv, None) if shards is None else shards.around(qkv, 2, channels, temporal)
+        return _project(y, scale, weights.proj, out)
+    qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
+    scale = None if scale is None else scale.view(qkv.shape[:2])
+    options |= {"pair_stride": weights.pair_stride}
+    if shards is not None and across_heads(qkv, q_norm, k_norm, rope):
+        # Before heads part, and so on this rank's rows.
+        own = shards.span(qkv.shape[1])
+        ops.qk_norm_rope(qkv, **options | {"rope": rope and (rope[0][own], rope[1][own])})
+        options = {}
+
+    def attend(qkv: Tensor, place: Tensor | None) -> Tensor:
+        y = ops.self_attention(qkv, precision=weights.precision, out_scale=scale, **options)
+        return y.unflatten(-1, (-1, qkv.shape[-1]))
+
+    y = attend(qkv, None) if shards is None else shards.around(qkv, 3, qkv.shape[-1], attend)
+    return _project(y.flatten(-2), scale, weights.proj, out)
+
+
+def _project(y: Tensor, scale: Tensor | None, weights: Linear | Fp8Linear, out: Tensor) -> Tensor:
+    """The projection of what attention gave, y [..., C]: in e4m3 where it has a `scale`."""
+    if scale is not None:
+        return linear(Quantized(y, scale), weights, out)
+    if isinstance(weights, Fp8Linear):
+        rows = y.flatten(0, -2)[None]
+        return linear(ops.residual_norm_modulate(rows, out=_e4m3(rows)), weights, out)
+    return linear(y, weights, out)
+
+
+def _e4m3(x: Tensor) -> Quantized:
+    """Room for rows like x."""
+    return Quantized.empty(tuple(x.shape), fp8_linear.E4M3, x.device)
+
+
+def value_scales(h: Rows, weights: SelfAttention) -> Tensor:
+    """For each row of what attention gives, a scale with which it fits in e4m3: float32 [B, T, S].
+
+    An output is a mean of values, and a value at most ``max|h| * weight_sum + bias_max`` with the largest row of h in
+    its sequence. All is known before attention but for a maximum over the row scales.
+    """
+    qkv = weights.qkv
+    if not isinstance(h, Quantized) or not isinstance(qkv, Fp8Linear):
+        raise TypeError(f"h: got {type(h).__name__}, must be Quantized for a projection in fp8")
+    along = {"spatial": (2,), "temporal": (1,), "full": (1, 2)}[weights.sequence]
+    largest = h.row_scale.amax(along, keepdim=True).expand_as(h.row_scale)
+    bias = torch.tensor(qkv.bias_max / LIMITS[fp8_linear.E4M3])
+    return torch.add(bias, largest, alpha=qkv.weight_sum, out=torch.empty_like(h.row_scale))
 
 
 def text_kv(
@@ -245,7 +339,7 @@ def mlp(h: Rows, weights: Mlp, out: Tensor) -> Tensor:
             raise TypeError(f"h: got {type(h).__name__}, must be Quantized because the weights are")
         up = weights.up
         hidden = fp8_linear.scaled_linear_gelu(
-            h.flatten(), up.weight, up.bias, weight_sum=up.weight_sum, bias_max=up.bias_max
+            h.flatten(), up.weight, up.bias, factors=up.factors, weight_sum=up.weight_sum, bias_max=up.bias_max
         )
         return linear(hidden, weights.down, out)
     if isinstance(h, Tensor) and h.device.type == "cuda":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pab_kernels.ops import fp8_linear as fp8_linear
-from pab_kernels.ops.quantized import Quantized
+from pab_kernels.ops.quantized import TINY, Quantized
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,31 @@ class Fp8Linear:
     weight_sum: float
     """The largest sum of magnitudes of a row of the weight; with `bias_max` it bounds what comes out."""
     bias_max: float
+    factors: Tensor | None = None
+    """float32 [out]: what the features are multiplied by before they are rounded to e4m3, and what both bounds are of.
+    Where there are some, the next linear's weight makes up for them."""
 
     @classmethod
-    def of(cls, linear: Linear) -> Fp8Linear:
-        """Quantise the weight. Waits for the GPU."""
+    def of(cls, linear: Linear, factors: Tensor | None = None, bounded: slice = slice(None)) -> Fp8Linear:
+        """Quantise the weight; `bounded` are the features that the bounds are of. Waits for the GPU."""
         weight = fp8_linear.quantize_weight(linear.weight)
         sums = weight.values.float().abs().sum(1) * weight.row_scale
-        return cls(weight, linear.bias, float(sums.max()), float(linear.bias.abs().max()))
+        largest = linear.bias.float().abs()
+        if factors is not None:
+            sums, largest = sums * factors, largest * factors
+        return cls(weight, linear.bias, float(sums[bounded].max()), float(largest[bounded].max()), factors)
+
+
+def balancing_factors(weight: Tensor) -> Tensor:
+    """For each feature of a weight [out, in] a power of two, at most 1, float32 [out].
+
+    With it, no feature's sum of magnitudes is more than twice the median one. A scale by a bound on all features, as
+    `ops.fp8_linear.scaled_linear_gelu` takes, is then that of an ordinary feature; and multiplying by the factors, and
+    dividing the next linear's columns by them, rounds nothing.
+    """
+    sums = weight.float().abs().sum(1)
+    excess = sums / sums.median().clamp(min=TINY)
+    return torch.exp2(-torch.log2(excess).floor().clamp(min=0))
 
 
 Rows = Tensor | Quantized

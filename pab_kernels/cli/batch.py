@@ -37,6 +37,9 @@ def batch(
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Ray: so many actors at most; default one a GPU.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="Ray: how often a row is done again whose worker died.")] = 3,
+    timeout: Annotated[
+        float | None, typer.Option(min=1, help="Ray: seconds after which a worker that is at a row counts as hung.")
+    ] = None,
     max_failures: Annotated[int | None, typer.Option(min=0, help="Stop when more rows than this have failed.")] = None,
     video_format: Annotated[str, typer.Option("--format", help="mp4 or gif.")] = "mp4",
     model: options.Model = "demo",
@@ -101,6 +104,8 @@ def batch(
         source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights, latents_only)
         outputs.check_output(Path(f"video.{video_format}"), source)
         family = source.family
+        if offload_text:
+            generation.check_offload(family)
         changes = {
             "cache_dtype": cache_dtype,
             "linear_precision": linear_precision,
@@ -154,7 +159,11 @@ def batch(
             raise ValueError(f"prompts: none of {len(given)} rows can be made; row 1: {planned[0].error}")
         stack.enter_context(store.alone())
         kept = manifest.Manifest(store, planned)
-        how = partial(on_ray.on_ray, job, workers=workers, retries=retries) if ray else partial(run.here, job)
+        how = (
+            partial(on_ray.on_ray, job, workers=workers, retries=retries, timeout=timeout)
+            if ray
+            else partial(run.here, job)
+        )
         summary = _run(kept, how, max_failures, quiet)
         summary |= {"output": output, "rows": len(given), "repeated": len(given) - len(planned), "job": _plain(job)}
         summary["errors"] = _errors(kept.records[row.id] for row in planned)

@@ -1,41 +1,23 @@
-"""`pab bench`: the command, its tables and files."""
+"""`pab bench`: the command, and what its options mean."""
 
 from __future__ import annotations
 
-import csv
-import datetime
-import io
-import json
-import os
 import shlex
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from pab_kernels.cli import options
+from pab_kernels.cli import benching, options
+from pab_kernels.cli.csv_rows import append_rows, columns_of
 from pab_kernels.cli.whole_runs import whole_runs
-from pab_kernels.files import append, check_outputs, replaced
+from pab_kernels.files import check_outputs
 
 if TYPE_CHECKING:
     import torch
 
-    from pab_kernels.measure.benchmark import Floor, Timing
-    from pab_kernels.measure.contenders import Problem
-    from pab_kernels.measure.report import Grid
-
-CSV_COLUMNS = ("date", "gpu", "commit", "op", "shape", "dtype", "backend", "ms", "figure", "unit")
-"""Those of the microbenchmarks' results.csv."""
-TOLERANCE = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}
-"""Largest relative error of the latents after one step of this runtime, against the eager host.
-
-The bare prediction may differ twice as much: in bfloat16 the eager host's own error is 2e-2 to 4e-2 (computed, against
-float32, at full depth and a quarter of the width), while leaving out a kind of attention changes it by 1e-1 or more.
-"""
+    from pab_kernels.distributed.mesh import Mesh
+    from pab_kernels.workloads import Workload
 
 
 def bench(
@@ -70,8 +52,10 @@ def bench(
     device: options.Device = None,
     dtype: options.Dtype = None,
     cache_device: options.CacheDevice = None,
+    gpus: options.Gpus = 1,
+    mesh: options.MeshAxes = None,
 ) -> None:
-    """Time a denoising run: host, plain PAB, this runtime.
+    """Time a denoising run: host, plain PAB, this runtime; and this runtime on several GPUs against one of them.
 
     Exit code 1 if a contender failed or this runtime strays from the eager host, 2 for a wrong option.
 
@@ -84,14 +68,16 @@ def bench(
     pab bench --workload latte-16x512 --scale tiny --device cpu
 
     pab bench --workload open_sora-360p-2s --end-to-end
+
+    pab bench --workload open_sora-480p-8s --gpus 2 --report reports/two
     """
     from pab_kernels import workloads as named
     from pab_kernels.config import PABConfig
-    from pab_kernels.measure import benchmark, contenders
+    from pab_kernels.distributed.launch import check_ranks, launch
+    from pab_kernels.measure import contenders
     from pab_kernels.measure import report as pages
     from pab_kernels.pipelines import generate
 
-    console = options.console(least_width=190)  # a log file gives 80, too narrow for the table
     with options.clean_errors():
         chosen = named.workload(workload)
         settings = PABConfig.preset(chosen.family) if pab is None else generate.pab_settings(pab)
@@ -106,46 +92,52 @@ def bench(
         options.on_host(cache_device)
         pictures = [] if report_folder is None else [report_folder / name for name in pages.FILES]
         check_outputs({"json": [json_file], "csv": [csv_file], "report": pictures}, inputs=[pab])
-        columns = csv_columns(csv_file)
+        columns = columns_of(csv_file)
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
-        names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number))
+        names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number), gpus)
         if scale == "tiny":
             chosen = chosen.tiny()
+        if gpus > 1:
+            check_ranks(gpus, str(place))
         if end_to_end:
-            if csv_file is not None or report_folder is not None:
-                raise ValueError("end-to-end: got it with --csv or --report, must be with --json alone")
-            whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny")
+            if report_folder is not None or gpus > 1:
+                raise ValueError("end-to-end: got it with --report or --gpus, must be with --json or --csv alone")
+            found = whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny", pab)
+            if csv_file is not None:
+                append_rows(csv_file, columns, found)
             return
+        job = benching.Job(
+            workload=chosen,
+            settings=settings,
+            names=tuple(names),
+            repeats=repeats,
+            budget=budget,
+            steps=steps,
+            compile_scope=compile_scope,
+            device=place,
+            dtype=number,
+            cache_device=cache_device,
+            command=command_line(context),
+            json_file=json_file,
+            csv_file=csv_file,
+            columns=columns,
+            report_folder=report_folder,
+            meshes=_meshes(chosen, gpus, mesh),
+        )
+        code = benching.run(job) if gpus == 1 else launch(benching.run, job, ranks=gpus, device=place.type)
+        if code:
+            raise typer.Exit(code)
 
-        problem = contenders.Problem.make(chosen, settings, place, number, steps, compile_scope, cache_device)
-        fp8 = any(contenders.CONTENDERS[name].fp8 for name in names)
-        floor = benchmark.measure_floor(problem, fp8=fp8)
-        console.print(heading(problem, floor))
-        timings: dict[str, Timing] = {}
-        result: dict[str, Any] = summary(problem, floor, command_line(context))
-        if {"runtime", "runtime+pab"} & set(names):
-            prediction, latents = benchmark.check(problem)
-            tolerance = TOLERANCE[str(number).removeprefix("torch.")]
-            within = latents <= tolerance and prediction <= 2 * tolerance
-            result["check"] = {"latents": latents, "prediction": prediction, "tolerance": tolerance, "within": within}
-            console.print(pages.check_line(result["check"]))
-        for name in names:
-            timing = timings[name] = benchmark.measure(name, problem, repeats, budget)
-            times = timing.error or " ".join(f"{seconds:.3f}" for seconds in timing.runs)
-            console.print(f"{name}: warm-up {timing.warm_up:.1f} s; {times}")
-            result["contenders"] = rows(timings, problem, floor)
-            if json_file is not None:
-                write_json(result, json_file)  # after each, so that a run cut short leaves what it has
-        console.print(markdown_table(pages.runs_grid(result["contenders"]), chosen.name))
-        if any(row["variants"] for row in result["contenders"]):
-            console.print(markdown_table(pages.variants_grid(result["contenders"]), "this runtime, by step variant"))
-        if csv_file is not None:
-            append_csv(result, csv_file, columns)
-        if report_folder is not None:
-            console.print(f"wrote {pages.write([result], report_folder)[0]}", soft_wrap=True)
-        if not result.get("check", {"within": True})["within"] or any(timing.error for timing in timings.values()):
-            raise typer.Exit(1)
+
+def _meshes(chosen: Workload, gpus: int, text: str | None) -> tuple[Mesh, ...]:
+    """The mesh that ``--mesh`` says, or all of so many ranks; none for one."""
+    from pab_kernels.measure.mesh_costs import meshes, parse_mesh
+
+    asked = parse_mesh(text, gpus)
+    if gpus == 1:
+        return ()
+    return tuple(meshes(gpus, (2, *chosen.grid), guided=True)) if asked is None else (asked,)
 
 
 def command_line(context: typer.Context) -> str:
@@ -168,8 +160,12 @@ def _no_fp8(place: torch.device, dtype: torch.dtype) -> str | None:
     return no_fp8(place) if dtype == torch.bfloat16 else f"fp8 linears need bfloat16 weights, got {dtype}"
 
 
-def contender_names(family: str, runs: str | None, compile_host: bool, no_fp8: str | None = None) -> list[str]:
+def contender_names(
+    family: str, runs: str | None, compile_host: bool, no_fp8: str | None = None, gpus: int = 1
+) -> list[str]:
     """The contenders to run, in order; `no_fp8` says why the device has no fp8 linears, None if it has.
+
+    On several GPUs they are this runtime's.
 
     Raises
     ------
@@ -183,197 +179,16 @@ def contender_names(family: str, runs: str | None, compile_host: bool, no_fp8: s
         wanted = set(CONTENDERS) - {"compile"} - (set() if family == "latte" else {"hook"}) - (fp8 if no_fp8 else set())
     else:
         wanted = {name.strip() for name in runs.split(",")}
+    if gpus > 1 and runs is None:
+        wanted &= {"runtime", "runtime+pab", "runtime-fp8", "runtime-fp8+pab"}
     if compile_host:
         wanted.add("compile")
     if unknown := wanted - set(CONTENDERS):
         raise ValueError(f"runs: got {', '.join(sorted(unknown))}, must be among {', '.join(CONTENDERS)}")
+    if gpus > 1 and (others := {name for name in wanted if not name.startswith("runtime")}):
+        raise ValueError(f"runs: got {', '.join(sorted(others))} with --gpus, must be this runtime's: runtime, ...")
     if "hook" in wanted and family != "latte":
         raise ValueError(f"runs: got hook for {family}, but diffusers' hook only fits latte")
     if no_fp8 and any(CONTENDERS[name].fp8 for name in wanted):
         raise ValueError(f"runs: got {runs}, must be without fp8: {no_fp8}")
     return [name for name in CONTENDERS if name in wanted]
-
-
-def heading(problem: Problem, floor: Floor) -> str:
-    """What runs, and the ceilings."""
-    from pab_kernels.measure import info
-
-    batch, frames, tokens, channels = floor.shape
-    filled = "" if floor.gemm_filled is None else f", {floor.gemm_filled / 1e12:.0f} on enough tokens to fill the GPU"
-    fp8_rate = fp8_floor = ""
-    if floor.ceilings.fp8_flops is not None:
-        fp8_rate = f"; fp8 GEMMs {floor.ceilings.fp8_flops / 1e12:.0f} TFLOP/s"
-        fp8_floor = f"; in fp8 {floor.seconds(False, fp8=True):.3f} s and {floor.seconds(True, fp8=True):.3f} s"
-    return (
-        f"{problem.workload.name}: {len(problem.timesteps)} calls of [{batch}, {frames}, {tokens}, {channels}], "
-        f"{str(problem.dtype).removeprefix('torch.')}, on {_device_name(problem)}\n"
-        f"{', '.join(f'{name} {version}' for name, version in info.versions().items())}\n"
-        f"ceilings: GEMMs {floor.gemm_own / 1e12:.3g} TFLOP/s on the run's tokens{filled}; "
-        f"copy {floor.ceilings.bandwidth / 1e12:.3g} TB/s{fp8_rate}\n"
-        f"floor: {floor.seconds(False):.3f} s without PAB, {floor.seconds(True):.3f} s with PAB{fp8_floor}"
-    )
-
-
-def _device_name(problem: Problem) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else "CPU"
-
-
-def summary(problem: Problem, floor: Floor, command: str) -> dict[str, Any]:
-    """Everything about the run but the contenders, as plain values; `command` repeats it."""
-    from pab_kernels.measure import info
-
-    workload = problem.workload
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "workload": workload.name,
-        "family": workload.family,
-        "video": list(workload.pixels),
-        "shape": list(floor.shape),
-        "text": [workload.text, workload.text_used],
-        "timesteps": problem.timesteps,
-        "pab": problem.config.to_dict(),
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": _device_name(problem),
-        "compile_scope": problem.compile_scope,
-        "cache_device": problem.cache_device,
-        "command": command,
-        "commit": _commit(Path(__file__).parent),
-        "machine": {"gpu": info.gpu(), "cpu": info.cpu()},
-        "versions": info.versions(),
-        "ceilings": {
-            "gemm_flops": floor.ceilings.flops,
-            "gemm_flops_own_tokens": floor.gemm_own,
-            "gemm_flops_filled": floor.gemm_filled,
-            "copy_bytes": floor.ceilings.bandwidth,
-            "fp8_gemm_flops": floor.ceilings.fp8_flops,
-        },
-        "floor": {
-            name: {
-                "seconds": floor.seconds(pab),
-                "seconds_fp8": None if floor.ceilings.fp8_flops is None else floor.seconds(pab, fp8=True),
-                "flops": work.flops,
-                "bytes": work.nbytes,
-            }
-            for name, pab, work in (("without PAB", False, floor.without), ("with PAB", True, floor.with_pab))
-        },
-    }
-
-
-def rows(timings: dict[str, Timing], problem: Problem, floor: Floor) -> list[dict[str, Any]]:
-    """One row a contender; ratios are how many times faster it is than another."""
-    from pab_kernels.measure.benchmark import relative_error
-    from pab_kernels.measure.contenders import CONTENDERS
-    from pab_kernels.measure.report import RATIOS
-
-    def ratio(of: Timing, to: str) -> float | None:
-        other = timings[to].seconds if to in timings else None
-        return None if other is None or of.seconds is None else other / of.seconds
-
-    found = []
-    for name, timing in timings.items():
-        contender, seconds, report = CONTENDERS[name], timing.seconds, timing.report
-        like = timings.get(contender.like)
-        difference = None
-        if like is not None and like is not timing and like.latents is not None and timing.latents is not None:
-            difference = relative_error(timing.latents, like.latents)
-        found.append(
-            {
-                "name": name,
-                "label": contender.label,
-                "pab": contender.pab,
-                "seconds": seconds,
-                "runs": timing.runs,
-                "step_seconds": timing.steps,
-                "ms_per_step": None if seconds is None else seconds * 1e3 / len(problem.timesteps),
-                **{f"against_{to}": ratio(timing, to) for to in RATIOS},
-                "floor_share": None if seconds is None else floor.seconds(contender.pab, fp8=contender.fp8) / seconds,
-                "frames_per_second": None if seconds is None else problem.workload.pixels[0] / seconds,
-                "peak_bytes": timing.peak_bytes,
-                "reserved_bytes": timing.reserved_bytes,
-                "cache_bytes": None if report is None else report.cache_bytes,
-                "host_bytes": None if report is None else report.host_bytes,
-                "graphs": None if report is None else report.graphs,
-                "eager_because": None if report is None else report.eager,
-                "variants": {} if report is None else {key: list(value) for key, value in report.seconds.items()},
-                "difference": difference,
-                "difference_from": contender.like,
-                "warm_up_seconds": timing.warm_up,
-                "error": timing.error,
-            }
-        )
-    return found
-
-
-def markdown_table(grid: Grid, title: str) -> Table:
-    """A grid for the terminal, to be pasted into Markdown."""
-    header, rows = grid
-    table = Table(title=title, box=box.MARKDOWN)
-    for name in header:
-        table.add_column(name, justify="left" if name in ("", "variant") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write `result`; an existing file is replaced only once the new one is complete."""
-    with replaced(path) as partial:
-        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-
-
-def csv_columns(path: Path | None) -> tuple[str, ...]:
-    """The columns of a file of results, or those that a new one gets.
-
-    Raises
-    ------
-    ValueError
-        It is a file of something else.
-    """
-    if path is None or not path.is_file() or not path.stat().st_size:
-        return CSV_COLUMNS
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            columns = tuple(next(csv.reader(file)))
-        except (csv.Error, UnicodeDecodeError):
-            columns = ()
-    if not {"backend", "ms"} <= set(columns):
-        raise ValueError(f"csv: got {str(path)!r}, which has other columns, must be a new file or one of benchmarks")
-    return columns
-
-
-def append_csv(result: dict[str, Any], path: Path, columns: Sequence[str]) -> None:
-    """Append a row for each contender that ran, all or none."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
-    if not path.is_file() or not path.stat().st_size:
-        writer.writeheader()
-    for row in result["contenders"]:
-        if row["seconds"] is not None:
-            writer.writerow(
-                {
-                    "date": result["date"][:10],
-                    "gpu": result["device"],
-                    "commit": result["commit"],
-                    "op": "denoising run",
-                    "shape": result["workload"],
-                    "dtype": result["dtype"],
-                    "backend": row["name"],
-                    "ms": f"{row['seconds'] * 1e3:.2f}",
-                    "figure": f"{row['frames_per_second']:.2f}",
-                    "unit": "frames/s",
-                }
-            )
-    append(path, text.getvalue())
-
-
-def _commit(folder: Path) -> str:
-    """The commit that `folder` is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
-    if named := os.environ.get("PAB_COMMIT"):
-        return named
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,8 @@ from pab_kernels.cli import options
 from pab_kernels.config import PABConfig
 
 if TYPE_CHECKING:
-    from pab_kernels.pipelines.memory import PlannedRun
+    from pab_kernels.measure.mesh_costs import MeshCost
+    from pab_kernels.pipelines.memory import ModelShape, PlannedRun
 
 
 def info(
@@ -26,16 +28,22 @@ def info(
     cache_device: options.CacheDevice = None,
     cache_dtype: options.CacheDtype = None,
     linear_precision: options.LinearPrecision = None,
+    attention_precision: options.AttentionPrecision = None,
     decode_memory: options.DecodeMemory = None,
     seamless: options.Seamless = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a run on several GPUs, whose time is predicted.")] = None,
+    gpus: options.Gpus = 1,
+    mesh: options.MeshAxes = None,
 ) -> None:
-    """Print versions, GPU and backends; or the memory that a run needs.
+    """Print versions, GPU and backends; or the memory that a run needs, on several GPUs that of each.
 
     Examples:
 
     pab info
 
     pab info --model open_sora --resolution 480p --duration 8s
+
+    pab info --model open_sora --resolution 480p --duration 8s --gpus 8
     """
     from pab_kernels.pipelines.decoding import parse_bytes
 
@@ -43,10 +51,14 @@ def info(
         if model is None:
             _print_machine()
         else:
-            small = {"cache_dtype": cache_dtype, "linear_precision": linear_precision}
+            small = {
+                "cache_dtype": cache_dtype,
+                "linear_precision": linear_precision,
+                "attention_precision": attention_precision,
+            }
             bound = None if decode_memory is None else parse_bytes(decode_memory)
             given = (model, resolution, duration, aspect, size, pab, prompts, dtype, cache_device)
-            _print_memory(*given, small, bound, seamless)
+            _print_memory(*given, small, bound, seamless, steps, gpus, mesh)
 
 
 def _print_machine() -> None:
@@ -75,7 +87,11 @@ def _print_memory(
     small: dict[str, str | None],
     bound: int | None,
     seamless: bool,
+    steps: int | None,
+    gpus: int,
+    mesh: str | None,
 ) -> None:
+    from pab_kernels.measure import mesh_costs
     from pab_kernels.pipelines import generate as generation
     from pab_kernels.pipelines import memory
     from pab_kernels.pipelines.loading import resolve_model
@@ -97,10 +113,15 @@ def _print_memory(
         cache_on_host=on_host,
     )
     shape = memory.ModelShape.of(family, **run.model)
+    costs = mesh_costs.costs_of(run, shape, gpus, mesh, steps) if gpus > 1 else []
+    if costs:
+        run = dataclasses.replace(run, mesh=costs[0].mesh)
     need = memory.estimate(run, shape)
     console = options.console()
     calls = f"batch of {run.rows}" if run.forwards == 1 else f"{run.forwards} calls a step, each a batch of {run.rows}"
     console.print(f"{family} {video}, latents {video.latent}, {calls} (guidance), {dtype}")
+    if costs:
+        console.print(f"{gpus} GPUs, mesh {run.mesh}; memory is that of the rank that has most")
     table = Table("", "GiB")
     table.add_row("weights", f"{memory.gib(need.weights):.1f}")
     slots = f"staging of {need.slot_count} slots" if on_host else f"{need.slot_count} slots"
@@ -124,8 +145,40 @@ def _print_memory(
     others = [f"{name} {memory.gib(memory.estimate(each, shape).total):.1f}" for name, each in memory.smaller_runs(run)]
     if others:
         console.print(f"In all with less, GiB: {'; '.join(others)}", soft_wrap=True)
+    if costs:
+        _print_costs(costs, mesh_costs.costs_of(run, shape, 1, None, steps)[0])
     if config.linear_precision is not None:
         _print_fp8(run)
+    if config.attention_precision is not None:
+        _print_fp8_attention(run, shape)
+
+
+def _print_costs(costs: list[MeshCost], alone: MeshCost) -> None:
+    """Of each mesh what it is predicted to take, against one GPU."""
+    table = Table("mesh", "seconds, predicted", "exchanges, s", "MB sent a step", "x one GPU")
+    for cost in [*costs, alone]:
+        sent = f"{cost.nbytes / cost.steps / 1e6:.1f}"
+        times = f"{cost.seconds:.2f}", f"{cost.exchanges:.3f}"
+        table.add_row(str(cost.mesh), *times, sent, f"{alone.seconds / cost.seconds:.2f}")
+    console = options.console()
+    console.print(table)
+    console.print(
+        f"Predicted for {costs[0].steps} steps, from counted operations and bytes at the rates of H200s on NVLink: not "
+        "measured, and the rates are not this machine's.",
+        soft_wrap=True,
+    )
+
+
+def _print_fp8_attention(run: PlannedRun, shape: ModelShape) -> None:
+    from pab_kernels.pipelines import memory
+
+    console = options.console()
+    found = memory.fp8_attention(run, shape)
+    if isinstance(found, str):
+        console.print(f"No attention in fp8: {found}", soft_wrap=True)
+        return
+    for kind, text in found.items():
+        console.print(f"{kind} attention in fp8: {text}", soft_wrap=True)
 
 
 def _print_fp8(run: PlannedRun) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,8 +54,12 @@ def clean_errors() -> Iterator[None]:
     except RuntimeError as error:
         import torch
 
-        if not isinstance(error, torch.OutOfMemoryError):
+        from pab_kernels.distributed.launch import RankError
+
+        if not isinstance(error, torch.OutOfMemoryError | RankError):
             raise
+        if isinstance(error, RankError) and error.trace is not None:
+            print(error.trace, file=sys.stderr, end="")
         _fail(error, 1)
 
 
@@ -118,6 +123,13 @@ def device_named(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {name}, must be cpu: torch sees no CUDA GPU")
     return device
+
+
+def rank_device(device: torch.device, rank: int) -> torch.device:
+    """The device of a rank: a GPU of its own, or the CPU that all share."""
+    import torch
+
+    return torch.device("cuda", rank) if device.type == "cuda" else device
 
 
 def default_dtype(device: torch.device) -> str:
@@ -220,6 +232,11 @@ AttentionPrecision = Annotated[
         help="fp8: spatial and full attention in e4m3 where there are many tokens, on Hopper GPUs.",
         autocompletion=lambda: list(ATTENTION_PRECISIONS),
     ),
+]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs of this machine that run it together (with --device cpu, ranks).")]
+MeshAxes = Annotated[
+    str | None,
+    typer.Option("--mesh", help="How they share it: guidance=2,frames=4; by default what costs least, computed."),
 ]
 Resolution = Annotated[
     str | None, typer.Option(help="Open-Sora: 144p to 720p. `pab info`: Wan 480p, 720p; LTX 480p, 704p.")

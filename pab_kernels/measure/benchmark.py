@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pab_kernels import clock
 from pab_kernels.config import PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.measure.contenders import CONTENDERS, Problem, Session
 from pab_kernels.measure.floor import CHIP_FILLING_TOKENS, Ceilings, Work, measure_copy, measure_gemms, run_work
 from pab_kernels.models import adapter_for
@@ -27,7 +29,7 @@ from pab_kernels.schedule import Schedule, StepVariant
 
 @dataclass
 class Timing:
-    """One contender's result.
+    """One contender's result; on a mesh that of rank 0, and `runs` are those of the rank that took longest.
 
     `warm_up` are the seconds of everything before the timed runs: compiling, capturing. `steps` are the seconds of each
     step of the last run, on the device: from the end of the step before to its own, sampler included.
@@ -42,6 +44,23 @@ class Timing:
     latents: Tensor | None = None
     report: Report | None = None
     error: str | None = None
+    mesh: Mesh = field(default_factory=Mesh)
+    rank_steps: list[list[float]] = field(default_factory=list)
+    """`steps` of every rank."""
+    exchange_seconds: dict[str, float] = field(default_factory=dict)
+    """On a mesh that splits frames, of each variant: what a step's exchanges take where nothing else runs."""
+
+    @property
+    def key(self) -> str:
+        """The contender, and the mesh if it has more than one rank."""
+        return self.name if self.mesh.size == 1 else f"{self.name} {self.mesh}"
+
+    @property
+    def jitter(self) -> float | None:
+        """Mean over the steps of how much longer the slowest rank took than the fastest, in seconds."""
+        if not self.rank_steps:
+            return None
+        return statistics.mean(max(step) - min(step) for step in zip(*self.rank_steps, strict=True))
 
     @property
     def seconds(self) -> float | None:
@@ -108,9 +127,10 @@ def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
     Returns
     -------
     Timing
-        With `error` set if the contender failed: one that fails must not cost the others their turn.
+        With `error` set if the contender failed: one that fails must not cost the others their turn. On a mesh, where
+        the other ranks would wait for it, it raises.
     """
-    contender, device, result = CONTENDERS[name], problem.device, Timing(name)
+    contender, device, result = CONTENDERS[name], problem.device, Timing(name, mesh=problem.mesh)
     config = problem.settings(contender.pab)
     gc.collect()
     if device.type == "cuda":
@@ -123,18 +143,31 @@ def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
             wait(device)
             result.warm_up = time.perf_counter() - start
             while len(result.runs) < repeats and sum(result.runs) + max(result.runs, default=-budget) <= budget:
+                over_ranks(problem, 0.0)  # all begin together
                 seconds, latents, result.steps = _timed_run(session, problem)
-                result.runs.append(seconds)
+                result.runs.append(max(over_ranks(problem, seconds)))
             if not latents.isfinite().all():
                 raise ArithmeticError("its latents are not finite, so its times mean nothing")
             result.latents = latents.cpu()
             result.report = None if session.report is None else session.report()
+            if problem.mesh.size > 1:
+                result.rank_steps = over_ranks(problem, result.steps)
     except Exception as error:
+        if problem.mesh.size > 1:
+            raise
         result.error, result.runs, result.steps = f"{type(error).__name__}: {error}", [], []
     if device.type == "cuda":
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
         result.reserved_bytes = torch.cuda.max_memory_reserved(device)
     return result
+
+
+def over_ranks(problem: Problem, value: Any) -> list[Any]:
+    """`value` of every rank of the problem's mesh, on all of them."""
+    every = [value] * problem.mesh.size
+    if problem.mesh.size > 1:
+        dist.all_gather_object(every, value)
+    return every
 
 
 def _timed_run(session: Session, problem: Problem) -> tuple[float, Tensor, list[float]]:
@@ -150,20 +183,24 @@ def _timed_run(session: Session, problem: Problem) -> tuple[float, Tensor, list[
 
 
 def _warm_up(session: Session, problem: Problem, config: PABConfig) -> None:
-    """Two calls load kernels and fill the allocator. A runtime repeats its first calls until it has all its graphs."""
+    """Two forwards load kernels and fill the allocator. A runtime repeats its first steps until it has all its graphs.
+
+    It captures a variant's when that comes up the second time, for each forward of a step.
+    """
+    forwards = problem.workload.forwards_per_step
     session.begin(problem.timesteps)
     if session.report is None:
-        denoise(session.model, problem, 2)
+        denoise(session.model, problem, 2 // forwards)
         return
     first: dict[StepVariant, int] = {}
-    for call, variant in enumerate(Schedule(config, problem.timesteps)):
-        first.setdefault(variant, call)
+    for step, variant in enumerate(Schedule(config, problem.timesteps)):
+        first.setdefault(variant, step)
     graphs = -1
     for _ in range(3):
         session.begin(problem.timesteps)
-        denoise(session.model, problem, max(2, 1 + max(first.values())))
-        captured = session.report().graphs
-        if captured in (graphs, len(first)):
+        denoise(session.model, problem, 1 + max(first.values()))
+        captured = min(over_ranks(problem, session.report().graphs))
+        if captured in (graphs, forwards * len(first)):
             return
         graphs = captured
 
@@ -188,9 +225,14 @@ def check(problem: Problem) -> tuple[float, float]:
     for name in ("eager", "runtime"):
         with CONTENDERS[name].open(problem, PABConfig()) as session:
             session.begin(problem.timesteps)
-            prediction = predict(session.model, problem, problem.inputs.latents, 0)
-            session.begin(problem.timesteps)
-            results.append((prediction, denoise(session.model, problem, 1)))
+            latents = problem.inputs.latents
+            prediction = predict(session.model, problem, latents, 0)
+            if name == "runtime" and workload.whole_steps:
+                session.begin(problem.timesteps)
+                latents = denoise(session.model, problem, 1)  # guidance and sampler are its own
+            else:
+                latents = advance(problem, latents, prediction, 0)
+            results.append((prediction, latents))
     (expected, expected_latents), (actual, actual_latents) = results
     return relative_error(actual, expected), relative_error(actual_latents, expected_latents)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from diffusers.hooks import HookRegistry, PyramidAttentionBroadcastConfig, apply
 from torch import nn
 
 from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.plain import PlainPAB
 from pab_kernels.runtime.accelerate import accelerate
 from pab_kernels.runtime.report import Report
@@ -37,6 +38,8 @@ class Problem:
     compile_scope: str = "model"
     cache_device: str | None = None
     """Where this runtime's slots lie, as for `accelerate`."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """Of the ranks that run it together; each has the same."""
 
     @classmethod
     def make(
@@ -150,6 +153,7 @@ def _diffusers_hook(problem: Problem, config: PABConfig) -> Iterator[Session]:
 @contextmanager
 def _runtime(problem: Problem, config: PABConfig, **options: Any) -> Iterator[Session]:
     options |= {"cache_device": problem.cache_device, "forwards_per_step": problem.workload.forwards_per_step}
+    options |= {"mesh": problem.mesh}
     with accelerate(problem.host, config, conditional=CONDITIONAL, **options) as handle:
         yield Session(problem.host, handle.begin, handle.report)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pab_kernels import figures
 from pab_kernels.config import PABConfig
 from pab_kernels.models import autoencoders, checkpoints
 from pab_kernels.pipelines import generate as generation
@@ -20,7 +21,7 @@ from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
 from pab_kernels.pipelines.sizes import VideoSize
-from pab_kernels.pipelines.text import T5Text
+from pab_kernels.pipelines.text import RandomText, T5Text, TextEncoder
 from pab_kernels.runtime.accelerate import accelerate
 from pab_kernels.workloads import Workload
 
@@ -100,8 +101,10 @@ def video_size(workload: Workload, tiny: bool) -> VideoSize:
     return VideoSize(made, 8 * height, 8 * width, workload.latent)
 
 
-def load(workload: Workload, *, dtype: torch.dtype, device: torch.device, tiny: bool = False) -> Any:
-    """The family's pipeline with random weights in all of its parts.
+def load(
+    workload: Workload, *, dtype: torch.dtype, device: torch.device, tiny: bool = False, with_text: bool = True
+) -> Any:
+    """The family's pipeline with random weights in all of its parts; `with_text` False leaves the text encoder out.
 
     Raises
     ------
@@ -114,14 +117,21 @@ def load(workload: Workload, *, dtype: torch.dtype, device: torch.device, tiny: 
     transformer: Any = checkpoints.random_weights(family, dtype=dtype, device=device, **workload.model)
     config = TINY[family] if tiny else {}
     decoder = VideoDecoder(autoencoders.random_weights(family, dtype=dtype, device=device, **config))
-    text = random_text(transformer.config.caption_channels, dtype=dtype, device=device)
+    channels = transformer.config.caption_channels
+    text: TextEncoder = RandomText(channels)
+    if with_text:
+        text = random_text(channels, dtype=dtype, device=device)
     cls = OpenSoraPipeline if family == "open_sora" else OpenSoraPlanPipeline
     return cls(transformer, text, decoder)
 
 
 def measure(pipe: Any, request: generation.Request, config: PABConfig | None, repeats: int) -> EndToEnd:
-    """Time whole runs behind one handle; the first, which compiles, captures and allocates, does not count."""
+    """Time whole runs behind one handle; the first, which compiles, captures and allocates, does not count.
+
+    Where no ffmpeg is installed nothing is written, and "writing" takes no time.
+    """
     device, runs, frames = pipe.device, [], 0
+    writes = figures.why_no_mp4() is None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
@@ -137,7 +147,8 @@ def measure(pipe: Any, request: generation.Request, config: PABConfig | None, re
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             denoised = time.perf_counter()
-            with outputs.video_writers(pipe, Path(folder) / f"{i}.mp4", 1) as sinks:
+            file = Path(folder) / f"{i}.mp4"
+            with outputs.video_writers(pipe, file, 1) if writes else nullcontext([None]) as sinks:
                 frames = len(pipe.decode_one(hidden[0], request.size, sinks[0]).frames)
                 decoded = time.perf_counter()
             runs.append(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,6 +109,17 @@ def step_work(
             for branch in block.branches:
                 total += _branch_work(block, branch, schedule, variant, shape, text)
     return total
+
+
+def computed_branches(stack: BlockStack, schedule: Schedule, variant: StepVariant) -> Iterator[Branch]:
+    """The branches that a call computes: neither read from a slot, nor left out with their stack."""
+    span = stack_span(stack, schedule.config)
+    for position, block in enumerate(stack.blocks):
+        if not (variant.stack and position in span):
+            for branch in block.branches:
+                has_slot = block.index in schedule.config.blocks(branch.kind)
+                if not (has_slot and variant.reads(branch.kind, block.index)):
+                    yield branch
 
 
 def _branch_work(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -15,13 +16,17 @@ from pab_kernels.ops import backends as table
 def versions() -> dict[str, str]:
     """Versions of the packages that matter, and the compiled part's own account."""
     found = {"python": platform.python_version()}
-    for name in ("pab-kernels", "torch", "triton", "diffusers", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+    found |= {name: version(name) for name in ("pab-kernels", "torch", "triton", "diffusers", "transformers")}
     found["cuda kernels"] = "left out of this build" if table._C is None else _built(table._C.build_info())
     return found
+
+
+def version(package: str) -> str:
+    """Of a package; "not installed" also for this one where it runs from a folder of sources."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _built(info: dict[str, object]) -> str:
@@ -37,6 +42,23 @@ def gpu() -> str:
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
         f"CUDA {torch.version.cuda}"
     )
+
+
+def commit() -> str:
+    """The commit that this package is at, or "unknown"; PAB_COMMIT names that of a copy without its history."""
+    if named := os.environ.get("PAB_COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def cpu() -> str:

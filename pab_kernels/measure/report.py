@@ -27,7 +27,10 @@ EXPLAINED = """\
 The floor is the least time at this device's own ceilings, measured in the same process: the operations that the
 schedule still requires at the rate of its GEMMs, plus the least bytes between them at the rate of a copy. A share of 1
 would leave nothing to gain without changing the schedule or the number format. "difference" is the relative error of
-the final latents against the contender in brackets."""
+the final latents against the contender in brackets. On a mesh the floor is that of so many GPUs, "x one GPU" is against
+the same contender on one of them, and "jitter" is the mean over the steps of how much longer the slowest rank took than
+the fastest. "ms in exchanges" is what a step's exchanges of attention take by themselves, in a graph, with nothing to
+wait for; "share" is that of the step's time."""
 STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b2a30; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 3rem; border-bottom: 2px solid #1f6f8b }
@@ -178,8 +181,8 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
         return "" if value is None else format(value / unit, form)
 
     others = [name for name in RATIOS if any(row["name"] == name for row in contenders)]
-    header = ["", "seconds", "runs", "ms/step", *(f"x {name}" for name in others), "of floor", "frames/s"]
-    header += ["peak GiB", "cache GiB", "on host GiB", "difference", "warm-up s"]
+    header = ["", "seconds", "runs", "ms/step", *(f"x {name}" for name in others), "x one GPU", "of floor", "frames/s"]
+    header += ["in exchanges", "jitter ms", "peak GiB", "cache GiB", "on host GiB", "difference", "warm-up s"]
     rows = []
     for row in contenders:
         difference = cell(row["difference"], ".1e")
@@ -190,8 +193,11 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
                 str(len(row["runs"])),
                 cell(row["ms_per_step"], ".2f"),
                 *(cell(row[f"against_{name}"], ".2f") for name in others),
+                cell(row.get("against_one"), ".2f"),
                 cell(row["floor_share"], ".3f"),
                 cell(row["frames_per_second"], ".2f"),
+                cell(_share_of_exchanges(row), ".3f"),
+                cell(row.get("jitter_seconds"), ".3f", 1e-3),
                 cell(row["peak_bytes"], ".2f", 2**30),
                 cell(row["cache_bytes"], ".2f", 2**30),
                 cell(row["host_bytes"] or None, ".2f", 2**30),
@@ -203,16 +209,32 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
+def _share_of_exchanges(row: Mapping[str, Any]) -> float | None:
+    """Of a run's steps, the time that their exchanges of attention take by themselves; None where that is not known."""
+    each = row.get("exchange_seconds")
+    if not each or not row["variants"]:
+        return None
+    counts = row["variants"]
+    return sum(counts[name][0] * seconds for name, seconds in each.items()) / sum(time for _, time in counts.values())
+
+
 def variants_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
-    """Time of each step variant where this runtime ran."""
-    rows = []
+    """Time of each step variant where this runtime ran, and on a mesh that splits frames its exchanges of attention."""
+    header, rows = ["", "variant", "steps", "ms/step"], []
+    on_mesh = any(row.get("exchanges") for row in contenders)
     for row in contenders:
         for variant, (count, seconds) in row["variants"].items():
-            rows.append([row["label"], variant, str(count), f"{seconds / count * 1e3:.2f}"])
+            calls, sent = row.get("exchanges", {}).get(variant, (None, 0))
+            alone = row.get("exchange_seconds", {}).get(variant)
+            moved = ["", ""] if calls is None else [str(calls), f"{sent / 1e6:.2f}"]
+            moved += ["", ""] if alone is None else [f"{alone * 1e3:.3f}", f"{alone * count / seconds:.3f}"]
+            rows.append([row["label"], variant, str(count), f"{seconds / count * 1e3:.2f}", *moved * on_mesh])
         if row["variants"]:
             graphs, why_not = f"CUDA graphs: {row['graphs']}", row["eager_because"]
-            rows.append([row["label"], graphs if why_not is None else f"no CUDA graphs: {why_not}", "", ""])
-    return ["", "variant", "steps", "ms/step"], rows
+            said = graphs if why_not is None else f"no CUDA graphs: {why_not}"
+            rows.append([row["label"], said, "", "", *[""] * 4 * on_mesh])
+    header += ["exchanges", "MB sent", "ms in exchanges", "share"] * on_mesh
+    return header, rows
 
 
 def ceilings_grid(result: Mapping[str, Any]) -> Grid:

@@ -143,7 +143,13 @@ ROW = _fields(
         "graphs": _optional(_between(0, 1e9, whole=True)),
         **dict.fromkeys(("eager_because", "difference_from", "error"), _optional(_text)),
         "variants": _mapping(_variant),
-    }
+    },
+    {
+        "gpus": _between(1, 1e6, whole=True),
+        **dict.fromkeys(("against_one", "jitter_seconds"), _optional(_number)),
+        "exchanges": _mapping(_list(_between(0, 2**60, whole=True), 2, 2)),
+        "exchange_seconds": _mapping(_number),
+    },
 )
 CEILINGS = _fields(
     dict.fromkeys(("gemm_flops_own_tokens", "gemm_flops", "copy_bytes"), _number),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pab_kernels.config import PABConfig
-from pab_kernels.models.checkpoints import CLASSES
+from pab_kernels.measure.recordings import RecordingFile, put
+from pab_kernels.models import checkpoints
 from pab_kernels.runtime.accelerate import accelerate
 
 
@@ -43,37 +41,32 @@ class Recording:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file is not a recording; the message says what is missing.
+            The file is not a recording; the message names it, the key and what is wrong.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+        metadata = ("model", "model_config", "pab", "dt", "cfg_scale", "loop")
+        tensors = ("in.x", "in.y", "in.timesteps", "out.base", "out.pab")
+        file = RecordingFile.read(path, "a recording", metadata, tensors)
+        if (loop := file.metadata["loop"]) != "cfg-euler":
+            raise ValueError(f"{path}: loop is {loop!r}, must be cfg-euler")
+        if (family := file.metadata["model"]) not in checkpoints.CLASSES:
+            known = ", ".join(checkpoints.CLASSES)
+            raise ValueError(f"{path}: the recording is of {family!r}, must be one of {known}")
+        timesteps, latents = file.floating("in.timesteps", dims=1), file.floating("in.x", dims=5)
+        steps = (len(timesteps), *latents.shape)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from error
-        missing = [key for key in ("model", "model_config", "pab", "dt", "cfg_scale", "loop") if key not in metadata]
-        missing += [key for key in ("in.x", "in.y", "in.timesteps", "out.base", "out.pab") if key not in tensors]
-        if missing:
-            raise ValueError(f"{path}: not a recording, it has no {', '.join(missing)}")
-        if metadata["loop"] != "cfg-euler":
-            raise ValueError(f"{path}: loop is {metadata['loop']!r}, must be cfg-euler")
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
+            pab_config = PABConfig.from_dict(file.json("pab"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: pab: {error}") from error
         return cls(
-            family=metadata["model"],
-            model_config=json.loads(metadata["model_config"]),
-            pab_config=PABConfig.from_dict(json.loads(metadata["pab"])),
-            dt=float(metadata["dt"]),
-            cfg_scale=float(metadata["cfg_scale"]),
-            state=part("state."),
-            inputs=part("in."),
-            base=tensors["out.base"],
-            pab=tensors["out.pab"],
+            family=family,
+            model_config=file.json("model_config"),
+            pab_config=pab_config,
+            dt=file.number("dt"),
+            cfg_scale=file.number("cfg_scale"),
+            state=file.part("state."),
+            inputs=file.part("in."),
+            base=file.floating("out.base", steps),
+            pab=file.floating("out.pab", steps),
         )
 
 
@@ -84,11 +77,9 @@ def replay(
 
     Raises
     ------
-    ValueError
-        The recording's family is not supported.
+    ValueError, TypeError
+        Settings, weights or inputs do not fit the host.
     """
-    if recording.family not in CLASSES:
-        raise ValueError(f"model: the recording is of {recording.family!r}, must be one of {', '.join(CLASSES)}")
     # nn.Module's own cast: diffusers' warns about modules to keep in float32, of which there are none here.
     host = nn.Module.to(_host(recording), device=device, dtype=dtype).eval()
     given = _arguments(recording, device, dtype)
@@ -126,9 +117,7 @@ def default_tolerance(family: str, dtype: torch.dtype) -> float:
 
 
 def _host(recording: Recording) -> nn.Module:
-    host = CLASSES[recording.family](**recording.model_config)
-    host.load_state_dict(recording.state)
-    return host
+    return put(checkpoints.build(recording.family, **recording.model_config), recording.state)
 
 
 def _arguments(recording: Recording, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:

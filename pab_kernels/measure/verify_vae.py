@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from pab_kernels.measure.recordings import RecordingFile, put
 from pab_kernels.models import autoencoders
+from pab_kernels.models.autoencoders import Tiling
 
+_TILING = {field.name for field in dataclasses.fields(Tiling)}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-1}
 """Largest difference of a pixel about [-1, 1] or a latent that a right replay of a float32 recording shows."""
 
@@ -49,36 +51,34 @@ class VaeRecording:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file is not a recording of an autoencoder; the message says what is missing.
+            The file is not a recording of an autoencoder; the message names it, the key and what is wrong.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from error
-        if missing := [key for key in ("family", "config", "cases") if key not in metadata]:
-            raise ValueError(f"{path}: not a recording of an autoencoder, it has no {', '.join(missing)}")
-        if metadata["family"] not in autoencoders.CLASSES:
+        file = RecordingFile.read(path, "a recording of an autoencoder", ("family", "config", "cases"))
+        if (family := file.metadata["family"]) not in autoencoders.CLASSES:
             known = ", ".join(autoencoders.CLASSES)
-            raise ValueError(f"{path}: the recording is of {metadata['family']!r}, must be one of {known}")
-        config = {key: value for key, value in json.loads(metadata["config"]).items() if not key.startswith("_")}
-        if "config_vae_2d" in metadata:
-            config["spatial"] = json.loads(metadata["config_vae_2d"])
-        cases = []
-        for case in json.loads(metadata["cases"]):
-            index, decode = case["index"], case["kind"] == "decode"
-            given, want = ("latents", "video") if decode else ("encode_in", "encode_mean")
-            if absent := [key for key in (f"{given}.{index}", f"{want}.{index}") if key not in tensors]:
-                raise ValueError(f"{path}: the recording has no {', '.join(absent)}")
-            parts = tensors[f"{given}.{index}"], tensors[f"{want}.{index}"]
-            cases.append(Case(case["kind"], *parts, case.get("num_frames"), case.get("tiling")))
-        prefix = "weights."
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        return cls(metadata["family"], config, state, tuple(cases))
+            raise ValueError(f"{path}: the recording is of {family!r}, must be one of {known}")
+        config = {key: value for key, value in file.json("config").items() if not key.startswith("_")}
+        if "config_vae_2d" in file.metadata:
+            config["spatial"] = file.json("config_vae_2d")
+        cases = tuple(_case(file, case) for case in file.json("cases", list))
+        return cls(family, config, file.part("weights."), cases)
+
+
+def _case(file: RecordingFile, case: Any) -> Case:
+    case = case if isinstance(case, dict) else {}
+    index, kind, frames, tiling = (case.get(key) for key in ("index", "kind", "num_frames", "tiling"))
+    if kind not in ("decode", "encode"):
+        raise ValueError(f"{file.path}: cases: got kind {kind!r:.100}, must be decode or encode")
+    if not (frames is None or (isinstance(frames, int) and frames > 0)):
+        raise ValueError(f"{file.path}: cases: got num_frames {frames!r:.100}, must be a whole number above 0")
+    if tiling is not None and not (isinstance(tiling, dict) and tiling.keys() <= _TILING):
+        raise ValueError(f"{file.path}: cases: got tiling {tiling!r:.100}, must have {', '.join(sorted(_TILING))}")
+    names = ("latents", "video") if kind == "decode" else ("encode_in", "encode_mean")
+    keys = [f"{name}.{index}" for name in names]
+    if absent := [key for key in keys if key not in file.tensors]:
+        raise ValueError(f"{file.path}: the recording has no {', '.join(absent)}")
+    given, want = (file.floating(key, dims=5) for key in keys)
+    return Case(kind, given, want, frames, tiling)
 
 
 def is_vae(path: Path) -> bool:
@@ -98,12 +98,12 @@ def host(recording: VaeRecording, device: torch.device | str, dtype: torch.dtype
     ValueError
         Settings or weights do not fit the host.
     """
-    vae = autoencoders.build(recording.family, **recording.config)
     try:
-        vae.load_state_dict({key: value.float() for key, value in recording.state.items()})
-    except RuntimeError as error:
-        raise ValueError(f"weights: {error}") from error
-    return torch.nn.Module.to(vae, device=device, dtype=dtype)
+        with torch.device("meta"):
+            vae = autoencoders.build(recording.family, **recording.config)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise ValueError(f"config: these settings make no autoencoder of {recording.family}: {error}") from error
+    return nn.Module.to(put(vae, recording.state), device=device, dtype=dtype)
 
 
 @torch.no_grad()

@@ -94,11 +94,15 @@ def _no_triton_rows(most: int) -> Refusal:
         if x.shape[-1] > most:
             return f"triton takes at most {most} channels, got {x.shape[-1]}"
         e4m3 = any(other is not None and other.dtype == torch.float8_e4m3fn for other in others)
-        if e4m3 and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
-            return "triton has no e4m3 below compute capability 8.9"
-        return _no_triton(x)
+        return _no_triton_e4m3(x.device, e4m3) or _no_triton(x)
 
     return refusal
+
+
+def _no_triton_e4m3(device: torch.device, e4m3: bool) -> str | None:
+    if e4m3 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "triton has no e4m3 below compute capability 8.9"
+    return None
 
 
 def _no_scaled_mm(values: Tensor, weight: Tensor, bias: Tensor) -> str | None:
@@ -135,13 +139,13 @@ def no_fp8(device: torch.device) -> str | None:
     return None
 
 
-def _no_triton_temporal(qkv: Tensor) -> str | None:
+def _no_triton_temporal(qkv: Tensor, out: Tensor | None = None) -> str | None:
     if qkv.shape[1] > MAX_FRAMES:
         return f"triton takes at most {MAX_FRAMES} frames, got {qkv.shape[1]}"
-    return _no_triton(qkv)
+    return _no_triton_e4m3(qkv.device, out is not None and out.dtype == torch.float8_e4m3fn) or _no_triton(qkv)
 
 
-def _no_cuda_temporal(qkv: Tensor) -> str | None:
+def _no_cuda_temporal(qkv: Tensor, out: Tensor | None = None) -> str | None:
     frames, head_dim = qkv.shape[1], qkv.shape[-1]
     if _C is None:
         return "the CUDA kernels were left out of this build"
@@ -149,6 +153,8 @@ def _no_cuda_temporal(qkv: Tensor) -> str | None:
         return f"cuda needs a CUDA tensor, got one on {qkv.device.type}"
     if torch.cuda.get_device_capability(qkv.device) < (8, 0):
         return "cuda needs compute capability 8.0 or newer"
+    if out is not None and out.dtype != qkv.dtype and torch.cuda.get_device_capability(qkv.device) < (9, 0):
+        return "cuda writes e4m3 from compute capability 9.0 on"
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"cuda takes float16 and bfloat16, got {qkv.dtype}"
     if head_dim not in CUDA_HEAD_DIMS:
@@ -179,12 +185,16 @@ def no_hopper(device: torch.device) -> str | None:
     return None
 
 
-def _no_cuda_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
+def _no_cuda_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None, out_scale: Tensor | None = None
+) -> str | None:
     head_dim = q.shape[-1]
     if why_not := no_hopper(q.device):
         return why_not
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"cuda takes float16 and bfloat16, got {q.dtype}"
+    if out_scale is not None and q.dtype != torch.bfloat16:
+        return f"cuda writes e4m3 where it reads bfloat16, got {q.dtype}"
     if head_dim not in HOPPER_KEYS:
         return f"cuda takes head_dim {tuple(HOPPER_KEYS)}, got {head_dim}"
     if q.shape[1] < HOPPER_QUERIES or k.shape[1] < HOPPER_KEYS[head_dim]:
@@ -205,14 +215,16 @@ def _no_fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _no_triton_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> str | None:
+def _no_triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None, out_scale: Tensor | None = None
+) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"triton takes float16 and bfloat16, got {q.dtype}"
     if q.shape[-1] > 128:
         return f"triton takes head_dim up to 128, got {q.shape[-1]}"
     if kv_len is None and q.shape[-1] not in TRITON_HEAD_DIMS:
         return f"sdpa is no slower where all keys count, but for head_dim {TRITON_HEAD_DIMS}"
-    return _no_triton(q)
+    return _no_triton_e4m3(q.device, out_scale is not None) or _no_triton(q)
 
 
 def _no_triton_planes(x: Tensor) -> str | None:
@@ -307,7 +319,8 @@ def choose(op: str, *tensors: Tensor | None) -> Choice:
     """The backend that serves `op` for tensors like these.
 
     The first argument; for residual_norm_modulate and gelu_quantize also rows of one byte an element, read or
-    written; for attention q, k, v and kv_len; for scaled_linear and scaled_linear_gelu values, weight, bias.
+    written; for attention q, k, v, kv_len and out_scale; for temporal_attention qkv and out; for scaled_linear and
+    scaled_linear_gelu values, weight, bias.
     """
     return _first(BACKENDS[op], *tensors)
 

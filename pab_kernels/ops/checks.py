@@ -51,6 +51,15 @@ def check_last_contiguous(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: stride of the last dimension is {value.stride(-1)}, must be 1")
 
 
+def check_scales(name: str, value: Tensor, expected: Sequence[int | str], device: torch.device) -> None:
+    """Raise unless `value` is contiguous float32 of the expected shape on `device`."""
+    check_shape(name, check_tensor(name, value), expected)
+    if value.dtype != torch.float32 or not value.is_contiguous():
+        raise TypeError(f"{name}: is {value.dtype} of strides {value.stride()}, must be contiguous float32")
+    if value.device != device:
+        raise ValueError(f"{name}: device is {value.device}, must be {device}")
+
+
 def check_quantized(name: str, value: Quantized, expected: Sequence[int | str], device: torch.device) -> None:
     """Raise unless `value` has values of the expected shape and of one byte an element, and a scale for each row."""
     values, row_scale = value.values, value.row_scale
@@ -58,10 +67,6 @@ def check_quantized(name: str, value: Quantized, expected: Sequence[int | str], 
     if values.dtype not in LIMITS:
         raise TypeError(f"{name}.values: dtype is {values.dtype}, must be one of {', '.join(map(str, LIMITS))}")
     check_last_contiguous(f"{name}.values", values)
-    check_shape(f"{name}.row_scale", row_scale, tuple(values.shape[:-1]))
-    if row_scale.dtype != torch.float32 or not row_scale.is_contiguous():
-        found = f"{row_scale.dtype} of strides {row_scale.stride()}"
-        raise TypeError(f"{name}.row_scale: is {found}, must be contiguous float32")
-    for part, tensor in (("values", values), ("row_scale", row_scale)):
-        if tensor.device != device:
-            raise ValueError(f"{name}.{part}: device is {tensor.device}, must be {device}")
+    if values.device != device:
+        raise ValueError(f"{name}.values: device is {values.device}, must be {device}")
+    check_scales(f"{name}.row_scale", row_scale, tuple(values.shape[:-1]), device)

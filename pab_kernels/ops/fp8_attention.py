@@ -61,7 +61,7 @@ def fp8_attention(
 def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, backend: str) -> Tensor:
     if backend == "attention":
         name = resolve("attention", None, q, k, v, None)
-        return torch.ops.pab.attention(q, k, v, None, softmax_scale, None, None, None, 0.0, None, None, 1, name)
+        return torch.ops.pab.attention(q, k, v, None, softmax_scale, None, None, None, 0.0, None, None, 1, None, name)
     batch, tokens, heads, head_dim = q.shape
     every = max(1, tokens // SAMPLES)
     if backend == "reference":

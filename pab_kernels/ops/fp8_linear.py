@@ -11,6 +11,7 @@ from pab_kernels.ops.checks import (
     check_float,
     check_last_contiguous,
     check_quantized,
+    check_scales,
     check_shape,
     check_tensor,
 )
@@ -25,13 +26,15 @@ def quantize_weight(weight: Tensor) -> Quantized:
     return reference.quantize_ref(weight, Quantized.empty(tuple(weight.shape), E4M3, weight.device))
 
 
-def gelu_quantize(x: Tensor, *, backend: str | None = None) -> Quantized:
+def gelu_quantize(x: Tensor, *, factors: Tensor | None = None, backend: str | None = None) -> Quantized:
     """GELU (tanh form) of every element, and rows of one byte an element with their scales, in one pass.
 
     Parameters
     ----------
     x : Tensor
         [M, F], stride 1 for F: what the MLP's first GEMM gave.
+    factors : Tensor, optional
+        float32 [F]: what each feature is multiplied by after GELU.
     backend : {"triton", "reference"}, optional
         Forces a backend.
 
@@ -48,32 +51,43 @@ def gelu_quantize(x: Tensor, *, backend: str | None = None) -> Quantized:
     check_float("x", check_tensor("x", x))
     check_shape("x", x, ("M", "F"))
     check_last_contiguous("x", x)
+    if factors is not None:
+        check_scales("factors", factors, x.shape[1:], x.device)
     out = Quantized.empty(tuple(x.shape), E4M3, x.device)
     if x.numel() > 0:
-        torch.ops.pab.gelu_quantize(x, out.values, out.row_scale, resolve("gelu_quantize", backend, x, out.values))
+        name = resolve("gelu_quantize", backend, x, out.values)
+        torch.ops.pab.gelu_quantize(x, factors, out.values, out.row_scale, name)
     return out
 
 
-def _gelu_quantize(x: Tensor, values: Tensor, row_scale: Tensor, backend: str) -> None:
+def _gelu_quantize(x: Tensor, factors: Tensor | None, values: Tensor, row_scale: Tensor, backend: str) -> None:
     if backend == "triton":
         from pab_kernels.triton_ops.gelu_quantize import gelu_quantize_triton
 
-        gelu_quantize_triton(x, values, row_scale)
+        gelu_quantize_triton(x, factors, values, row_scale)
     else:
-        reference.gelu_quantize_ref(x, Quantized(values, row_scale))
+        reference.gelu_quantize_ref(x, factors, Quantized(values, row_scale))
 
 
 def scaled_linear_gelu(
-    x: Quantized, weight: Quantized, bias: Tensor, *, weight_sum: float, bias_max: float, backend: str | None = None
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor,
+    *,
+    factors: Tensor | None = None,
+    weight_sum: float,
+    bias_max: float,
+    backend: str | None = None,
 ) -> Quantized:
-    """``gelu_tanh(x @ weight.T + bias)`` of rows and weight in e4m3, again as rows in e4m3.
+    """``gelu_tanh(x @ weight.T + bias) * factors`` of rows and weight in e4m3, again as rows in e4m3.
 
     The GEMM's epilogue sees a part of each row, so the scale is not that of the row's largest magnitude but of a bound
     on it, known beforehand: ``|gelu(h)| <= |h| <= max|x| * weight_sum + bias_max``, and ``max|x|`` is 448 times the
     row's scale. Nothing can overflow. And next to nothing is lost: e4m3 is a floating-point format of 15 binades, so a
     scale too large by 2**n takes n of them from the small end and no digits from the rest. For Gaussian rows and
     weights of 1152 channels the bound is about 28 times the largest magnitude; with one channel of x 300 times as large
-    as the others, 250 times.
+    as the others, 250 times. What is lost is lost to all features where the weights of one are large, since it sets
+    the scale: hence the factors, at most 1, by which the next linear's weight is divided beforehand.
 
     Parameters
     ----------
@@ -83,10 +97,12 @@ def scaled_linear_gelu(
         [F, C] e4m3, contiguous: a scale for each output channel.
     bias : Tensor
         [F].
+    factors : Tensor, optional
+        float32 [F]: what each feature is multiplied by after GELU.
     weight_sum : float
-        The largest sum of magnitudes of a row of the weight.
+        The largest sum of magnitudes of a row of the weight, each times its factor.
     bias_max : float
-        The largest magnitude of the bias.
+        The largest magnitude of the bias, likewise.
     backend : {"triton", "scaled_mm", "reference"}, optional
         Forces a backend. "scaled_mm" is cuBLASLt's scaled matmul and `gelu_quantize`, with exact scales.
 
@@ -101,6 +117,8 @@ def scaled_linear_gelu(
         A wrong type, dtype, shape, stride, device or backend, naming the argument.
     """
     _check_linear(x, weight, bias)
+    if factors is not None:
+        check_scales("factors", factors, bias.shape, bias.device)
     out = Quantized.empty((x.shape[0], weight.shape[0]), E4M3, bias.device)
     if x.values.numel() > 0:
         torch.ops.pab.scaled_linear_gelu(
@@ -109,6 +127,7 @@ def scaled_linear_gelu(
             weight.values,
             weight.row_scale,
             bias,
+            factors,
             float(weight_sum),
             float(bias_max),
             out.values,
@@ -124,6 +143,7 @@ def _scaled_linear_gelu(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor,
+    factors: Tensor | None,
     weight_sum: float,
     bias_max: float,
     out: Tensor,
@@ -133,14 +153,15 @@ def _scaled_linear_gelu(
     if backend == "triton":
         from pab_kernels.triton_ops.scaled_linear_gelu import scaled_linear_gelu_triton
 
-        scaled_linear_gelu_triton(values, row_scale, weight, weight_scale, bias, weight_sum, bias_max, out, out_scale)
+        bounds = (weight_sum, bias_max)
+        scaled_linear_gelu_triton(values, row_scale, weight, weight_scale, bias, factors, *bounds, out, out_scale)
     elif backend == "scaled_mm":
         up = bias.new_empty(out.shape)
         _scaled_linear(values, row_scale, weight, weight_scale, bias, up, backend)
-        _gelu_quantize(up, out, out_scale, resolve("gelu_quantize", None, up, out))
+        _gelu_quantize(up, factors, out, out_scale, resolve("gelu_quantize", None, up, out))
     else:
         pair = Quantized(values, row_scale), Quantized(weight, weight_scale)
-        reference.scaled_linear_gelu_ref(*pair, bias, weight_sum, bias_max, Quantized(out, out_scale))
+        reference.scaled_linear_gelu_ref(*pair, bias, factors, weight_sum, bias_max, Quantized(out, out_scale))
 
 
 def _check_linear(x: Quantized, weight: Quantized, bias: Tensor) -> None:
@@ -213,7 +234,7 @@ def _scaled_linear(
 
 
 register(
-    "gelu_quantize(Tensor x, Tensor(a!) values, Tensor(b!) row_scale, str backend) -> ()",
+    "gelu_quantize(Tensor x, Tensor? factors, Tensor(a!) values, Tensor(b!) row_scale, str backend) -> ()",
     ("values", "row_scale"),
     _gelu_quantize,
     writes_only,
@@ -227,7 +248,7 @@ register(
 )
 register(
     "scaled_linear_gelu(Tensor values, Tensor row_scale, Tensor weight, Tensor weight_scale, Tensor bias, "
-    "float weight_sum, float bias_max, Tensor(a!) out, Tensor(b!) out_scale, str backend) -> ()",
+    "Tensor? factors, float weight_sum, float bias_max, Tensor(a!) out, Tensor(b!) out_scale, str backend) -> ()",
     ("out", "out_scale"),
     _scaled_linear_gelu,
     writes_only,

@@ -39,18 +39,31 @@ def dequantize_ref(x: Quantized) -> Tensor:
     return x.values.float() * x.row_scale[..., None]
 
 
-def gelu_quantize_ref(x: Tensor, out: Quantized) -> Quantized:
+def to_e4m3_ref(x: Tensor, scale: Tensor) -> Tensor:
+    """Rows [..., C] over given scales [...] in e4m3; what is too large becomes the largest."""
+    limit = LIMITS[torch.float8_e4m3fn]
+    return (_wide(x) / scale[..., None]).clamp(-limit, limit).to(torch.float8_e4m3fn)
+
+
+def gelu_quantize_ref(x: Tensor, factors: Tensor | None, out: Quantized) -> Quantized:
     """GELU (tanh form), then one byte an element. See `pab_kernels.ops.fp8_linear.gelu_quantize`."""
-    return quantize_ref(F.gelu(_wide(x), approximate="tanh"), out)
+    y = F.gelu(_wide(x), approximate="tanh")
+    return quantize_ref(y if factors is None else y * factors, out)
 
 
 def scaled_linear_gelu_ref(
-    x: Quantized, weight: Quantized, bias: Tensor, weight_sum: float, bias_max: float, out: Quantized
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor,
+    factors: Tensor | None,
+    weight_sum: float,
+    bias_max: float,
+    out: Quantized,
 ) -> Quantized:
     """A linear in fp8, GELU, and fp8 again. See `pab_kernels.ops.fp8_linear.scaled_linear_gelu`."""
     y = F.gelu(F.linear(dequantize_ref(x), dequantize_ref(weight), bias.float()), approximate="tanh")
     out.row_scale.copy_(x.row_scale * weight_sum + bias_max / LIMITS[out.values.dtype])
-    out.values.copy_(y / out.row_scale[..., None])
+    out.values.copy_((y if factors is None else y * factors) / out.row_scale[..., None])
     return out
 
 
@@ -171,6 +184,7 @@ def temporal_attention_ref(
     rope: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-6,
     softmax_scale: float | None = None,
+    out_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Self-attention along T. See `pab_kernels.ops.temporal_attention`."""
@@ -185,7 +199,11 @@ def temporal_attention_ref(
         q, k = rotate_pairs_ref(q, cos, sin), rotate_pairs_ref(k, cos, sin)
     weights = torch.softmax(q @ k.mT * (head_dim**-0.5 if softmax_scale is None else softmax_scale), dim=-1)
     y = (weights @ v).permute(0, 3, 1, 2, 4).reshape(batch, frames, tokens, heads * head_dim)
-    return y.to(qkv.dtype) if out is None else out.copy_(y)
+    if out_scale is not None:
+        y = to_e4m3_ref(y, out_scale)
+    elif out is None:
+        y = y.to(qkv.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, every: int, softmax_scale: float) -> Tensor:
@@ -216,6 +234,7 @@ def attention_ref(
     *,
     kv_len: Tensor | None = None,
     softmax_scale: float | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of any queries on any keys. See `pab_kernels.ops.attention`."""
     wide_q, wide_k, wide_v = (_wide(t).transpose(1, 2) for t in (q, k, v))  # [B, H, L, D]
@@ -225,5 +244,5 @@ def attention_ref(
         scores = scores.masked_fill(beyond[:, None, None, :], float("-inf"))
     # A row without any key gives zeros, not NaN.
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if kv_len is not None else scores.softmax(-1)
-    y = (weights @ wide_v).transpose(1, 2)
-    return y.reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
+    y = (weights @ wide_v).transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+    return y.to(q.dtype) if out_scale is None else to_e4m3_ref(y, out_scale)

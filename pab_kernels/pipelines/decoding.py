@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pab_kernels.distributed.spread import spread
 from pab_kernels.models.hosts.open_sora_plan_vae import CausalVAE
 from pab_kernels.models.hosts.open_sora_vae import SPATIAL_SCALE, OpenSoraVAE
 from pab_kernels.models.hosts.tiles import Tiling
@@ -99,6 +100,9 @@ class VideoDecoder:
     seamless : bool
         Not the original's pieces: Open-Sora's chunks of 17 frames see the chunk before and fade over from it;
         Open-Sora-Plan's frames are decoded whole, so that norms span them, in chunks of time as `memory` allows.
+    ranks : int
+        Of torch's default process group, over which pieces are spread: every rank decodes the same latents, and has the
+        whole video in the end.
 
     Raises
     ------
@@ -106,12 +110,14 @@ class VideoDecoder:
         `memory` is not positive.
     """
 
-    def __init__(self, vae: Any, *, memory: int | None = None, seamless: bool = False) -> None:
+    def __init__(self, vae: Any, *, memory: int | None = None, seamless: bool = False, ranks: int = 1) -> None:
         if memory is not None and memory < 1:
             raise ValueError(f"decode_memory: got {memory}, must be at least 1 byte")
         self.vae = vae
         self.memory = memory
         self.seamless = seamless
+        self.ranks = ranks
+        self._each: Callable[..., Iterable[Tensor]] = spread if ranks > 1 else map
         self.is_open_sora = isinstance(vae, OpenSoraVAE)
         self.is_plan = isinstance(vae, CausalVAE)
         self._packed: dict[str, PlaneDecoder] = {}
@@ -239,9 +245,10 @@ class VideoDecoder:
         if not self.is_plan:
             spatial = self._temporal(z, frames) if self.is_open_sora else z / SPATIAL_SCALE
             count = -(-spatial.shape[2] // self.frames_at_once(z.shape[3], z.shape[4]))
-            yield from (self._spatial(piece) for piece in spatial.tensor_split(count, dim=2))
+            count = min(-(-count // self.ranks) * self.ranks, spatial.shape[2])  # a piece or more for each
+            yield from self._each(self._spatial, spatial.tensor_split(count, dim=2))
             return
-        for chunk in self.vae.decode_chunks(z, self.tiling(z.shape[2:]), self._plan_piece):
+        for chunk in self.vae.decode_chunks(z, self.tiling(z.shape[2:]), self._plan_piece, self._each):
             yield chunk[0].permute(1, 2, 3, 0)
 
     # Open-Sora, Latte
@@ -256,7 +263,7 @@ class VideoDecoder:
         run = None
         if self.on_planes:
             run = lambda piece: from_planes(self._run("temporal", piece[0]))[None]  # noqa: E731
-        return self.vae.decode_temporal(z, frames, run=run, seamless=self.seamless) / SPATIAL_SCALE
+        return self.vae.decode_temporal(z, frames, run=run, each=self._each, seamless=self.seamless) / SPATIAL_SCALE
 
     def frames_at_once(self, height: int, width: int) -> int:
         """Frames of latents of this size that the memory bound allows.
@@ -266,7 +273,7 @@ class VideoDecoder:
         ValueError
             Not even one.
         """
-        if not self.on_planes:
+        if not self.on_planes and self.memory is None:
             return 4
         return self._frames_within(self._decoder("spatial").nbytes(1, height, width), height, width)
 
@@ -299,7 +306,8 @@ class VideoDecoder:
             return own
         base = own or Tiling()
         frames, height, width = latents
-        chunks = sorted({max(frames, 2), *(n for n in (17, 8, 5, 3, 2) if n < frames)}, reverse=True)
+        # Chunks share a latent, and the fewer of it are computed twice the better: so many chunks of nearly one length.
+        chunks = sorted({max(-(-(frames - 1) // count), 1) + 1 for count in range(1, max(frames, 2))}, reverse=True)
         whole = [(max(height, width), n) for n in chunks]
         smaller = [(side, n) for side in (64, 32, 16) if side < max(height, width) for n in chunks if n <= 17]
         needed = 0
@@ -344,6 +352,7 @@ class VideoDecoder:
     def _run(self, name: str, z: Tensor) -> Tensor:
         """Planes of a piece [C, T, H, W]; small ones, which would wait for their launches, from a CUDA graph."""
         decoder = self._decoder(name)
+        decoder.compile()
         memory = MEMORY if self.memory is None else self.memory
         if 2 * decoder.nbytes(*z.shape[1:]) > memory:  # a graph keeps memory of its own
             return decoder(z)

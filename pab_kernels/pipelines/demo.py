@@ -84,7 +84,7 @@ def demo_transformer(
     )
 
 
-def _parts(path: Path) -> tuple[LatteTransformer3DModel, TextEmbedding, DDIMScheduler]:
+def parts(path: Path) -> tuple[LatteTransformer3DModel, TextEmbedding, DDIMScheduler]:
     """The modules and the sampler that a config.json describes; ValueError naming it where it does not."""
     config = weight_files.read_json(path)
     try:
@@ -179,10 +179,10 @@ class DemoPipeline(DenoisingPipeline):
                 raise FileNotFoundError(f"path must be a folder with {name}, got {folder}")
         entries = weight_files.open_files([folder / WEIGHTS_NAME])
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in _state(*_parts(folder / CONFIG_NAME)[:2]).items()}
+            expected = {key: tuple(value.shape) for key, value in _state(*parts(folder / CONFIG_NAME)[:2]).items()}
         if difference := weight_files.difference(expected, entries):
             raise ValueError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}:\n{difference}")
-        transformer, text, scheduler = _parts(folder / CONFIG_NAME)  # nothing real is made before the two files fit
+        transformer, text, scheduler = parts(folder / CONFIG_NAME)  # nothing real is made before the two files fit
         state = _state(transformer, text)
         for key, value in weight_files.read_all(entries, dict.fromkeys(expected, torch.float32), "cpu").items():
             state[key].copy_(value)

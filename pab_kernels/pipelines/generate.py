@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pab_kernels import quality
 from pab_kernels.config import PRESETS, PABConfig
-from pab_kernels.pipelines import latents, memory
-from pab_kernels.pipelines.arguments import seeds_of
+from pab_kernels.distributed.mesh import Mesh
+from pab_kernels.pipelines import latents, memory, samplers
+from pab_kernels.pipelines.arguments import check_steps, seeds_of
 from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.loading import Pipeline, Source, text_encoder_bytes
@@ -70,7 +71,8 @@ class Request:
             raise ValueError("prompt must be given at least once")
         if len(self.seeds) not in (1, count):
             raise ValueError(f"seed must be given once or for each of {count} prompts, got {len(self.seeds)}")
-        _ = self.all_seeds  # that they are seeds shall be known before anything is loaded
+        check_steps(self.steps)  # here, so that what is wrong is known before anything is loaded
+        _ = self.all_seeds
 
     @property
     def all_seeds(self) -> list[int]:
@@ -147,6 +149,12 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")
 
 
+def check_offload(family: str) -> None:
+    """Raise ValueError for a family whose text encoder stays where it is."""
+    if family in ("demo", "latte"):
+        raise ValueError(f"offload_text: got it for {family}, must be of Open-Sora or Open-Sora-Plan")
+
+
 def check_memory(
     source: Source,
     request: Request,
@@ -157,25 +165,38 @@ def check_memory(
     decode_memory: int | None = None,
     seamless: bool = False,
     offload_text: bool = False,
+    mesh: Mesh | None = None,
 ) -> None:
-    """Refuse a run that will not fit in the GPU's free memory; nothing is checked on a CPU.
+    """Refuse a run that will not fit in the GPU's free memory; on a CPU only a bound that no piece of a video fits.
 
-    The decoder's weights lie there all the time, its pieces once the latents are made. `offload_text` leaves the text
-    encoder out.
+    The decoder's weights lie there all the time, its pieces once the latents are made. With `offload_text` the text
+    encoder is there before the run is, and not beside it. Of a `mesh` it is about the rank that has most.
 
     Raises
     ------
     ValueError
-        As `memory.check_fits`.
+        As `memory.check_fits`, `memory.decoder_memory` and `check_offload`.
     """
-    if device.type == "cuda" and request.size is not None:
+    if offload_text:
+        check_offload(source.family)
+    if request.size is None:
+        return
+    on_gpu, decoder = device.type == "cuda", None
+    if source.decodes and source.family != "demo" and (on_gpu or decode_memory is not None):
+        decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
+    if on_gpu:
         rows = len(request.prompts) * (2 if request.guidance > 1 else 1)
-        run = memory.PlannedRun(source.family, request.size, config or PABConfig(), rows, dtype, cache_device == "cpu")
-        extra = 0 if offload_text else text_encoder_bytes(source, dtype)
-        if source.decodes and source.family != "demo":
-            decoder = memory.decoder_memory(source.family, request.size.latent, dtype, decode_memory, seamless)
-            weights, piece = decoder or (0, 0)
-            extra += weights + max(0, piece - memory.estimate(run).activations)
+        size, family, on_host = request.size, source.family, cache_device == "cpu"
+        if family == "open_sora":
+            timesteps = samplers.rflow_timesteps(request.steps, size.height, size.width, size.latent[0])
+        else:
+            timesteps = samplers.family_timesteps(family, request.steps)
+        more: dict[str, Any] = {"timesteps": tuple(timesteps), "mesh": mesh or Mesh()}
+        run = memory.PlannedRun(family, size, config or PABConfig(), rows, dtype, on_host, **more)
+        need, text = memory.estimate(run), text_encoder_bytes(source, dtype)
+        weights, piece = decoder or (0, 0)
+        beside = weights + max(0, piece - need.activations)
+        extra = max(beside, need.weights + weights + text - need.total) if offload_text else beside + text
         memory.check_fits(run, torch.cuda.mem_get_info(device)[0], extra=extra)
 
 
@@ -189,6 +210,7 @@ def generate(
     given: tuple[Tensor, Tensor] | None = None,
     offload_text: bool = False,
     handle: PABHandle | None = None,
+    mesh: Mesh | None = None,
 ) -> Generated:
     """Generate the videos of `request`; with `config` None the pipeline runs as its authors wrote it.
 
@@ -209,6 +231,8 @@ def generate(
         The text encoder waits in host memory while the transformer runs.
     handle : PABHandle, optional
         The runtime of `config` and `cache_device` that is on the pipeline already; it stays, with its slots and graphs.
+    mesh : Mesh, optional
+        As for `accelerate`: every rank makes this call.
     """
     device = pipe.transformer.device
     on_gpu = device.type == "cuda"
@@ -219,7 +243,7 @@ def generate(
         pipe.text_seconds, pipe.offload_text = 0.0, offload_text
     with ExitStack() as stack:
         if handle is None and config is not None:
-            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device))
+            handle = stack.enter_context(accelerate(pipe, config, cache_device=cache_device, mesh=mesh))
         frames, hidden = denoise(pipe, request, None if on_step is None else _Steps(on_step, handle), given)
         report = None if handle is None else handle.report()
     if hidden is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from pab_kernels.pipelines.demo import DemoPipeline
 from pab_kernels.pipelines.latte import LatteLatents
 from pab_kernels.pipelines.open_sora import OpenSoraPipeline
 from pab_kernels.pipelines.open_sora_plan import OpenSoraPlanPipeline
-from pab_kernels.pipelines.sizes import PLAN_SIZES, VideoSize
-from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, T5Text, TextEncoder, cast_encoder
+from pab_kernels.pipelines.sizes import PLAN_SIZES, VideoSize, plan_config, plan_size_name
+from pab_kernels.pipelines.text import MT5_ID, T5_ID, RandomText, SharedText, T5Text, TextEncoder, cast_encoder
 from pab_kernels.pipelines.vae import is_of_diffusers, load_vae
 
 LATTE_ID = "maxin-cn/Latte-1"
@@ -112,6 +113,7 @@ def load_pipeline(
     overrides: Mapping[str, Any] | None = None,
     decode_memory: int | None = None,
     seamless: bool = False,
+    ranks: int = 1,
 ) -> Pipeline:
     """Load what `source` names.
 
@@ -126,6 +128,9 @@ def load_pipeline(
         Config values of random weights that differ from the released model.
     decode_memory, seamless
         Of the decoder: see `VideoDecoder`.
+    ranks : int
+        Of torch's default process group, which all load the same: rank 0 alone has the text encoder, and pieces are
+        decoded by all. The demo, and Latte in diffusers' pipeline, encode and decode on every rank.
 
     Raises
     ------
@@ -141,19 +146,22 @@ def load_pipeline(
     if family == "latte" and not source.random_weights:
         return _load_latte(source, dtype, device)
     if source.random_weights:
-        settings = {**_plan_config(family, size), **(overrides or {})}
+        settings = {**plan_config(family, size), **(overrides or {})}
         transformer: Any = checkpoints.random_weights(family, dtype=dtype, device=device, **settings)
     else:
         transformer = checkpoints.load(family, _weights(source, size), dtype=dtype, device=device)
     vae = None
     if source.decodes:
-        vae = load_decoder(source, dtype=dtype, device=device, memory=decode_memory, seamless=seamless)
+        own = partial(load_decoder, source, dtype=dtype, device=device, ranks=ranks)
+        vae = own(memory=decode_memory, seamless=seamless)
     if family == "latte":
         return LatteLatents(transformer, vae)
+    channels = transformer.config.caption_channels
     if source.random_weights:
-        text: TextEncoder = RandomText(transformer.config.caption_channels)
+        text: TextEncoder = RandomText(channels)
     else:  # the largest part comes last: what is wrong with the others is said before
-        text = load_text(family, source.text_encoder, dtype=dtype, device=device)
+        load = partial(load_text, family, source.text_encoder, dtype=dtype, device=device)
+        text = load() if ranks == 1 else SharedText(load, channels, device)
     cls = OpenSoraPipeline if family == "open_sora" else OpenSoraPlanPipeline
     return cls(transformer, text, vae)
 
@@ -165,6 +173,7 @@ def load_decoder(
     device: torch.device | str,
     memory: int | None = None,
     seamless: bool = False,
+    ranks: int = 1,
 ) -> Any:
     """The decoder of Open-Sora, Open-Sora-Plan or Latte: the one that `source` names, or the official one.
 
@@ -195,7 +204,7 @@ def load_decoder(
             vae = autoencoders.load(family, place, dtype=dtype, device=device)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"vae: {error} `--latents-only` needs none.") from error
-    return VideoDecoder(vae, memory=memory, seamless=seamless)
+    return VideoDecoder(vae, memory=memory, seamless=seamless, ranks=ranks)
 
 
 def _vae_beside(weights: str | None) -> str | None:
@@ -305,28 +314,12 @@ def _part(source: str, name: str) -> str:
 def _weights(source: Source, size: VideoSize | None) -> str:
     """The checkpoint's folder or hub id; Open-Sora-Plan's has a folder for each size."""
     family = source.family
-    name = _size_name(family, size)
+    name = plan_size_name(family, size)
     if name is None:
         return source.weights or checkpoints.HUB_IDS[family]
     if source.weights is None:
         return f"{PLAN_IDS[family]}/{name}"
     return _part(source.weights, name)
-
-
-def _size_name(family: str, size: VideoSize | None) -> str | None:
-    """The name of Open-Sora-Plan's folder for `size`, None for other families."""
-    for name, pixels in PLAN_SIZES.get(family, {}).items():
-        if size is not None and pixels == (size.frames, size.height, size.width):
-            return name
-    return None
-
-
-def _plan_config(family: str, size: VideoSize | None) -> dict[str, Any]:
-    """What the config.json of Open-Sora-Plan's checkpoint of `size` would say."""
-    if family not in PLAN_SIZES or size is None:
-        return {}
-    frames = "video_length" if family == "open_sora_plan_v110" else "sample_size_t"
-    return {frames: size.latent[0], "sample_size": size.latent[1:]}
 
 
 def _check_folder(path: Path) -> None:

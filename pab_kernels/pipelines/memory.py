@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +13,19 @@ import torch
 from diffusers import AutoencoderKL
 
 from pab_kernels.blocks.block import BlockStack
-from pab_kernels.blocks.branches import CrossAttention, Weights
+from pab_kernels.blocks.branches import CrossAttention, SelfAttention, Weights
 from pab_kernels.config import KINDS, PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.models import adapter_for, autoencoders, checkpoints
+from pab_kernels.ops.backends import FP8_TOKENS, no_hopper
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.sizes import DURATIONS, RESOLUTIONS, VideoSize, open_sora_size
-from pab_kernels.runtime.plan import slot_keys, slot_places
+from pab_kernels.runtime.plan import slot_keys, slot_places, storage
 from pab_kernels.runtime.precision import Shape, Trial, layer_bytes, measure_shapes
 from pab_kernels.runtime.slots import STAGES, SlotLayout, available_host_memory
 from pab_kernels.runtime.workspace import TEXT_PADDING
+from pab_kernels.schedule import Schedule
 
 TEXT_LENGTHS = {
     "open_sora": 300,
@@ -63,7 +67,8 @@ class PlannedRun:
 
     `rows` is the batch that the transformer sees, 2 a prompt with guidance, and `forwards` how often a step calls it.
     `model` are config values that differ from the released model, and `transformers` how many there are, of which one
-    runs at a time. With `cache_on_host` slots lie in pinned host memory.
+    runs at a time. With `cache_on_host` slots lie in pinned host memory. `timesteps` are the run's, as far as they are
+    known. Of a `mesh` it is the rank that has most.
     """
 
     family: str
@@ -75,6 +80,8 @@ class PlannedRun:
     forwards: int = 1
     transformers: int = 1
     model: dict[str, Any] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+    mesh: Mesh = field(default_factory=Mesh)
 
     @classmethod
     def of(
@@ -85,6 +92,15 @@ class PlannedRun:
             changes, pair = checkpoints.SIZES[family][model or "1.3b"], family == "wan_2_2" and model != "5b"
             return cls(family, size, config, prompts, forwards=2, transformers=2 if pair else 1, model=changes, **more)
         return cls(family, size, config, 2 * prompts, **more)
+
+    @property
+    def own(self) -> PlannedRun:
+        """What a rank has of it: of guidance a half, be that of the batch or of the calls of a step."""
+        if self.mesh.guidance == 1:
+            return self
+        if self.forwards > 1:
+            return dataclasses.replace(self, forwards=1)
+        return dataclasses.replace(self, rows=-(-self.rows // 2))
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,12 @@ class ModelShape:
         ValueError
             Unknown family.
         """
-        host: Any = checkpoints.build(family, **overrides)
+        return cls.of_host(checkpoints.build(family, **overrides))
+
+    @classmethod
+    def of_host(cls, host: Any) -> ModelShape:
+        """Of a transformer on the meta device, as if it were in bfloat16."""
+        torch.nn.Module.to(host, torch.bfloat16)
         patch = host.config.patch_size
         return cls(
             stack=adapter_for(host).stack,
@@ -120,10 +141,10 @@ class ModelShape:
         return self.stack.channels
 
     def shape(self, run: PlannedRun) -> tuple[int, int, int, int]:
-        """(B, T, S, C) of the residual stream."""
+        """(B, T, S, C) of the residual stream, of the latent frames those of a rank."""
         frames, height, width = run.size.latent
         tokens = -(-height // self.patch[0]) * -(-width // self.patch[1])
-        return run.rows, frames, tokens, self.channels
+        return run.rows, -(-frames // run.mesh.frames), tokens, self.channels
 
     def stream(self, run: PlannedRun) -> int:
         """Bytes of the residual stream."""
@@ -143,8 +164,8 @@ class ModelShape:
 def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
     """Memory of the executor's path, from shapes alone.
 
-    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB). MLP slots
-    are counted as if none shared its memory with another, which depends on the timesteps.
+    Text encoder and VAE are not counted, nor what the allocator keeps or CUDA itself takes (about 1 GiB). Which MLP
+    slots share memory, and which have a second one, depends on the timesteps: without them each counts once.
 
     Parameters
     ----------
@@ -158,21 +179,31 @@ def estimate(run: PlannedRun, model: ModelShape | None = None) -> Memory:
         Unknown family.
     """
     model = ModelShape.of(run.family, **run.model) if model is None else model
+    run = run.own
     item = run.dtype.itemsize
-    slots = slot_keys(model.stack, run.config)
+    slots = _slots(run, model)
     branches = [place.branch for place in slot_places(model.stack, run.config)]
     gated = sum(isinstance(branch.gate, int) and not branch.regate for branch in branches)
     gates = gated * run.rows * model.channels * item
-    on_device = min(STAGES, len(slots)) if run.cache_on_host else len(slots)
+    on_device = min(STAGES, slots) if run.cache_on_host else slots
     weights = model.elements * item + (0 if run.config.linear_precision is None else model.fp8_bytes)
     return Memory(
         weights=run.transformers * weights,
         slots=run.forwards * (on_device * model.slot(run) + gates),
         text=run.forwards * _text(run, model),
         activations=run.forwards * _activations(run, model),
-        slot_count=run.forwards * len(slots),
-        host=run.forwards * len(slots) * model.slot(run) if run.cache_on_host else 0,
+        slot_count=run.forwards * slots,
+        host=run.forwards * slots * model.slot(run) if run.cache_on_host else 0,
     )
+
+
+def _slots(run: PlannedRun, model: ModelShape) -> int:
+    """How many there are for a forward."""
+    if not run.timesteps:
+        return len(slot_keys(model.stack, run.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a window that no timestep opens: said when the run begins
+        return len(set(storage(model.stack, Schedule(run.config, run.timesteps)).values()))
 
 
 def decoder_memory(
@@ -207,6 +238,25 @@ def fp8_trials(run: PlannedRun) -> dict[Shape, Trial] | str:
         return str(error)
 
 
+def fp8_attention(run: PlannedRun, model: ModelShape) -> dict[str, str] | str:
+    """Of each self-attention that could run in fp8 on this machine whether it does; or why none can."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if why_not := no_hopper(device):
+        return why_not
+    found = {}
+    shape = model.shape(dataclasses.replace(run, mesh=Mesh()))
+    for block in model.stack.blocks:
+        for branch in block.branches:
+            weights = branch.weights
+            if isinstance(weights, SelfAttention) and weights.sequence != "temporal":
+                head_dim, tokens = model.channels // weights.heads, weights.keys(shape, 0)
+                least = FP8_TOKENS.get(head_dim)
+                runs = "yes" if least is not None and tokens >= least else "no"
+                why = "no such head_dim" if least is None else f"from {least:,} tokens on"
+                found[branch.kind] = f"{runs}: {tokens:,} tokens, head_dim {head_dim} ({why})"
+    return found
+
+
 def _text(run: PlannedRun, model: ModelShape) -> int:
     """K and V are each as wide as the stream; the length is padded as for graphs."""
     length = -(-TEXT_LENGTHS[run.family] // TEXT_PADDING) * TEXT_PADDING
@@ -224,6 +274,7 @@ def _activations(run: PlannedRun, model: ModelShape) -> int:
     frames, height, width = run.size.latent
     latents = run.rows * 4 * frames * height * width * 4 * 4  # latents, input, prediction of 8 channels; float32
     tensors = 3 + widest + (2 if run.config.stack_broadcast else 0)
+    tensors += 5 if run.mesh.frames > 1 else 0  # queries, keys and values packed and received, and outputs that go back
     return int(model.stream(run) * tensors) + tables + latents
 
 

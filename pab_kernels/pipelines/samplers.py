@@ -35,6 +35,12 @@ _FLOW = {
 }
 """diffusers' samplers of rectified flow alone, by name, since not every version has them all."""
 
+_SIGMAS_WITH_LATENTS = {"LTXEulerAncestralRFScheduler"}
+"""Those whose step computes with sigmas as tensors of one dimension, which must lie where the latents are.
+
+The others take single numbers of their tables, which torch lets meet a tensor on any device.
+"""
+
 _MORE = {"prev_timestep", "starting_mask_ratio", "old_pred_original_sample"}
 """Arguments of a step that only its own pipeline gives."""
 
@@ -200,6 +206,8 @@ def take_step(
         What they are now taken to become, if the sampler tells.
     """
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    if type(scheduler).__name__ in _SIGMAS_WITH_LATENTS:
+        scheduler.sigmas = scheduler.sigmas.to(latents.device)
     latents, *told = scheduler.step(prediction, t, latents, return_dict=False, **draws)
     # TCD tells of a noisy sample.
     return latents, told[0] if told and type(scheduler).__name__ != "TCDScheduler" else None

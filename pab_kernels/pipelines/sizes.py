@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 ASPECTS = ("9:21", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 """Height to width, as Open-Sora writes it: 9:16 is a wide video, 16:9 a tall one."""
@@ -183,3 +184,19 @@ def family_size(
     names = tuple(PLAN_SIZES[family])
     frames, height, width = PLAN_SIZES[family][_choice("size", size or names[0], names)]
     return plan_size(1 if image else frames, height, width)
+
+
+def plan_size_name(family: str, size: VideoSize | None) -> str | None:
+    """The name of Open-Sora-Plan's folder for `size`, None for other families."""
+    for name, pixels in PLAN_SIZES.get(family, {}).items():
+        if size is not None and pixels == (size.frames, size.height, size.width):
+            return name
+    return None
+
+
+def plan_config(family: str, size: VideoSize | None) -> dict[str, Any]:
+    """What the config.json of Open-Sora-Plan's checkpoint of `size` would say."""
+    if family not in PLAN_SIZES or size is None:
+        return {}
+    frames = "video_length" if family == "open_sora_plan_v110" else "sample_size_t"
+    return {frames: size.latent[0], "sample_size": size.latent[1:]}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from pab_kernels.distributed.spread import shared
 
 T5_ID = "DeepFloyd/t5-v1_1-xxl"
 MT5_ID = "google/mt5-xxl"
@@ -124,6 +127,39 @@ class RandomText:
         generators = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
         rows = [torch.randn(length, self.channels, generator=generator) for generator in generators]
         return torch.stack(rows), torch.arange(length) < torch.tensor(lengths)[:, None]
+
+
+class SharedText:
+    """One encoder for all ranks of torch's default process group, which encode the same prompts at the same time.
+
+    Parameters
+    ----------
+    load : callable
+        Loads it, on rank 0 alone; the others get what it gives.
+    channels : int
+        Size of a token's embedding.
+    device : torch.device
+        Of the ranks' exchanges.
+    """
+
+    def __init__(self, load: Callable[[], TextEncoder], channels: int, device: torch.device | str) -> None:
+        self.text = load() if dist.get_rank() == 0 else None
+        self.channels = channels
+        self.device = torch.device(device)
+
+    @property
+    def encoder(self) -> Any:
+        """The module that encodes, where this rank has it."""
+        return getattr(self.text, "encoder", None)
+
+    def encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """As `T5Text.encode`, on the CPU."""
+        return shared(lambda: self._encode(prompts, length), self.device)
+
+    def _encode(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        assert self.text is not None
+        embeddings, mask = self.text.encode(prompts, length)
+        return embeddings.cpu(), mask.cpu()
 
 
 def _with_a_token(mask: Tensor) -> Tensor:

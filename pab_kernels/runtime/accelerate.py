@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pab_kernels.config import PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.runtime.cache import SlotPool
 from pab_kernels.runtime.guidance import Conditional
 from pab_kernels.runtime.handle import PABHandle
@@ -27,6 +28,7 @@ def accelerate(
     forwards_per_step: int = 1,
     keep_shapes: int = 4,
     conditional: Conditional | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Put a Pyramid Attention Broadcast runtime behind a pipeline or a bare transformer.
 
@@ -57,6 +59,8 @@ def accelerate(
         Which half of the batch is the conditional one, where `config` broadcasts guidance and both halves are one call:
         by default as our pipelines have it, and "second" for diffusers' pipelines and bare transformers. Of two
         forwards a step the one that comes second is left out.
+    mesh : Mesh, optional
+        The ranks of the process group that run this together; each makes the same calls. See `Mesh`.
     keep_shapes : int
         Of so many shapes of call (resolution, length, batch) slots and graphs are kept, so that they can alternate; the
         one that was not used for longest goes, and all others where memory does not suffice.
@@ -72,6 +76,7 @@ def accelerate(
     TypeError, ValueError
         The transformer is of no known family, is accelerated already, or has modules or options (LoRA, quantised
         linears, hooks, unknown attention processors) that the executor would skip over; the message names them.
+        diffusers' own parallelism is enabled; or the process group does not fit the mesh.
         Or an argument is out of range, or `linear_precision` is fp8 on a device without fp8 tensor cores, or
         `attention_precision` on one that is not a Hopper GPU.
     """
@@ -91,7 +96,18 @@ def accelerate(
             raise TypeError(
                 f"target: got {type(target).__name__}, must be a transformer or a pipeline with one and a scheduler"
             )
+    for each in transformers:
+        if getattr(each, "_parallel_config", None) is not None:
+            raise TypeError(
+                f"{type(each).__name__}: enable_parallelism was called on it, must not be: its hooks and the runtime "
+                "would both split the work. Load it anew, and use accelerate(..., mesh=Mesh(...))"
+            )
+    if not isinstance(mesh, Mesh | None):
+        raise TypeError(f"mesh: got {type(mesh).__name__}, must be a Mesh")
+    weight = next(transformers[0].parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
     options: dict[str, Any] = {
+        "ranks": None if mesh is None else mesh.join(device),
         "pipeline": None if isinstance(target, nn.Module) else target,
         "cuda_graphs": cuda_graphs,
         "forwards_per_step": forwards_per_step,

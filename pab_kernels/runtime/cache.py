@@ -12,6 +12,15 @@ from torch import Tensor
 from pab_kernels.runtime.slots import DeviceSlots, HostSlots, SlotKey, SlotLayout, SlotStore
 
 
+def where(asked: torch.device | str | None, own: torch.device) -> torch.device:
+    """Where slots lie for `cache_device`: on `own` by default; ValueError for another device than it or the CPU."""
+    if asked is None or str(asked) in (own.type, str(own)):
+        return own
+    if str(asked) == "cpu":
+        return torch.device("cpu")
+    raise ValueError(f"cache_device: got {str(asked)!r}, must be {own.type} or cpu")
+
+
 class SlotPool:
     """Slots that caches use in turn, such as those of the two transformers of Wan 2.2, of which one runs at a time.
 

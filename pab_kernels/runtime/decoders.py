@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from pab_kernels.runtime.planes import (
     FrameAttention,
     Norm,
     ResBlock,
+    Shape,
+    Stream,
     Upsample,
     most_live,
     padded_channels,
@@ -44,10 +49,47 @@ class PlaneDecoder:
         self.layers = layers
         self.norm = norm
         self.conv_out = Conv.of(conv_out, front)
+        self._compiled = False
 
     def __call__(self, z: Tensor) -> Tensor:
         z = self.post_quant(z[None])[0]
-        x = run(self.layers, self.conv_in(to_planes(z, self.channels)))
+        return self._last(run(self.layers, self.conv_in(to_planes(z, self.channels))))
+
+    def compile(self) -> None:
+        """Compile the kernels, several at a time, by running each kind of layer on planes of 2 x 2 latents.
+
+        Triton compiles a kernel when it is first launched, for seconds, most of them outside of Python's lock. A second
+        call does nothing.
+        """
+        if self._compiled:
+            return
+        shape = (2, 2, 2, self.channels)
+        jobs: dict[Hashable, tuple[Callable[[Stream], object], Shape]] = {
+            "in": (lambda x: self.conv_in(x.planes), shape)
+        }
+        shape = self.conv_in.shape(shape)
+        for layer in self.layers:
+            new = layer.shape(shape)
+            if not isinstance(layer, FrameAttention):  # a thread of its own would leave it a workspace of cuBLAS
+                grown = tuple(b > a for a, b in zip(shape[:2], new[:2], strict=True))
+                jobs.setdefault((type(layer), shape[3], new[3], grown), (layer, shape))
+            shape = new
+        jobs["out"] = (self._last, shape)
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            list(pool.map(self._run_once, *zip(*jobs.values(), strict=True)))
+        self._compiled = True
+
+    def _run_once(self, layer: Callable[[Stream], object], shape: Shape) -> None:
+        """A layer on zeros, in a thread that has run nothing before."""
+        weight = self.conv_out.weight
+        frames, height, width, channels = shape
+        with torch.no_grad(), torch.cuda.device_of(weight):  # each thread has its own
+            # Zeros that are made here, not handed over: they give the thread its CUDA context. A kernel that takes a
+            # tensor descriptor fails without one.
+            planes = weight.new_zeros(frames, height + 1, width + 1, channels)
+            layer(Stream(planes, planes.new_zeros(frames, channels, 2, dtype=torch.float32)))
+
+    def _last(self, x: Stream) -> Tensor:
         return self.conv_out(self.norm(x), sums=False).planes
 
     @property

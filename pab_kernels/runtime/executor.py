@@ -15,6 +15,7 @@ from pab_kernels.blocks.block import BlockStack, Modulation
 from pab_kernels.blocks.branches import CrossAttention, Inputs, Rope, TextKV, text_kv
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Fp8Linear
+from pab_kernels.blocks.sharded import Shards
 from pab_kernels.ops.quantized import DTYPES
 from pab_kernels.runtime.cache import BroadcastCache, SlotPool
 from pab_kernels.runtime.forecast import Part, Reach, parts
@@ -43,6 +44,8 @@ class Executor:
         variant with `guidance` runs the conditional one alone.
     pool, forward : optional
         Whom the slots are shared with; see `BroadcastCache`.
+    shards : Shards, optional
+        The layout is that of one of several ranks, which share the rows of each sequence.
 
     Raises
     ------
@@ -62,9 +65,11 @@ class Executor:
         halves: tuple[int, ...] = (0,),
         pool: SlotPool | None = None,
         forward: Hashable = None,
+        shards: Shards | None = None,
     ) -> None:
         self.stack = stack
         self.layout = layout
+        self._shards = shards
         self._parts = parts(layout, halves, schedule.config)
         self._span = stack_span(stack, schedule.config)
         self._stack_key = SlotKey("stack", self._span.stop - 1)
@@ -149,6 +154,18 @@ class Executor:
         """What a step of this variant runs: all sequences, or those of the conditional half."""
         return self._parts[-1 if variant.guidance else 0]
 
+    def exchanges(self, variant: StepVariant) -> tuple[int, int]:
+        """How often a step of this variant exchanges rows with other ranks, and the bytes that it sends: 0, 0 alone."""
+        if self._shards is None:
+            return 0, 0
+        reads, shape = self.traffic(variant).reads, self.part(variant).layout.shape
+        sent: list[int] = []
+        for place, _ in self._places:
+            key = place.key.at(variant.lane(place.key.kind, place.block.index))
+            if key not in reads and not (variant.stack and key.position in self._span):
+                sent += place.branch.weights.sent(shape, self._shards)
+        return len(sent), sum(sent) * self.stack.dtype.itemsize
+
     def step(
         self,
         x: Tensor,
@@ -177,7 +194,7 @@ class Executor:
         embed : Tensor, optional
             [T, C], the temporal position embedding.
         rope : (cos, sin), optional
-            Rotary tables of the rotary blocks.
+            Rotary tables of the rotary blocks, for all positions, also with `shards`.
         index : Tensor, optional
             int32 [B, T * S], where the layout is indexed: the modulation row of each row of x.
         ahead : Tensor, optional
@@ -237,7 +254,7 @@ class Executor:
                 fp8 = isinstance(branch.weights.linears[0], Fp8Linear)
                 h = stream.read(branch.norm, vector(vectors.shift), vector(vectors.scale), fp8=fp8)
                 own_text = None if branch_text is None else branch_text.sequences(part.batch)
-                out = branch.weights.run(h, stream.out(key), Inputs(own_text, rope))
+                out = branch.weights.run(h, stream.out(key), Inputs(own_text, rope, self._shards))
                 stream.computed(key, out, vector(vectors.gate))
             if self._span.stop == len(self.stack.blocks) and self._span and not variant.stack:
                 stream.leave_stack(self._stack_key)

@@ -30,9 +30,13 @@ class Part:
     rows: slice | None = None
 
     def own(self, name: str, value: Tensor) -> Tensor:
-        """The part of an input of a call, [B, ...] unless it is of the whole run or of modulation rows."""
-        whole = name in (AHEAD, "scales", "modulation") or (name == "timestep" and self.layout.indexed)
-        return value if self.batch is None or whole else value[self.batch]
+        """The part of an input of a call."""
+        return value if self.batch is None or whole_run(name, self.layout) else value[self.batch]
+
+
+def whole_run(name: str, layout: Layout) -> bool:
+    """Whether an input of a call is of the whole run or of modulation rows: all others are [B, ...]."""
+    return name in (AHEAD, "scales", "modulation") or (name == "timestep" and layout.indexed)
 
 
 def parts(layout: Layout, halves: tuple[int, ...], config: PABConfig) -> list[Part]:

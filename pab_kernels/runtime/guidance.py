@@ -103,19 +103,25 @@ class Halves:
             return (0,)
         if whole_step is not None:
             return (0, 1) if batch == 2 * whole_step else (0,)
-        if self.separate(run, forward):
-            number = run.number(forward)
-            if number > 1 or run.forwards > 2:
-                raise ValueError(
-                    f"guidance_broadcast: forward {forward!r} is one of {max(run.forwards, number + 1)} a step, must "
-                    "be one of two"
-                )
-            return (number,)
+        if _separate(run, forward):
+            return (_number(run, forward, "guidance_broadcast"),)
         return self._order if run.guided and self._guided() else (0,)
 
-    def separate(self, run: Run, forward: Forward) -> bool:
-        """Whether the halves are forwards of their own, of which this is one."""
-        return self._broadcast and (run.forwards > 1 if isinstance(forward, int) else forward != BOTH)
+    def kept(self, run: Run, forward: Forward) -> bool:
+        """Whether the halves are forwards of their own, of which this is one, and their difference is broadcast."""
+        return self._broadcast and _separate(run, forward)
+
+    def apart(self, run: Run, forward: Forward) -> int | None:
+        """Which half of guidance this forward is, where the halves are forwards of their own.
+
+        Raises
+        ------
+        ValueError
+            More than two forwards a step.
+        """
+        if not (_separate(run, forward) and run.guided and self._guided()):
+            return None
+        return _number(run, forward, "mesh: guidance=2")
 
     def _guided(self) -> bool:
         """Whether the pipeline's calls have two halves now."""
@@ -124,6 +130,21 @@ class Halves:
             scale = getattr(self._pipeline, "guidance_scale", None)
             said = not isinstance(scale, int | float) or scale > 1
         return bool(said)
+
+
+def _separate(run: Run, forward: Forward) -> bool:
+    """Whether a step has several forwards, of which this is one."""
+    return run.forwards > 1 if isinstance(forward, int) else forward != BOTH
+
+
+def _number(run: Run, forward: Forward, what: str) -> int:
+    """Which of two forwards it is; ValueError for more."""
+    number = run.number(forward)
+    if number > 1 or run.forwards > 2:
+        raise ValueError(
+            f"{what}: forward {forward!r} is one of {max(run.forwards, number + 1)} a step, must be one of two"
+        )
+    return number
 
 
 class Pairs:

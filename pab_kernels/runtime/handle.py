@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from pab_kernels import clock
 from pab_kernels.config import PABConfig
+from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.models import adapter_for
 from pab_kernels.models.adapter import Adapter, Call
-from pab_kernels.runtime.cache import BroadcastCache, SlotPool
+from pab_kernels.runtime.apart import Apart
+from pab_kernels.runtime.cache import BroadcastCache, SlotPool, where
 from pab_kernels.runtime.doubt import Doubts
 from pab_kernels.runtime.guidance import Conditional, Halves, Pairs
 from pab_kernels.runtime.identity import Identity
@@ -28,6 +31,7 @@ from pab_kernels.runtime.report import Report
 from pab_kernels.runtime.run import Forward, Run
 from pab_kernels.runtime.runs import Runs
 from pab_kernels.runtime.shapes import Shapes
+from pab_kernels.runtime.share import Share
 from pab_kernels.runtime.stand_in import StandIn, clear, unwrap
 from pab_kernels.runtime.timesteps import as_list
 from pab_kernels.runtime.workspace import Workspace
@@ -61,6 +65,7 @@ class PABHandle:
         keep_shapes: int = 4,
         conditional: Conditional | None = None,
         pool: SlotPool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if not isinstance(config, PABConfig):
             raise TypeError(f"config: got {type(config).__name__}, must be a PABConfig")
@@ -79,11 +84,13 @@ class PABHandle:
         self._cuda_graphs = cuda_graphs
         self._forwards = forwards_per_step
         self._pool = pool
+        self._ranks = ranks
+        self._apart = None if ranks is None or ranks.mesh.guidance == 1 else Apart(ranks)
         self._lock = threading.RLock()
         self._identity = Identity(transformer)
         device = next(transformer.parameters()).device
         self._lane = Lane(device)
-        self._cache_device = _cache_device(cache_device, device)
+        self._cache_device = where(cache_device, device)
         self._doubts = Doubts(device)
         self._shapes = Shapes(keep_shapes)
         self._halves = Halves(config.guidance_broadcast, pipeline, conditional)
@@ -101,7 +108,7 @@ class PABHandle:
                     with_fp8_attention(self._adapter.stack)  # or it says why not
                 if config.linear_precision is not None:
                     measure = config.linear_precision == "fp8"
-                    self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure)
+                    self._fp8 = Fp8Linears(self._adapter.stack, config.linear_exclude, measure=measure, ranks=ranks)
                 stand_in.put(compiled)
                 self._identity.record()  # fused weights lie elsewhere now
             except BaseException:
@@ -236,7 +243,7 @@ class PABHandle:
         """What stands in for the transformer's forward, of the forward of a step that is called `name`."""
         with self._at_work():
             call = self._adapter.bind(*args, **kwargs)
-            self._check_like_weights(call.tensors["latents"])
+            self._adapter.check_like_weights(call.tensors["latents"])
             timestep = call.tensors["timestep"]
             if call.layout.indexed:  # those that occur; given frames have 0
                 timestep = timestep.amax()
@@ -244,8 +251,11 @@ class PABHandle:
             self._doubts.check()
             doubts = [self._doubts.of_timestep(timestep, run.roundings[step])] if unchecked else []
             result = self._step(run, step, forward, call, None, (*doubts, *call.doubts))
-            adapter = self._adapter
-        return adapter.wrap(self._lane.hand_out(result), call)
+            adapter, apart = self._adapter, self._apart
+        handed = self._lane.hand_out(result)
+        if apart is not None:
+            apart.handed(handed)
+        return adapter.wrap(handed, call)
 
     def _step(
         self,
@@ -257,56 +267,66 @@ class PABHandle:
         doubts: Iterable[Tensor],
     ) -> Tensor:
         """A call of the run; see `Workspace.step`."""
-        self._identity.check()
-        self._identity.check_versions()
+        self._identity.check_addresses()  # what kernels read must be there; the rest can wait
         latents = call.tensors["latents"]
-        before = run.shapes.get(forward, latents.shape)
-        if latents.shape[1:] == before[1:] and len(latents) < before[0]:
-            run.resume(step)  # guidance has ended
-        elif latents.shape != before:
-            raise ValueError(
-                f"hidden_states: shape is {list(latents.shape)}, but this run began with "
-                f"{list(before)}: call begin(timesteps) for a new one"
-            )
+        run.expect(forward, step, latents.shape)
         run.thread = threading.current_thread()
         run.broken = True  # until this call is complete
         start = clock.mark(self._lane.device)
-        variant, result = run.schedule[step], torch.empty(0)
+        variant = planned = run.schedule[step]
         halves = self._halves.of(run, forward, call.layout.batch, None if flow is None else len(flow["latents"]))
+        apart = None if self._apart is None or flow is not None else self._halves.apart(run, forward)
+        left_out = planned.guidance and halves == (1,)
+        if self._ranks is not None and step < run.first_call + 2:
+            self._ranks.check_alike("latents, timestep, text", latents if flow is None else flow["latents"], call.text)
 
-        def work() -> None:
-            nonlocal variant, result
-            if variant.guidance and halves == (1,):
-                result = self._doubts.apply([*doubts], self._pairs.second(step, run.schedule))
-                return
-            workspace = self._workspace(run, forward, call, halves)
+        def compute() -> Tensor:
+            nonlocal variant
+            workspace = self._workspace(run, forward, call, halves, split=apart is None)
             if run.skipped(forward, step):
                 workspace.cache.invalidate()
-            variant = workspace.variant(run.schedule[step])
-            result, more = workspace.step(call, run.schedule, step, flow)
-            result = self._doubts.apply([*doubts, *more], result)
-            if self._halves.separate(run, forward):
-                self._pairs.take(halves[0], step, result)
+            variant = workspace.variant(planned)
+            found, more = workspace.step(call, run.schedule, step, flow)
+            return self._doubts.apply([*doubts, *more], found)
 
-        self._shapes.with_memory(work)
+        def work() -> Tensor:
+            pairs = self._pairs if self._halves.kept(run, forward) else None
+            if self._apart is not None and apart is not None:
+                nothing = partial(self._adapter.nothing, call)
+                if apart == 0:
+                    return self._apart.first(step, compute, nothing)
+                return self._apart.second(step, None if left_out else compute, nothing, pairs, run.schedule)
+            if left_out:
+                return self._doubts.apply([*doubts], self._pairs.second(step, run.schedule))
+            found = compute()
+            if pairs is not None:
+                pairs.take(halves[0], step, found)
+            return found
+
+        # Of several ranks one that tries again would be alone.
+        result = self._shapes.with_memory(work) if self._ranks is None else work()
         run.clock.append((variant, start, clock.mark(self._lane.device)))
+        # While a GPU is at work. Nobody has the result yet.
+        self._identity.check()
+        self._identity.check_versions()
         run.done(forward, step, latents.shape)
         run.broken = False
         return result
 
-    def _workspace(self, run: Run, forward: Forward, call: Call, halves: tuple[int, ...]) -> Workspace:
-        """The workspace of a call, with the slots of this run."""
-        key = Workspace.key(call, halves)
+    def _workspace(self, run: Run, forward: Forward, call: Call, halves: tuple[int, ...], split: bool) -> Workspace:
+        """The workspace of a call, with the slots of this run; `split` is whether ranks may share its batch."""
+        key = Workspace.key(call, halves), split
         found = self._shapes.use(key, forward, lambda old: old.run is run or old.serves(run.schedule))
         if found is None:
             stack = self._adapter.stack
+            share = Share.of(call, stack, halves, self._ranks, split)
             if self._fp8 is not None:
                 with CAPTURES:  # it may measure with graphs
-                    stack = self._fp8.at(call.layout.rows)
+                    stack = self._fp8.at(share.rows)
             if run.schedule.config.attention_precision is not None:
                 stack = with_fp8_attention(stack)
             options = (self._lane, self._cuda_graphs, self._cache_device, self._pool, forward)
-            found = Workspace(self._adapter, stack, run.schedule, call, *options, halves)
+            found = Workspace(self._adapter, stack, run.schedule, call, share, *options, halves)
             self._shapes.add(key, forward, found)
         if found.run is not run:
             found.begin_run(run)
@@ -317,6 +337,8 @@ class PABHandle:
         self._identity.check()
         self._identity.note_versions()
         self._pairs = Pairs(self.config.guidance_order)
+        if self._apart is not None:
+            self._apart.begin()
         self._adapter.refresh()
         if self._fp8 is not None and self._fp8.refresh():
             self._shapes.clear()  # graphs know the scales
@@ -350,24 +372,6 @@ class PABHandle:
         run = self._runs.checked()
         self._doubts.check()
         return run
-
-    def _check_like_weights(self, latents: Tensor) -> None:
-        """Raise ValueError for another dtype or device than the blocks have."""
-        stack = self._adapter.stack
-        if latents.dtype != stack.dtype or latents.device != stack.device:
-            raise ValueError(
-                f"hidden_states: is {latents.dtype} on {latents.device}, "
-                f"must be {stack.dtype} on {stack.device} as the transformer's blocks"
-            )
-
-
-def _cache_device(asked: torch.device | str | None, own: torch.device) -> torch.device:
-    """Where the slots lie: `own` by default."""
-    if asked is None or str(asked) in (own.type, str(own)):
-        return own
-    if str(asked) == "cpu":
-        return torch.device("cpu")
-    raise ValueError(f"cache_device: got {str(asked)!r}, must be {own.type} or cpu")
 
 
 def handle_of(transformer: nn.Module) -> PABHandle | None:

@@ -70,7 +70,8 @@ class Identity:
         self._size = self._read_size()
         named_tensors = dict(chain(self._host.named_parameters(), self._host.named_buffers()))
         self._names, self._tensors = list(named_tensors), list(named_tensors.values())
-        self._where = self._read_where()
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._forms = self._read_forms()
         self._tracked = [tensor for tensor in self._tensors if version_of(tensor) is not None]
         self.note_versions()
 
@@ -81,6 +82,8 @@ class Identity:
     def check(self) -> None:
         """Raise ValueError, naming what, if anything is not as it was recorded; weights may be changed in place."""
         self.check_addresses()
+        if self._read_forms() != self._forms:
+            raise self._moved()
         same = (
             self._read_size() == self._size
             and list(map(type, self._modules)) == self._classes
@@ -96,20 +99,15 @@ class Identity:
             raise ValueError(f"{self._difference()} since accelerate(), which the runtime would skip over: {_STALE}")
 
     def check_addresses(self) -> None:
-        """Raise ValueError if a parameter or buffer was moved, cast or replaced."""
-        if self._read_where() != self._where:
-            name = next(
-                (
-                    name
-                    for name, tensor, (address, strides, dtype) in zip(
-                        self._names, self._tensors, zip(*self._where, strict=True), strict=True
-                    )
-                    if (tensor.data_ptr(), tensor.stride(), tensor.dtype) != (address, strides, dtype)
-                )
-            )
-            raise ValueError(
-                f"the host's weights were moved, cast or replaced after accelerate(), first {name}: {_STALE}"
-            )
+        """Raise ValueError if a parameter or buffer does not lie where it lay: its memory may be gone."""
+        if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
+            raise self._moved()
+
+    def _moved(self) -> ValueError:
+        now = zip(map(Tensor.data_ptr, self._tensors), *self._read_forms(), strict=True)
+        before = zip(self._addresses, *self._forms, strict=True)
+        name = next(name for name, new, old in zip(self._names, now, before, strict=True) if new != old)
+        return ValueError(f"the host's weights were moved, cast or replaced after accelerate(), first {name}: {_STALE}")
 
     def check_versions(self) -> None:
         """Raise ValueError if a weight was changed in place since the run began: some of them were copied then."""
@@ -118,9 +116,8 @@ class Identity:
                 "the host's weights were changed in the middle of a run: call begin(timesteps) for a new one"
             )
 
-    def _read_where(self) -> list[Any]:
-        tensors = self._tensors
-        return [list(map(read, tensors)) for read in (Tensor.data_ptr, Tensor.stride, attrgetter("dtype"))]
+    def _read_forms(self) -> list[Any]:
+        return [list(map(read, self._tensors)) for read in (Tensor.stride, attrgetter("dtype"))]
 
     def _read_size(self) -> int:
         # Whatever is taken away is missed by itself, so a sum shows what was added.

@@ -81,4 +81,5 @@ class PABHandles:
             shapes=sum(report.shapes for report in reports),
             eager=next((report.eager for report in reports if report.eager), None),
             seconds=seconds,
+            exchanges={name: found for report in reports for name, found in report.exchanges.items()},
         )

@@ -1,8 +1,8 @@
 """Which of the blocks' linears run in fp8: those that are asked for, and, unless all are, those that are faster so.
 
-A branch's layer can: the linears that its weights name in `fp8`, whose input is written by a pass that sees whole rows.
-The projections after attention stay in the model's dtype. A program of the attention kernels sees one head of a token,
-so the scale of its whole row is known to none of them, and a pass of its own would cost more than their GEMM gains.
+A branch's layer can: the linears that its weights name in `fp8`, whose input is written by a pass that sees whole rows
+and so their scales, or by a kernel that is given a scale: what attention gives is a mean of values, and GELU's output
+is at most its input, so bounds are known beforehand.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import dataclasses
 import difflib
 import fnmatch
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
 from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
-from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
+from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, balancing_factors, linear
+from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
@@ -45,6 +48,8 @@ class Fp8Linears:
     measure : bool
         Only where it is faster, by a measurement of each shape, which is kept for later runs; otherwise everywhere,
         also at sizes that are no multiples of 16, where the reference does what no GEMM can.
+    ranks : Ranks, optional
+        Of a mesh: one of them measures for all.
 
     Raises
     ------
@@ -52,7 +57,9 @@ class Fp8Linears:
         The device has no fp8 tensor cores, the weights are not bfloat16, or a pattern fits no layer.
     """
 
-    def __init__(self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True) -> None:
+    def __init__(
+        self, stack: BlockStack, exclude: Sequence[str] = (), *, measure: bool = True, ranks: Ranks | None = None
+    ) -> None:
         if why_not := no_fp8(stack.device):
             raise ValueError(f"linear_precision: got fp8, must be None here: {why_not}")
         if stack.dtype != torch.bfloat16:
@@ -69,6 +76,7 @@ class Fp8Linears:
         self._kept = recall(stack.device) if measure else {}
         self._exclude = tuple(exclude)
         self._measure = measure
+        self._ranks = ranks
         self._quantized: dict[tuple[int, int], Weights] = {}
         self._sums: dict[tuple[int, int], Tensor] = {}
         """Of the weights that were quantised."""
@@ -106,11 +114,8 @@ class Fp8Linears:
         features, channels = weights.linears[0].weight.shape
         shape = Shape(weights.layer, rows, channels, features)
         if shape not in self.trials:
-            trial = self._kept.get(shape)
-            if trial is None:
-                trial = measure(branch, rows)
-                keep(self.stack.device, shape, trial)
-            self.trials[shape] = trial
+            find = partial(self._found, branch, shape)
+            trial = self.trials[shape] = find() if self._ranks is None else self._ranks.agree(find)
             log.info(
                 "%s of [%d, %d] to %d: %.3f ms in %s, %.3f ms in fp8, so %s",
                 weights.layer,
@@ -123,6 +128,14 @@ class Fp8Linears:
                 "fp8" if trial.pays else "not fp8",
             )
         return self.trials[shape]
+
+    def _found(self, branch: Branch, shape: Shape) -> Trial:
+        """What was measured earlier, or is now."""
+        trial = self._kept.get(shape)
+        if trial is None:
+            trial = measure(branch, shape.rows)
+            keep(self.stack.device, shape, trial)
+        return trial
 
 
 def layer_name(block: Block, branch: Branch) -> str:
@@ -164,12 +177,32 @@ def fits_fp8(weights: Weights) -> bool:
 
 
 def quantize_layer(weights: Weights) -> Weights:
-    """The weights with a layer's linears in fp8."""
+    """The weights with a layer's linears in fp8.
+
+    Features between two of them that may be much larger than the others, an MLP's or values of attention, are made
+    smaller by a power of two, and the weights that read them larger.
+    """
+    if isinstance(weights, Mlp) and isinstance(weights.up, Linear) and isinstance(weights.down, Linear):
+        factors = balancing_factors(weights.up.weight)
+        return replaced(weights, {"up": Fp8Linear.of(weights.up, factors), "down": _undo(weights.down, factors)})
+    if isinstance(weights, SelfAttention) and isinstance(weights.qkv, Linear) and isinstance(weights.proj, Linear):
+        values = slice(weights.qkv.weight.shape[0] * 2 // 3, None)
+        factors = balancing_factors(weights.qkv.weight[values])
+        weight, bias = weights.qkv.weight.clone(), weights.qkv.bias.clone()
+        weight[values] *= factors[:, None].to(weight.dtype)
+        bias[values] *= factors.to(bias.dtype)
+        qkv = Fp8Linear.of(Linear(weight, bias), bounded=values)
+        return replaced(weights, {"qkv": qkv, "proj": _undo(weights.proj, factors)})
     parts: dict[str, Any] = {
         name: part if isinstance(part, Fp8Linear) else Fp8Linear.of(part)
         for name, part in layer_linears(weights).items()
     }
     return replaced(weights, parts)
+
+
+def _undo(linear: Linear, factors: Tensor) -> Fp8Linear:
+    """A linear in fp8 that reads features times `factors`."""
+    return Fp8Linear.of(Linear(linear.weight / factors.to(linear.weight.dtype), linear.bias))
 
 
 def bit_sums(weights: Weights) -> Tensor:
@@ -259,6 +292,9 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
     if isinstance(first, Fp8Linear):
         written = Quantized.empty(tuple(x.shape), E4M3, x.device)
 
+    # After attention: what it gives is another such tensor.
+    others = [(part, _rows_for(part, x), torch.empty_like(x)) for part in list(layer_linears(weights).values())[1:]]
+
     def run() -> None:
         # Without a norm the input is x itself, or a copy of it in e4m3.
         h: Rows = ops.residual_norm_modulate(x, [other], [vector], modulation, modulation, norm=norm, out=written)
@@ -266,12 +302,39 @@ def _runner(branch: Branch, x: Tensor) -> Callable[[], object]:
             mlp(h, weights, other)
         else:
             linear(h, first, wide)
+            for part, read, out in others:
+                linear(read, part, out)
 
     return run
 
 
-def _median_ms(run: Callable[[], object]) -> float:
-    # From a graph, as steps run: launched one by one, short kernels would be timed by the host.
-    from triton.testing import do_bench_cudagraph
+def _rows_for(part: Linear | Fp8Linear, x: Tensor) -> Rows:
+    """Random rows like x that `part` reads."""
+    rows = torch.randn_like(x)
+    if isinstance(part, Linear):
+        return rows
+    return ops.residual_norm_modulate(rows, out=Quantized.empty(tuple(x.shape), E4M3, x.device))
 
-    return do_bench_cudagraph(run, rep=20, return_mode="median")
+
+def _median_ms(run: Callable[[], object], calls: int = 20, replays: int = 20) -> float:
+    """From a graph, as steps run: launched one by one, short kernels would be timed by the host."""
+    stream, graph, times = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), []
+    own = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
+    own.wait_stream(stream)
+    with torch.cuda.stream(own):
+        run()
+        torch.cuda.synchronize()
+        # Other threads may ask for events meanwhile, as that which watches over NCCL does.
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                run()
+        graph.replay()
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / calls)
+    stream.wait_stream(own)
+    return statistics.median(times)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pab_kernels import clock
 from pab_kernels.runtime.precision import count_fp8
 from pab_kernels.runtime.shapes import Shapes
+from pab_kernels.runtime.workspace import Workspace
 from pab_kernels.schedule import StepVariant
 
 
@@ -36,6 +37,9 @@ class Report:
     """Why steps run without CUDA graphs, None where they have them."""
     seconds: dict[str, tuple[int, float]]
     """For each variant: how many steps ran, and the seconds they took together."""
+    exchanges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For each variant on a mesh that splits frames: how often a step's attention exchanges rows with other ranks, and
+    the bytes that this one sends."""
 
     @classmethod
     def of(cls, done: Sequence[tuple[StepVariant, Any, Any]], kinds: Sequence[str], shapes: Shapes) -> Report:
@@ -60,6 +64,7 @@ class Report:
             shapes=len(shapes),
             eager=next((workspace.eager for workspace in workspaces if workspace.eager), None),
             seconds=seconds,
+            exchanges=_exchanges({variant for variant, _, _ in done}, workspaces),
         )
 
     def __str__(self) -> str:
@@ -77,5 +82,14 @@ class Report:
         if self.fp8:
             lines.append(f"  in fp8: {', '.join(f'{layer} of {count} blocks' for layer, count in self.fp8.items())}")
         for name, (count, seconds) in self.seconds.items():
-            lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms")
+            calls, sent = self.exchanges.get(name, (0, 0))
+            moved = f", {calls} exchanges of {sent / 2**20:.1f} MiB in all" if name in self.exchanges else ""
+            lines.append(f"  {name}: {count} x {seconds / count * 1e3:.2f} ms{moved}")
         return "\n".join(lines)
+
+
+def _exchanges(variants: Iterable[StepVariant], workspaces: Sequence[Workspace]) -> dict[str, tuple[int, int]]:
+    """Those of the first of a step's forwards; they are alike."""
+    if not workspaces or not workspaces[0].shared:
+        return {}
+    return {str(variant): workspaces[0].exchanges(workspaces[0].variant(variant)) for variant in variants}

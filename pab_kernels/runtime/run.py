@@ -122,6 +122,23 @@ class Run:
         else:
             self._calls += 1
 
+    def expect(self, forward: Forward, step: int, shape: torch.Size) -> None:
+        """A call comes whose latents have this shape: that of the forward's others, or with guidance ended.
+
+        Raises
+        ------
+        ValueError
+            Another shape.
+        """
+        before = self.shapes.get(forward, shape)
+        if shape[1:] == before[1:] and shape[0] < before[0]:
+            self.resume(step)
+        elif shape != before:
+            raise ValueError(
+                f"hidden_states: shape is {list(shape)}, but this run began with {list(before)}: call "
+                "begin(timesteps) for a new one"
+            )
+
     def resume(self, step: int) -> None:
         """From `step` on another batch comes, as where guidance ends: nothing that was kept may be read by it.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 
 from pab_kernels.runtime.run import Forward
 from pab_kernels.runtime.workspace import Workspace
+
+T = TypeVar("T")
 
 
 class Shapes:
@@ -74,12 +77,11 @@ class Shapes:
         self._gone = self.captured
         self._kept.clear()
 
-    def with_memory(self, work: Callable[[], object]) -> None:
-        """Call `work`; as long as it has not enough memory, free another shape and call it again."""
+    def with_memory(self, work: Callable[[], T]) -> T:
+        """What `work` gives; as long as it has not enough memory, free another shape and call it again."""
         while True:
             try:
-                work()
-                return
+                return work()
             except (torch.cuda.OutOfMemoryError, MemoryError):
                 if not self.drop_oldest():
                     raise

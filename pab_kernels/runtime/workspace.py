@@ -25,6 +25,7 @@ from pab_kernels.runtime.lane import Lane
 from pab_kernels.runtime.plan import storage
 from pab_kernels.runtime.rectified_flow import euler_step
 from pab_kernels.runtime.run import Forward, Run
+from pab_kernels.runtime.share import Share
 from pab_kernels.schedule import Schedule, StepVariant
 
 TEXT_PADDING = 64
@@ -55,6 +56,8 @@ class Workspace:
         Of the first run.
     call : Call
         The first call; its shape is that of all.
+    share : Share
+        What of it is run here.
     lane : Lane
         Device and stream.
     cuda_graphs : bool
@@ -64,7 +67,7 @@ class Workspace:
     pool, forward : optional
         Whom the slots are shared with; see `BroadcastCache`.
     halves : tuple of int
-        Of guidance, in the batch; see `Executor`.
+        Of guidance, in the call's batch; see `Executor`.
 
     Attributes
     ----------
@@ -78,6 +81,7 @@ class Workspace:
         stack: BlockStack,
         schedule: Schedule,
         call: Call,
+        share: Share,
         lane: Lane,
         cuda_graphs: bool,
         cache_device: torch.device,
@@ -90,7 +94,10 @@ class Workspace:
         self._halves = halves
         self._guidance_order = schedule.config.guidance_order
         stack = stack if call.temporal else stack.without_temporal()
-        self._executor = Executor(stack, schedule, call.layout, cache_device, halves, pool, forward)
+        self._share = share
+        self._executor = Executor(
+            stack, schedule, share.layout, cache_device, share.halves, pool, forward, share.shards
+        )
         self._difference: Difference | None = None
         self._kept_difference = False
         """Whether this run has."""
@@ -126,6 +133,16 @@ class Workspace:
     def stack(self) -> BlockStack:
         """The blocks as they run."""
         return self._executor.stack
+
+    @property
+    def shared(self) -> bool:
+        """Whether ranks share the rows of a sequence."""
+        return self._share.shards is not None
+
+    def exchanges(self, variant: StepVariant) -> tuple[int, int]:
+        """How often a step exchanges rows with other ranks, and the bytes that it sends; see `Executor`."""
+        idle = variant.guidance and self._share.idle
+        return (0, 0) if idle else self._executor.exchanges(variant)
 
     @property
     def eager(self) -> str | None:
@@ -187,9 +204,10 @@ class Workspace:
         ValueError
             The step broadcasts from a slot, or a difference of guidance, that this run has not written.
         """
-        variant, part = self.variant(schedule[step]), self._executor.part(schedule[step])
-        traffic = self._executor.traffic(variant)
-        self.cache.require(traffic.reads)
+        variant, part, share = self.variant(schedule[step]), self._executor.part(schedule[step]), self._share
+        traffic, idle = self._executor.traffic(variant), variant.guidance and share.idle
+        if not idle:
+            self.cache.require(traffic.reads)
         if variant.guidance and not self._kept_difference:
             raise ValueError("guidance: the difference is read before this run has written it")
         if call.table_key != self._table_key:
@@ -199,23 +217,25 @@ class Workspace:
 
         def predict(tensors: dict[str, Tensor], modulation: Modulation | None = None) -> Tensor:
             ahead = tensors.get(AHEAD)
-            own = {name: part.own(name, value) for name, value in tensors.items()}
+            own = {name: part.own(name, share.own(name, value)) for name, value in tensors.items()}
             now = dataclasses.replace(call, tensors={**own, **tables}, layout=part.layout)
+            if idle:
+                return self._both(share.gather(self._adapter.nothing(now)), variant, ahead)
             modulation = modulation or self._adapter.modulate(now)
             h = self._executor.step(
                 self._adapter.embed(now),
                 modulation,
                 text.kv,
                 variant,
-                embed=self._adapter.frame_embed(now),
+                embed=share.frame_embed(self._adapter.frame_embed(call)),
                 rope=self._adapter.rope(now),
                 index=own.get(MODULATION_INDEX),
                 ahead=ahead,
             )
-            return self._both(self._adapter.project_out(h, now), variant, ahead)
+            return self._both(share.gather(self._adapter.project_out(h, now)), variant, ahead)
 
         def flow_step(tensors: dict[str, Tensor]) -> Tensor:
-            latents, packed = tensors["latents"], tensors["modulation"][part.rows or slice(None)]
+            latents, packed = tensors["latents"], share.modulation(tensors["modulation"])[part.rows or slice(None)]
             both = latents.repeat(call.layout.batch // len(latents), 1, 1, 1, 1).to(call.tensors["latents"].dtype)
             modulation = Modulation(packed[:, :-2], packed[:, -2], packed[:, -1])
             return euler_step(latents, predict({**tensors, "latents": both}, modulation), *tensors["scales"])
@@ -231,7 +251,8 @@ class Workspace:
             result = text.graphs[whole].run(variant, run, inputs)
         else:
             result = run(inputs)
-        self.cache.mark_written(traffic.writes)
+        if not idle:
+            self.cache.mark_written(traffic.writes)
         self._kept_difference = self._kept_difference or len(self._halves) == 2
         return result, self._seen.doubts()
 
@@ -244,6 +265,8 @@ class Workspace:
         if len(self._halves) == 1:
             return prediction
         first = self._halves[0] == 0
+        if variant.guidance and self._share.guidance is not None:  # each rank gave one, the others' is nothing
+            prediction = prediction.chunk(2)[self._halves.index(0)]
         if variant.guidance:
             assert self._difference is not None
             reach = None
@@ -282,6 +305,7 @@ class Workspace:
         """
         if not self._seen.changed("text", *call.text_sources) and self._text is not None:
             return self._text
+        call = self._share.text(call)
         tokens, kv_len = _pack(call.text, call.text_mask)
         if self._eager is None:
             missing = -tokens.shape[1] % TEXT_PADDING

@@ -202,8 +202,9 @@ def test_kill_9_at_any_moment_leaves_a_batch_that_goes_on(batch, prompts, demo, 
 
 def test_two_drivers_do_not_share_a_folder(batch, prompts, demo, tmp_path):
     with alone(tmp_path / "out" / ".pab-batch.lock"):
-        line = refused("batch", prompts(), "--output", tmp_path / "out", "--model", demo, "--device", "cpu", "--quiet")
-    assert "another process is at work" in line
+        arguments = ("batch", prompts(), "--output", tmp_path / "out", "--model", demo, "--device", "cpu", "--quiet")
+        assert "another process is at work" in refused(*arguments)
+        assert "offload_text: got it for demo" in refused(*arguments, "--offload-text")
     assert batch(prompts())["made"] == 24
 
 

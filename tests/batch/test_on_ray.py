@@ -113,6 +113,10 @@ def test_what_dies_again_and_again_is_given_up(prompts, demo, tmp_path, monkeypa
         def make(self, row):
             return super().make(row) if "blue" not in row.prompt else os._exit(1)
 
+    class Hangs(work.Worker):
+        def make(self, row):
+            return super().make(row) if "blue" not in row.prompt else time.sleep(600)
+
     class NeverLoads(work.Worker):
         def load(self, identity=None):
             os._exit(1)
@@ -124,6 +128,11 @@ def test_what_dies_again_and_again_is_given_up(prompts, demo, tmp_path, monkeypa
         assert sorted((each["row"], each["status"]) for each in records) == [(1, "done"), (2, "failed"), (3, "done")]
         (failed,) = (each for each in records if each["status"] == "failed")
         assert failed["error"].startswith("its worker died 2 times: ")
+        monkeypatch.setattr(on_ray, "Worker", Hangs)
+        records = list(on_ray.on_ray(job, planned, workers=2, retries=0, timeout=60))
+        assert {each["row"]: each["error"] for each in records} == {
+            1: None, 3: None, 2: "its worker died 1 times: TimeoutError: it was not done after 60 s"
+        }  # fmt: skip
         monkeypatch.setattr(on_ray, "Worker", NeverLoads)
         with pytest.raises(ChildProcessError, match="2 workers died while they loaded the model"):
             list(on_ray.on_ray(job, planned, workers=1, retries=1))

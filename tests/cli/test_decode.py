@@ -6,9 +6,7 @@ import json
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from pab_kernels import figures
 from pab_kernels.pipelines import latents
 from pab_kernels.quality import load_video
+from tests import mp4_tools
 from tests.cli.test_generate import FAMILY_SIZES
 from tests.cli_tools import invoke, pab, refused
 from tests.models.test_autoencoders import save_vae
@@ -31,12 +30,7 @@ VIDEOS = {
 """Frames, height, width and rate of each family's smallest video."""
 
 
-def probe(path: Path) -> tuple[int, int, int, float]:
-    """What ffmpeg itself reads from a file: frames, height, width, rate."""
-    reader = imageio_ffmpeg.read_frames(str(path))
-    meta: Any = next(reader)
-    count = sum(1 for _ in reader)
-    return count, meta["size"][1], meta["size"][0], meta["fps"]
+writes_mp4 = pytest.mark.skipif(figures.why_no_mp4() is not None, reason=f"needs {figures.why_no_mp4()}")
 
 
 def generate(family: str, output: Path, *more: object) -> str:
@@ -46,15 +40,17 @@ def generate(family: str, output: Path, *more: object) -> str:
     )
 
 
+@writes_mp4
 @pytest.mark.parametrize("family", VIDEOS)
 def test_every_family_ends_in_a_video(tiny, family, tmp_path):
     output = generate(family, tmp_path / "v.mp4")
-    assert probe(tmp_path / "v.mp4") == VIDEOS[family]
+    assert mp4_tools.read(tmp_path / "v.mp4") == VIDEOS[family]
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
     for part in ("text", "denoising", "decoding", "writing", "frames a second"):
         assert part in output
 
 
+@writes_mp4
 @pytest.mark.parametrize("family", VIDEOS)
 def test_latents_decode_later_to_the_same_video(tiny, family, tmp_path):
     generate(family, tmp_path / "v.gif")
@@ -69,18 +65,20 @@ def test_latents_decode_later_to_the_same_video(tiny, family, tmp_path):
     assert summary["video"] == list(VIDEOS[family][:3])
     assert summary["finite"]
     assert summary["parts"].keys() == {"decoding", "writing"}
-    assert probe(tmp_path / "w.mp4") == VIDEOS[family]
+    assert mp4_tools.read(tmp_path / "w.mp4") == VIDEOS[family]
 
 
+@writes_mp4
 def test_a_size_that_is_not_eighths_is_said_once(tiny, tmp_path):
     arguments = ("generate", "--model", "open_sora", "--resolution", "144p", "--aspect", "2:3", "--duration", 17)
     output = pab(
         *arguments, "--random-weights", "--steps", 1, "--output", tmp_path / "v.mp4", "--device", "cpu", "--prompt", "a"
     )
     assert output.count("The video is 232x152, not 234x156: latents are eighths, rounded down.") == 1
-    assert probe(tmp_path / "v.mp4")[:3] == (17, 152, 232)
+    assert mp4_tools.read(tmp_path / "v.mp4")[:3] == (17, 152, 232)
 
 
+@writes_mp4
 def test_the_summary_has_the_seconds_of_every_part(tiny, tmp_path):
     arguments = (
         "--model",
@@ -141,6 +139,7 @@ def test_official_folders_are_found_and_wrong_ones_refused(tiny, family, tmp_pat
     assert (load_video(tmp_path / "v.gif") == load_video(tmp_path / "w.gif")).all()
 
 
+@writes_mp4
 def test_files_that_are_no_latents_are_refused(tiny, tmp_path):
     generate("open_sora", tmp_path / "v.mp4", "--latents-only")
     file = tmp_path / "v.safetensors"
@@ -164,6 +163,8 @@ def test_files_that_are_no_latents_are_refused(tiny, tmp_path):
     assert not (tmp_path / "other.mp4").exists()
     assert "no such file" in refused("decode", tmp_path / "nowhere.safetensors")
     assert "decode_memory: got 'much'" in refused("decode", file, "--random-weights", "--decode-memory", "much")
+    small = ("--random-weights", "--decode-memory", "1KiB", "--device", "cpu")
+    assert "decode_memory: got 0 MiB, must be at least" in refused("decode", file, *small)
     assert "output: got" in refused("decode", file, "--random-weights", "--output", "v.txt")
 
 
@@ -214,6 +215,7 @@ def test_videos_begin_with_an_image_and_go_on_from_a_video(tiny, tmp_path):
 def test_memory_bounds_are_read_before_the_work(tiny, tmp_path):
     arguments = ("generate", "--model", "open_sora", *FAMILY_SIZES["open_sora"], "--random-weights", "--device", "cpu")
     assert "decode_memory: got '4 apples'" in refused(*arguments, "--decode-memory", "4 apples")
+    assert "decode_memory: got 0 MiB, must be at least" in refused(*arguments, "--decode-memory", "1KiB")
     pab(
         *arguments,
         "--steps",
@@ -228,6 +230,7 @@ def test_memory_bounds_are_read_before_the_work(tiny, tmp_path):
     )
 
 
+@writes_mp4
 def test_a_writer_that_is_left_by_an_error_leaves_no_file(tmp_path):
     for suffix in (".mp4", ".gif"):
         writer = figures.video_writer(tmp_path / f"v{suffix}", 8)
@@ -240,13 +243,16 @@ def test_a_writer_that_is_left_by_an_error_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@writes_mp4
 def test_frames_are_encoded_while_others_are_made(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (9, 18, 35, 3), dtype=np.uint8)
     figures.save_video(frames, tmp_path / "a.mp4", 24, least_size=1)
     with figures.video_writer(tmp_path / "b.mp4", 24) as add:
         for start, end in ((0, 1), (1, 5), (5, 9)):
             add(frames[start:end])
-    assert probe(tmp_path / "b.mp4") == (9, 18, 36, 24)
+    assert mp4_tools.read(tmp_path / "b.mp4") == (9, 18, 36, 24)
+    import imageio_ffmpeg
+
     streams = [
         subprocess.run(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / name), "-f", "rawvideo", "-"],

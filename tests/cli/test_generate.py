@@ -202,6 +202,7 @@ def test_generate_refuses_a_word_that_the_demo_does_not_know(demo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "open_sora", "--steps", "3000"], r"num_inference_steps must be in \[1, 1000\], got 3000"),
         (["--output", "v.avi"], "output: got 'v.avi'"),
         (["--model", "opensora"], "model: got 'opensora', must be demo"),
         (["--random-weights"], "random_weights: got it for 'demo'"),
@@ -249,6 +250,28 @@ def test_generate_refuses_a_run_that_does_not_fit(monkeypatch, tmp_path):
         r".* --cache-device cpu .* --duration 4s",
         line,
     )
+
+
+def test_a_text_encoder_that_is_offloaded_is_never_beside_slots(monkeypatch, tmp_path):
+    """Open-Sora 480p: 2.3 GiB of weights, 2.1 of the decoder's, 11.5 in slots; a text encoder of 12."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("pab_kernels.pipelines.generate.text_encoder_bytes", lambda _source, _dtype: 12 * 2**30)
+    arguments = (
+        *("generate", "--model", "open_sora", "--resolution", "480p", "--random-weights", "--device", "cuda"),
+        *("--output", tmp_path / "v.gif"),
+    )
+
+    def needed(free: float, *more: str) -> float:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(free * 2**30), 80 * 2**30))
+        found = re.search(r"needs (\d+\.\d) GiB", refused(*arguments, *more))
+        assert found is not None
+        return float(found[1])
+
+    without = needed(1, "--offload-text")
+    assert needed(1) == pytest.approx(without + 12, abs=0.11)
+    monkeypatch.setattr("pab_kernels.pipelines.generate.text_encoder_bytes", lambda _source, _dtype: 30 * 2**30)
+    assert without < needed(1, "--offload-text") < 36  # while it runs it lies beside the weights alone
+    assert "offload_text: got it for latte" in refused("generate", "--model", "latte", *arguments[6:], "--offload-text")
 
 
 def test_generate_writes_every_video_before_any_picture(demo, tmp_path, monkeypatch):

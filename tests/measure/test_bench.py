@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 from pab_kernels import PABConfig, Schedule, StepVariant
 from pab_kernels.blocks.block import BlockStack
 from pab_kernels.cli.bench import bench
+from pab_kernels.measure import benchmark
 from pab_kernels.measure.benchmark import check, denoise, measure, measure_floor, relative_error
-from pab_kernels.measure.contenders import CONTENDERS, Problem
+from pab_kernels.measure.contenders import CONTENDERS, Problem, Session
 from pab_kernels.measure.floor import Ceilings, Work, measure_copy, measure_gemms, run_work, step_work
 from pab_kernels.models import adapter_for
 from pab_kernels.models.checkpoints import build
@@ -183,6 +185,23 @@ def test_diffusers_hook_takes_every_kind_at_its_own_range() -> None:
                 assert calls[kind] == 2 * (len(plan) - plan.broadcast_count(kind)), kind
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("name", ["latte-16x512", "wan_2_1-1.3b-480p-5s"])
+def test_a_runtime_is_warm_once_all_forwards_of_all_variants_are_captured(name: str, monkeypatch) -> None:
+    """With a stand-in that captures as the runtime does on a GPU: what comes up the second time, for each forward."""
+    made = problem(name)
+    plan, forwards = Schedule(made.config, made.timesteps), made.workload.forwards_per_step
+    seen: Counter[StepVariant] = Counter()
+    monkeypatch.setattr(benchmark, "denoise", lambda model, problem, steps: seen.update(plan[:steps]))
+    graphs: Any = lambda: SimpleNamespace(graphs=forwards * sum(count > 1 for count in seen.values()))  # noqa: E731
+    session: Any = Session(made.host, report=graphs)
+    benchmark._warm_up(session, made, made.config)
+    assert min(seen[variant] for variant in set(plan)) == 2
+    assert graphs().graphs == forwards * len(set(plan))
+    seen.clear()
+    benchmark._warm_up(Session(made.host), made, made.config)
+    assert seen.total() == 2 // forwards
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """pab verify: recorded runs of the original."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -55,6 +57,41 @@ def test_bad_files(tmp_path, spoil, match):
     with pytest.raises((FileNotFoundError, ValueError), match=match):
         Recording.load(path)
     assert CliRunner().invoke(app, ["verify", str(path)]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_config": "{"}, "model_config is not JSON"),
+        ({"model_config": "[" * 100_000}, "model_config is not JSON"),
+        ({"model_config": "[1]"}, "model_config is a list, must be a dict"),
+        ({"model_config": '{"num_layers": 65536}'}, "num_layers: got 65536"),
+        ({"model_config": '{"num_attention_heads": 200, "attention_head_dim": 60000}'}, "too many|do not fit"),
+        ({"model": "none"}, "the recording is of 'none'"),
+        ({"pab": '{"spatial": 1}'}, "pab: "),
+        ({"dt": "nan"}, "dt is 'nan', must be a finite number"),
+        ({"cfg_scale": "four"}, "cfg_scale is 'four'"),
+        ({"loop": "other"}, "loop is 'other'"),
+        ({"out.pab": torch.zeros(3, 1)}, r"out.pab is torch.float32 \[3, 1\], must be floating, of"),
+        ({"in.x": torch.zeros(1, 4, 5, 8, 8, dtype=torch.int32)}, "in.x is torch.int32"),
+        ({"in.timesteps": torch.zeros(0)}, "in.timesteps is"),
+        ({"state.proj_out.bias": torch.zeros(3)}, "proj_out.bias"),
+        ({"state.other": torch.zeros(3)}, "other"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_recording_is_trusted_with_nothing(tmp_path, changes, match):
+    """One error that names file or key, and nothing of a false size is made."""
+    with safe_open(LATTE, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(LATTE)
+    for key, value in changes.items():
+        (metadata if isinstance(value, str) else tensors)[key] = value
+    path = tmp_path / "run.safetensors"
+    save_file(tensors, path, metadata)
+    result = CliRunner().invoke(app, ["verify", str(path)])
+    assert result.exit_code == 2
+    assert re.search(match, " ".join(result.output.split())), result.output
 
 
 @pytest.mark.gpu

@@ -66,8 +66,12 @@ def test_nan_and_another_shape_are_infinite_errors():
         (lambda tensors, metadata: metadata.update(family="latte"), "recording is of 'latte'"),
         (lambda tensors, metadata: tensors.pop("video.1"), "has no video.1"),
         (lambda tensors, metadata: tensors.pop("weights.post_quant_conv.conv.bias"), "post_quant_conv.conv.bias"),
+        (lambda tensors, metadata: metadata.update(config="[1, 2]"), "config is a list, must be a dict"),
+        (lambda tensors, metadata: metadata.update(config='{"hidden_size": "x"}'), "make no autoencoder"),
+        (lambda tensors, metadata: metadata.update(cases='[{"kind": "melt"}]'), "got kind 'melt'"),
+        (lambda tensors, metadata: metadata.update(cases="[3]"), "got kind None"),
     ],
-    ids=["settings", "family", "video", "weight"],
+    ids=["settings", "family", "video", "weight", "list", "word", "kind", "number"],
 )
 def test_bad_recordings(tmp_path, spoil, match):
     source, path = FOLDER / "open_sora_plan_v120.safetensors", tmp_path / "vae.safetensors"

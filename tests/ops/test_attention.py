@@ -217,7 +217,7 @@ def test_self_attention_errors(change, message):
 def test_only_cuda_norms_on_load(backend):
     q, k, v = draw(1, 5, 5, 2, 72)
     with pytest.raises(ValueError, match="backend: got"):
-        torch.ops.pab.attention(q, k, v, None, 0.1, torch.ones(72), None, None, EPS, None, None, 1, backend)
+        torch.ops.pab.attention(q, k, v, None, 0.1, torch.ones(72), None, None, EPS, None, None, 1, None, backend)
 
 
 @pytest.mark.parametrize("with_length", [True, False], ids=["kv_len", "no kv_len"])
@@ -226,7 +226,7 @@ def test_opcheck(backend, with_length):
     q, k, v = draw(2, 5, 3, 2, 8)
     kv_len = torch.tensor([3, 1], dtype=torch.int32) if with_length else None
     torch.library.opcheck(
-        torch.ops.pab.attention.default, (q, k, v, kv_len, 0.3, None, None, None, EPS, None, None, 1, backend)
+        torch.ops.pab.attention.default, (q, k, v, kv_len, 0.3, None, None, None, EPS, None, None, 1, None, backend)
     )
 
 

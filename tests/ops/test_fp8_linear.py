@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,6 +45,12 @@ def gelu(x):
 def test_gelu_quantize(backend, device, size, dtype):
     x = (torch.randn(size) * 3).to(dtype).to(device)
     check_rows(fp8_linear.gelu_quantize(x, backend=backend), gelu(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), GELU)
+def test_gelu_quantize_factors(backend, device):
+    x, factors = torch.randn(7, 100).to(device) * 3, torch.exp2(-torch.arange(100.0) % 5).to(device)
+    check_rows(fp8_linear.gelu_quantize(x, factors=factors, backend=backend), gelu(x) * factors.double(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "device"), GELU)
@@ -98,9 +106,10 @@ LINEAR_GELU = [
 ]
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["", "factors"])
 @pytest.mark.parametrize("size", [(1, 16, 16), (37, 144, 48), (300, 160, 272), (1590, 1152, 4608)], ids=str)
 @pytest.mark.parametrize(("backend", "device"), LINEAR_GELU)
-def test_scaled_linear_gelu(backend, device, size):
+def test_scaled_linear_gelu(backend, device, size, given):
     """In e4m3 within its rounding, whatever scale a backend takes, and nothing near the end of its range lost."""
     rows, channels, features = size
     if backend == "triton" and device == "cpu" and rows > 300:
@@ -109,9 +118,16 @@ def test_scaled_linear_gelu(backend, device, size):
     weight = fp8_linear.quantize_weight(torch.randn(features, channels).to(device) * channels**-0.5)
     bias = torch.randn(features).bfloat16().to(device)
     wide_x, wide_weight = (each.values.double() * each.row_scale.double()[:, None] for each in (x, weight))
-    bounds = {"weight_sum": float(wide_weight.abs().sum(1).max()), "bias_max": float(bias.abs().max())}
-    result = fp8_linear.scaled_linear_gelu(x, weight, bias, **bounds, backend=backend)
-    wanted = gelu(wide_x @ wide_weight.T + bias.double())
+    factors = torch.exp2(-torch.randint(0, 4, (features,)).float()).to(device)
+    bounds = {
+        "weight_sum": float((wide_weight.abs().sum(1) * factors).max()),
+        "bias_max": float((bias.abs() * factors).max()),
+    }
+    if not given:
+        bounds = {"weight_sum": float(wide_weight.abs().sum(1).max()), "bias_max": float(bias.abs().max())}
+    options: dict[str, Any] = {**bounds, "factors": factors if given else None, "backend": backend}
+    result = fp8_linear.scaled_linear_gelu(x, weight, bias, **options)
+    wanted = gelu(wide_x @ wide_weight.T + bias.double()) * (factors.double() if given else 1)
     got = result.values.double() * result.row_scale.double()[:, None]
     # Half a step of e4m3: 2**-4 of a value, 2**-10 of the scale below its normal range; bfloat16 in between; and
     # tensor cores keep about 13 bits of a sum of many products.
@@ -162,7 +178,7 @@ def test_opcheck():
     """But for its comparison of values, which torch has not for e4m3."""
     utils = ("test_autograd_registration", "test_faketensor")
     x, out = torch.randn(3, 16), Quantized.empty((3, 16), E4M3, "cpu")
-    gelu_args = (x, out.values, out.row_scale, "reference")
+    gelu_args = (x, None, out.values, out.row_scale, "reference")
     torch.library.opcheck(torch.ops.pab.gelu_quantize.default, gelu_args, test_utils=utils)
     args: tuple[object, ...] = (
         ROWS.values,
@@ -175,7 +191,7 @@ def test_opcheck():
     )
     torch.library.opcheck(torch.ops.pab.scaled_linear.default, args, test_utils=utils)
     out = Quantized.empty((3, 8), E4M3, "cpu")
-    args = (*args[:5], 1.0, 1.0, out.values, out.row_scale, "reference")
+    args = (*args[:5], torch.ones(8), 1.0, 1.0, out.values, out.row_scale, "reference")
     torch.library.opcheck(torch.ops.pab.scaled_linear_gelu.default, args, test_utils=utils)
 
 

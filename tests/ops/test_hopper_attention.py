@@ -56,6 +56,7 @@ CALL = {
         ),
         pytest.param({"out": 0}, "out: got a null pointer", id="null-out"),
         pytest.param({"out": 8}, "out: address", id="unaligned-out"),
+        pytest.param({"out_scale": 16, "dtype": "float16"}, "out_scale: given for float16", id="e4m3"),
     ],
 )
 def test_compiled_module_names_the_argument(change, argument):

@@ -15,7 +15,14 @@ import torch
 
 from pab_kernels.ops import backends
 
-WITHOUT_E4M3 = ("residual_norm_modulate fp8", "gelu_quantize", "quantize_qkv", "scaled_linear_gelu")
+WITHOUT_E4M3 = (
+    "residual_norm_modulate fp8",
+    "gelu_quantize",
+    "quantize_qkv",
+    "scaled_linear_gelu",
+    "attention e4m3",
+    "temporal_attention e4m3",
+)
 """Kernels that the table keeps from GPUs below compute capability 8.9."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from pab_kernels import figures
+from pab_kernels.models import autoencoders
+from pab_kernels.models.hosts.tiles import chunks
 from pab_kernels.pipelines import given
 from pab_kernels.pipelines.decoding import VideoDecoder, parse_bytes
 from pab_kernels.pipelines.sizes import VideoSize, open_sora_size
+from pab_kernels.runtime import planes as planes_of_decoders
 from pab_kernels.runtime.decoders import plan_decoder, spatial_decoder, temporal_decoder
 from tests.pipeline_tools import SMALLEST, tiny_pipeline
 from tests.vae_tools import TINY_VAE, tiny_vae
@@ -105,6 +109,16 @@ def test_memory_bounds_pick_tiles(family, monkeypatch):
         VideoDecoder(decoder.vae, memory=1000).tiling((9, 40, 50))
 
 
+@pytest.mark.parametrize(("latents", "wanted"), [(17, [9, 9]), (24, [9, 9, 8]), (8, [8])])
+def test_chunks_have_nearly_one_length(latents, wanted):
+    """The released models' frames whole in 14 GiB: 13 latents and a short rest would not fit, 8 share one more."""
+    with torch.device("meta"):
+        vae = autoencoders.build("open_sora_plan_v120").to(torch.bfloat16)
+    tiling = VideoDecoder(vae, memory=14 * 2**30, seamless=True).tiling((latents, 60, 80))
+    assert tiling is not None
+    assert [end - start for start, end in chunks(latents, tiling.tile_latent_min_size_t)] == wanted
+
+
 @pytest.mark.parametrize("family", PLANS)
 def test_seamless_frames_are_decoded_whole(family):
     vae, latents = tiny_vae(family), torch.randn(4, 2, 40, 3)
@@ -143,6 +157,40 @@ def test_the_decoded_memory_is_what_was_told(monkeypatch):
     # The widest moment: a block of 8 channels at full size, read, normed and written.
     assert one >= 3 * 8 * 65 * 65 * 4
     assert temporal_decoder(images.temporal_vae).nbytes(5, 2, 2) > 0
+
+
+@pytest.mark.parametrize("family", list(TINY_VAE))
+def test_kernels_are_compiled_by_every_kind_of_layer_once(family, monkeypatch):
+    """Every kind of convolution and norm that decoding runs has run before, whatever the size."""
+    seen: list[set[Hashable]] = [set(), set()]
+    compiled = False
+
+    def kind(weight: torch.Tensor, *others: object) -> None:
+        seen[compiled].add((*weight.shape, *others))
+
+    conv, norm = planes_of_decoders.conv_planes, planes_of_decoders.group_norm_silu
+
+    def seen_conv(x: torch.Tensor, weight: torch.Tensor, bias: Any, **more: Any) -> Any:
+        kind(weight, bias is None, more["front"], more["residual"] is None, more["times"], more["space"])
+        return conv(x, weight, bias, **more)
+
+    def seen_norm(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        if more["silu"]:  # attention's is left out
+            kind(weight, more["per_frame"])
+        return norm(x, weight, *rest, **more)
+
+    monkeypatch.setattr(planes_of_decoders, "conv_planes", seen_conv)
+    monkeypatch.setattr(planes_of_decoders, "group_norm_silu", seen_norm)
+    decoder = planes(VideoDecoder(tiny_vae(family)), monkeypatch)
+    parts = ("temporal", "spatial") if family == "open_sora" else ("plan",)
+    for part in parts:
+        decoder._decoder(part).compile()
+        decoder._decoder(part).compile()
+    compiled = True
+    count, frames = LATENTS[family]
+    decoder.decode(torch.randn(4, count, 3, 5), frames)
+    assert seen[1]
+    assert seen[1] <= seen[0]
 
 
 @pytest.mark.parametrize("family", list(TINY_VAE))

@@ -141,6 +141,24 @@ def test_what_a_run_holds_is_what_was_told(family, on_host, monkeypatch):
     assert told.weights == sum(tensor.nbytes for tensor in tensors)
 
 
+@pytest.mark.parametrize(
+    ("windows", "slots"),
+    [
+        ([(700, [0], 3), (650, [0], 3)], 2),  # the second begins while the first still hands on
+        ([(700, [0, 1], 1), (500, [2], 1)], 2),  # the second's slot lies where one of the first's was
+        ([(700, [0], 1), (500, [0], 1)], 1),
+        ([(123, [0], 1)], 0),
+    ],
+)
+def test_mlp_slots_are_those_of_a_run_whose_timesteps_are_known(windows, slots):
+    keyed = {t: {"block": blocks, "skip_count": skip} for t, blocks, skip in windows}
+    config = PABConfig.from_dict({"mlp_broadcast": True, "mlp_spatial_broadcast_config": keyed})
+    run = planned("open_sora", config=config, resolution="144p")
+    assert estimate(run).slot_count == len({index for _, blocks, _ in windows for index in blocks})
+    run = dataclasses.replace(run, timesteps=(750.0, 700.0, 650.0, 600.0, 550.0, 500.0, 450.0))
+    assert estimate(run).slot_count == slots
+
+
 def test_activations_grow_with_the_video():
     short, long = (estimate(planned("open_sora", duration=duration)).activations for duration in ("2s", "8s"))
     assert 3.5 < long / short < 4.5

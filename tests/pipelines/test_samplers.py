@@ -218,6 +218,28 @@ def test_pab_is_planned_over_another_schedulers_calls(family, name):
         assert handle.report().calls == len(pipe.scheduler.timesteps)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, {}) for name in NOISE + FLOW] + [(name, FLOW_SIGMAS) for name in SOLVERS],
+    ids=lambda value: value if isinstance(value, str) else "flow" if value else "",
+)
+def test_a_step_takes_latents_on_another_device_than_the_timesteps(name, settings):
+    """The device "meta" stands for the GPU: torch refuses to mix it with the CPU in the same places."""
+    scheduler: Any = CLASSES[name](**settings)
+    scheduler.set_timesteps(6)
+    latents = torch.empty(2, 4, 2, 3, 3, device="meta")
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 9)]
+    for t in scheduler.timesteps:
+        if name == "LTXEulerAncestralRF":  # its sigmas go with the latents, and it reads one of them, as "meta" cannot
+            with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+                take_step(scheduler, torch.empty_like(latents), t, latents, generators)
+            assert scheduler.sigmas.device == latents.device
+            return
+        latents, _ = take_step(scheduler, torch.empty_like(latents), t, latents, generators)
+    assert latents.device.type == "meta"
+    assert latents.shape == (2, 4, 2, 3, 3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "name"), EACH)
 def test_schedulers_give_on_a_gpu_what_they_give_on_a_cpu(family, name, device):

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from transformers import MT5Config, MT5EncoderModel
 
+from pab_kernels.pipelines import text_to_video
 from pab_kernels.pipelines.loading import Source, load_text, text_encoder_bytes
+from pab_kernels.pipelines.sizes import open_sora_size
 from pab_kernels.pipelines.text import RandomText, T5Text, cast_encoder
-from tests.pipeline_tools import CAPTION, FAMILIES, save_text, tiny_pipeline, tiny_text
+from tests.pipeline_tools import CAPTION, FAMILIES, SMALLEST, save_text, tiny_pipeline, tiny_text
 
 PROMPT = ["a red cat"]
 
@@ -119,3 +121,19 @@ def test_encoding_in_inference_mode_leaves_ordinary_tensors():
     with torch.inference_mode():
         text.encode(PROMPT, 8)
     assert not any(parameter.is_inference() for parameter in text.encoder.parameters())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_offloaded_encoder_is_on_the_host_before_the_transformer_runs(offload, monkeypatch):
+    pipe, seen = tiny_pipeline("open_sora"), []
+
+    def cast(encoder: Any, to: Any) -> None:
+        assert encoder is pipe.text_encoder
+        seen.append("text to the host" if to == "cpu" else f"text to {to}")
+
+    monkeypatch.setattr(text_to_video, "cast_encoder", cast)
+    pipe.transformer.register_forward_pre_hook(lambda *_: seen.append("step"))
+    pipe.offload_text = offload
+    pipe("a red cat", size=open_sora_size(**SMALLEST), num_inference_steps=2)
+    moves = ["text to cpu", "text to the host"]
+    assert seen == [*(moves if offload else []), "step", "step"]

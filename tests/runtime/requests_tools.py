@@ -22,7 +22,7 @@ from pab_kernels.runtime.report import Report
 SIZES = ((8, 8), (8, 12), (12, 12))
 """Of latents; as many shapes as are kept."""
 TEXTS = (20, 64, 100)
-"""Lengths of prompts: padded to 64, 64 without padding, padded to 128."""
+"""Lengths of prompts: padded to 64, 64 without padding (the same graphs: the length is data), padded to 128."""
 SEEDS = 4
 PAB = PABConfig(
     spatial_broadcast=True, spatial_threshold=(100, 900), spatial_range=2,

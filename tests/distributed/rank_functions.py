@@ -1,0 +1,90 @@
+"""What ranks do in the tests of the launcher, and of what they share."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pab_kernels.models.hosts.tiles import Tiling
+from pab_kernels.pipelines.decoding import VideoDecoder
+from pab_kernels.pipelines.text import RandomText, SharedText
+from tests.vae_tools import tiny_vae
+
+
+def total(number: int) -> tuple[float, str, str]:
+    """The sum over ranks of `number` plus the rank, and two variables of the environment."""
+    value = torch.tensor(float(number + dist.get_rank()))
+    dist.all_reduce(value)
+    return value.item(), os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def fail(how: str, where: int) -> None:
+    """One rank fails, and the others wait for it."""
+    if dist.get_rank() == where:
+        if how == "raise":
+            raise ValueError(f"latents: got {where}")
+        if how == "a bug":
+            raise KeyError("name")
+        os.kill(os.getpid(), 9)
+    dist.barrier()
+
+
+def hang(folder: Path) -> None:
+    """Write the process's number to a file, and wait for a rank that never comes."""
+    (folder / f"{dist.get_rank()}.part").write_text(str(os.getpid()))
+    (folder / f"{dist.get_rank()}.part").rename(folder / f"{dist.get_rank()}.pid")
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+    dist.barrier()
+
+
+def come_late() -> None:
+    """Rank 0 waits longer than it is to."""
+    if dist.get_rank() == 1:
+        time.sleep(100)
+    dist.barrier()
+
+
+def decode(family: str, latents: torch.Tensor, frames: int, seamless: bool) -> tuple[np.ndarray, int, list[int]]:
+    """A video decoded by all ranks; how many pieces went through this one, and how many frames came at a time."""
+    decoder = VideoDecoder(tiny_vae(family), seamless=seamless, ranks=dist.get_world_size())
+    if family != "open_sora" and not seamless:
+        decoder.vae.tiling = Tiling(32, 4, 9, 3)
+    pieces: list[torch.Tensor] = []
+    came: list[int] = []
+    run = decoder._spatial if family == "open_sora" else decoder._plan_piece
+    name = run.__name__
+
+    def counted(z: torch.Tensor) -> torch.Tensor:
+        pieces.append(z)
+        return run(z)
+
+    setattr(decoder, name, counted)
+    video = decoder.decode(latents, frames, lambda part: came.append(len(part)))
+    return video.frames, len(pieces), came
+
+
+def decode_all(cases: list[tuple[str, torch.Tensor, int, bool]]) -> list[tuple[np.ndarray, int, list[int]]]:
+    """`decode` of each, in one launch."""
+    torch.set_num_threads(1)
+    return [decode(*case) for case in cases]
+
+
+def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """What every rank gets of a text encoder that rank 0 has, compared there; and whether others were spared it."""
+    loaded: list[int] = []
+
+    def load() -> RandomText:
+        loaded.append(1)
+        return RandomText(6)
+
+    text = SharedText(load, 6, torch.device("cpu"))
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (*text.encode(prompts, 5), len(loaded)))
+    embeddings, mask, _ = every[0]
+    assert all(torch.equal(embeddings, other) and torch.equal(mask, seen) for other, seen, _ in every)
+    return embeddings, mask, [count for _, _, count in every] == [1] + [0] * (len(every) - 1)

@@ -1,0 +1,75 @@
+"""`pab bench --gpus 2` at tiny scale, where two ranks share a CPU."""
+
+import csv
+import json
+
+import pytest
+
+from pab_kernels.measure import report, result_files
+from tests.cli_tools import pab, refused
+
+JOB = ("bench", "--workload", "latte-16x512", "--scale", "tiny", "--device", "cpu", "--repeats", 1)
+MESHES = ("guidance=2,frames=1", "guidance=1,frames=2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a benchmark on two ranks, of both meshes."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = ("--json", folder / "two.json", "--csv", folder / "two.csv", "--report", folder / "report")
+    pab(*JOB, "--gpus", 2, "--runs", "runtime,runtime+pab", *files)
+    return folder
+
+
+def test_each_mesh_is_against_one_gpu_and_gives_what_that_gives(made):
+    result = result_files.load(made / "two.json")
+    assert result["gpus"] == 2
+    assert result["command"].endswith("--gpus 2")
+    rows = {row["name"]: row for row in result["contenders"]}
+    kinds = ("runtime", "runtime+pab")
+    assert list(rows) == [*kinds, *(f"{kind} {mesh}" for mesh in MESHES for kind in kinds)]
+    for name, row in rows.items():
+        kind, _, mesh = name.partition(" ")
+        assert row["gpus"] == (2 if mesh else 1)
+        assert (row["against_one"] is None) == (not mesh)
+        if mesh:
+            assert row["against_one"] == pytest.approx(rows[kind]["seconds"] / row["seconds"])
+            assert (row["difference_from"], row["jitter_seconds"] > 0) == (kind, True)
+            assert row["difference"] < 1e-5
+
+
+def test_exchanges_are_where_temporal_attention_is_computed(made):
+    rows = {row["name"]: row for row in json.loads((made / "two.json").read_text())["contenders"]}
+    split = rows["runtime+pab guidance=1,frames=2"]
+    assert set(split["exchanges"]) == set(split["variants"])
+    for variant, (calls, sent) in split["exchanges"].items():
+        broadcast = "temporal" in variant
+        assert (calls, sent > 0) == ((0, False) if broadcast else (4, True))  # two blocks, there and back
+        assert (split["exchange_seconds"][variant] == 0) == broadcast
+    assert all(not rows[name]["exchange_seconds"] for name in rows if "frames=2" not in name)
+
+
+def test_the_tables_have_columns_for_it(made):
+    rows = json.loads((made / "two.json").read_text())["contenders"]
+    header, cells = report.runs_grid(rows)
+    assert {"x one GPU", "jitter ms", "in exchanges"} <= set(header)
+    assert [bool(row[header.index("x one GPU")]) for row in cells] == [False] * 2 + [True] * 4
+    header, cells = report.variants_grid(rows)
+    assert header[4:] == ["exchanges", "MB sent", "ms in exchanges", "share"]
+    assert all(len(row) == len(header) for row in cells)
+    with (made / "two.csv").open(newline="") as file:
+        assert [row["backend"] for row in csv.DictReader(file)][2:4] == [
+            f"{kind} guidance=2,frames=1" for kind in ("runtime", "runtime+pab")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", 2, "--runs", "eager,runtime"], "runs: got eager with --gpus, must be this runtime's"),
+        (["--gpus", 2, "--mesh", "frames=3"], "mesh: got 'frames=3', which are 3 ranks, must be 2"),
+        (["--gpus", 2, "--end-to-end"], "end-to-end: got it with --report or --gpus"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message):
+    assert message in refused(*JOB, *arguments)
