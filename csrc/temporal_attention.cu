@@ -64,11 +64,12 @@ void launch_sm90(const TemporalAttentionParams& p, int multiprocessors, cudaStre
     check(cudaGetLastError(), "temporal_attention: launch");
 }
 
-// Whether Hopper's kernel serves: it was faster where queries and keys are prepared, and without that to 32 frames.
+// Whether Hopper's kernel serves: it was faster where queries and keys are prepared, and without that to 32 frames. It
+// does not write e4m3.
 bool streams(const TemporalAttentionParams& p) {
     const bool prepared = p.cos != nullptr || p.q_weight != nullptr || p.k_weight != nullptr;
-    return p.head_dim == 72 && p.frames > kTile && p.frames <= (prepared ? kStreamedWarps : 2) * kTile &&
-           p.softmax_scale > 0;
+    return p.out_scale == nullptr && p.head_dim == 72 && p.frames > kTile &&
+           p.frames <= (prepared ? kStreamedWarps : 2) * kTile && p.softmax_scale > 0;
 }
 
 // `hopper`: its multiprocessors, 0 of another GPU.
