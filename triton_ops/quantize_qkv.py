@@ -18,7 +18,7 @@ from pab_kernels.triton_ops.quantize import E4M3_LIMIT, LEAST
 
 STEP = 128
 """Tokens that share a scale of keys, and are written at a time."""
-BLOCK = 1024
+BLOCK = 512
 """Tokens that share a scale of values."""
 
 

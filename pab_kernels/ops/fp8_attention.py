@@ -20,7 +20,7 @@ def fp8_attention(
 ) -> Tensor:
     """Attention of all tokens on all in e4m3: queries, keys, weights and values are rounded to 4 significant bits.
 
-    A query has a scale of its own, 128 keys share one and 1,024 values; sums of so many are in float32. Keys are
+    A query has a scale of its own, 128 keys share one and 512 values; sums of so many are in float32. Keys are
     centred first: their mean adds the same to all scores of a query (arXiv:2410.02367). So are values, whose mean is
     added to the result. On Gaussian data the result is 5 % off.
 

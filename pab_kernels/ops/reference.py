@@ -223,7 +223,7 @@ def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, every: int, softmax_scale
     middle_k, middle_v = (x[:, :, ::every].mean(2, keepdim=True) for x in (k, v))
     scores = rounded(q, 1) @ rounded(k - middle_k, 128).mT * softmax_scale
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v - middle_v, 1024)
+    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v - middle_v, 512)
     return (sums / weights.sum(-1, keepdim=True) + middle_v).transpose(1, 2).flatten(2)
 
 
