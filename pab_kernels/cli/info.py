@@ -49,6 +49,8 @@ def info(
 
     with options.clean_errors():
         if model is None:
+            if gpus > 1:
+                raise ValueError(f"gpus: got {gpus} without --model, must be given with a family whose run it is about")
             _print_machine()
         else:
             small = {
