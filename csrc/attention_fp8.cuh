@@ -1,8 +1,6 @@
-// Self-attention forward on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh, overlapped and without
-// turns, which cost more than they gain, but for this:
+// Self-attention forward on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh, overlapped, but for this:
 //   - Rows come quantised (triton_ops/quantize_qkv.py): a scale for each query, for the keys of a step and for the
-//     values of a block of steps. Those of queries and keys go into the factor of the scores. What was taken out of all
-//     values is added to the result.
+//     values of a block of steps. Those of queries and keys go into the factor of the scores.
 //   - wgmma wants values as [D, keys]. They come transposed, and the keys of every 16 in the order in which a lane has
 //     its weights: 0, 1, 8, 9, 2, 3, 10, 11 and so on.
 //   - The tensor cores add e4m3 products with some 14 bits. Sums of many keys would lose what is small beside them (a
@@ -20,14 +18,14 @@
 #include "wgmma.cuh"
 
 // `Out`: what the result is rounded to.
-template <typename Out_, int D_, int kConsumers>
+template <typename Out_, int D_>
 struct Fp8Plan {
     using Elem = __nv_fp8_e4m3;
     using Out = Out_;
-    static constexpr int D = D_, keys = 128, stages = 3, consumers = kConsumers;
+    static constexpr int D = D_, keys = 128, stages = 3, consumers = 2;
+    static constexpr int block = 2;  // steps that share a scale of the values
     static constexpr int threads = 128 * (consumers + 1);
-    static constexpr int consumer_registers = consumers == 2 ? 240 : 160, producer_registers = consumers == 2 ? 24 : 32;
-    static constexpr bool loads_queries = consumers == 2;  // three have no registers for them
+    static constexpr int consumer_registers = 240, producer_registers = 24;
     static constexpr int group_rows = 64, rows = group_rows * consumers;
     static constexpr int k_steps = (D + 31) / 32;
     // A row of q or k is a box of 128 columns, zeros where there are fewer; a row of v the 128 keys of a step.
@@ -96,6 +94,13 @@ struct Fp8Consumer {
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
     }
+    __device__ __forceinline__ void take_turn() const {
+        named_sync(1 + group, 256);
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        named_arrive(1 + (group + 1) % P::consumers, 256);
+    }
+
     __device__ __forceinline__ void load(Queries& q) const {
         const int lane = threadIdx.x % 32;
         const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
@@ -108,17 +113,10 @@ struct Fp8Consumer {
     // Starts scores = q @ k^T.
     __device__ __forceinline__ void multiply_keys(float (&scores)[N / 2], const Queries& q) const {
         const Matrix k = matrix<128>(shared.k(cursor.stage));
-        const Matrix rows = matrix<128>(shared.q + group * P::group_rows * 128);
         pin_registers(scores);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < P::k_steps; ++i) {
-            if constexpr (P::loads_queries) {
-                wgmma<Elem, N, 0>(scores, q[i], k.at(i * 32), i > 0);
-            } else {
-                wgmma_shared(scores, rows.at(i * 32), k.at(i * 32), i > 0);
-            }
-        }
+        for (int i = 0; i < P::k_steps; ++i) wgmma<Elem, N, 0>(scores, q[i], k.at(i * 32), i > 0);
         wgmma_commit();
     }
     // Starts sums += weights @ v, or sums = weights @ v of the first step of a block.
@@ -239,7 +237,7 @@ struct Fp8Consumer {
         const int64_t pair = static_cast<int64_t>(tile.batch) * args.heads + tile.head;
         const int steps = (args.keys + N - 1) / N;
         const float* k_scale = args.k_scale + pair * steps;
-        const float* v_scale = args.v_scale + pair * (((steps - 1) >> args.block_log2) + 1);
+        const float* v_scale = args.v_scale + pair * ((steps + P::block - 1) / P::block);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = min(first_row(tile) + 8 * r, args.queries - 1);
@@ -247,12 +245,12 @@ struct Fp8Consumer {
         }
         barrier_wait(shared.q_full(), q_phase);
         q_phase ^= 1;
-        if constexpr (P::loads_queries) {
-            load(q);
-            release(shared.q_empty());
-        }
+        load(q);
+        release(shared.q_empty());
         barrier_wait(shared.k_full(cursor.stage), cursor.phase);
+        take_turn();
         multiply_keys(scores, q);
+        pass_turn();
         float factor = __ldg(k_scale + steps - 1);
         wgmma_wait();
         pin_registers(scores);
@@ -263,25 +261,23 @@ struct Fp8Consumer {
         follow_scores(scores, softmax, decay, scale);
         exponentiate(scores, softmax.norm);
         round(scores, weights);
-        factor = __ldg(k_scale + max(steps - 2, 0));
-        const int within_block = (1 << args.block_log2) - 1;
         bool first = true, any = false;  // whether the next product starts a block, and whether something is kept
 #pragma unroll 1
         for (int step = steps - 2; step >= 0; --step) {
             const int stage = cursor.stage;
             const uint32_t phase = cursor.phase;
             cursor.advance();
-            // Scales that are needed later: those of this step's values and the next step's keys.
-            const float by = __ldg(v_scale + (step + 1 >> args.block_log2)), next = __ldg(k_scale + max(step - 1, 0));
+            factor = __ldg(k_scale + step);
             barrier_wait(shared.k_full(cursor.stage), cursor.phase);
+            take_turn();
             multiply_keys(scores, q);
             barrier_wait(shared.v_full(stage), phase);
             multiply_values(sums, weights, stage, first);
+            pass_turn();
             wgmma_wait<1>();
             pin_registers(scores);
             release(shared.k_empty(cursor.stage));
             scale[0] = q_scale[0] * factor, scale[1] = q_scale[1] * factor;
-            factor = next;
             bool changed;
             if constexpr (follow) {
                 follow_scores(scores, softmax, decay, scale);
@@ -305,14 +301,14 @@ struct Fp8Consumer {
 #pragma unroll
             for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] += norm[i / 2][i % 2];
             round(scores, weights);
-            first = (step + 1 & within_block) == 0;
+            first = (step + 1) % P::block == 0;
             if (first) {
+                const float by = __ldg(v_scale + (step + 1) / P::block);
 #pragma unroll
                 for (int i = 0; i < P::D / 2; i += 4) store_shared(kept(i), added(sums, i, by, any));
                 any = true;
             }
         }
-        if constexpr (!P::loads_queries) release(shared.q_empty());
         barrier_wait(shared.v_full(cursor.stage), cursor.phase);
         multiply_values(sums, weights, cursor.stage, first);
         finish_values(sums, weights, cursor.stage);
@@ -331,8 +327,6 @@ struct Fp8Consumer {
 
     __device__ __forceinline__ void store(const Tile& tile, const Sums& sums, const Softmax& softmax) const {
         const int c = threadIdx.x % 4;
-        const float* center =
-            args.v_center + (static_cast<int64_t>(tile.batch) * args.heads + tile.head) * P::D + 2 * c;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float inverse = __fdividef(1.f, quad_sum(softmax.norm[r][0] + softmax.norm[r][1]));
@@ -340,9 +334,7 @@ struct Fp8Consumer {
             const int64_t token = static_cast<int64_t>(tile.batch) * args.queries + row;
             Out* target = static_cast<Out*>(args.out) + (token * args.heads + tile.head) * P::D;
             const auto word = [&](int i) {
-                const float2 mean = __ldg(reinterpret_cast<const float2*>(center + 8 * i));
-                return pack<Out>(fmaf(sums[4 * i + 2 * r], inverse, mean.x),
-                                 fmaf(sums[4 * i + 2 * r + 1], inverse, mean.y));
+                return pack<Out>(sums[4 * i + 2 * r] * inverse, sums[4 * i + 2 * r + 1] * inverse);
             };
 #pragma unroll
             for (int i = 0; i + 4 <= P::D / 8; i += 4) {
@@ -397,6 +389,7 @@ __global__ void __launch_bounds__(P::threads, 1) attention_fp8_kernel(const __gr
     } else {
         grow_registers<P::consumer_registers>();
         Fp8Consumer<P> consumer{args, shared, uniform(threadIdx.x / 128) - 1};
+        if (consumer.group == P::consumers - 1) consumer.pass_turn();  // the first turn is of group 0
         consumer.template run<false>(false);
         meet();
         consumer.template run<true>(true);

@@ -60,9 +60,7 @@ struct AttentionArgs {
     // Of e4m3 (attention_fp8.cuh): scales [B, H, Lq] of queries, [B, H, steps] of keys, [B, H, blocks of steps] of
     // values.
     const float *q_scale, *k_scale, *v_scale;
-    const float* v_center;  // [B, H, D], taken out of the values
-    int block_log2;         // of the steps of a block
-    float eps;              // of the RMSNorm
+    float eps;  // of the RMSNorm
     int queries, keys, heads;
     int row_tiles;     // tiles of one head
     int tiles;         // of all heads

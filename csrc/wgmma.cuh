@@ -93,22 +93,13 @@ __device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t next_box = 1
 // b is [N, K] in shared memory, or [K, N] where it is transposed, which only 16 bits can be. d is overwritten where
 // `accumulate` is 0.
 template <typename Elem, int N, int kTransposed>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate){
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     // clang-format off
     PAB_WGMMA(64, PAB_PTX_32, "%32, %33, %34, %35", "%36", "%37", "%38", PAB_D_32)
     PAB_WGMMA(72, PAB_PTX_36, "%36, %37, %38, %39", "%40", "%41", "%42", PAB_D_36)
     PAB_WGMMA(96, PAB_PTX_48, "%48, %49, %50, %51", "%52", "%53", "%54", PAB_D_48)
     PAB_WGMMA(128, PAB_PTX_64, "%64, %65, %66, %67", "%68", "%69", "%70", PAB_D_64)
     // clang-format on
-}
-
-// d[64, 128] (+)= a[64, 32] @ b[32, 128] in e4m3 with both in shared memory; a lies as b does.
-__device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" PAB_PTX_64 "}, %64, %65, p, 1, 1;\n}"
-        : PAB_D_64
-        : "l"(a), "l"(b), "r"(accumulate));
 }
 
 #undef PAB_WGMMA
