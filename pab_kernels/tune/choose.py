@@ -176,7 +176,8 @@ class Search:
         while len(tuned) < count:
             factors = self.factors(trials)
             if len(tuned) in (0, count // 2):
-                self._frontier.search(factors, self._allowed(factors))
+                about = SPEED_QUALITY if self._target.measure == "speedup" else self._target.value
+                self._frontier.search(factors, _error_of(about, self._target))
                 self._check_speed()
             config = self.propose(factors, trials, _misses(list(tuned.values()), self._target))
             if config is None:
@@ -244,12 +245,6 @@ class Search:
         start[0] = np.average(seen - np.log(errors.sum(axis=1) + floor), weights=weights)
         logs = least_squares(misses, start).x
         return np.exp(logs[0] + logs[1:])
-
-    def _allowed(self, factors: NDArray[np.float64]) -> float:
-        """The error about which to search: the target's, of a speed that of the settings that are about as fast."""
-        if self._target.measure != "speedup":
-            return _error_of(self._target.value, self._target)
-        return _error_of(SPEED_QUALITY, self._target)
 
     def _check_speed(self) -> None:
         most = max((each.saving for each in self._frontier.candidates), default=0.0)
