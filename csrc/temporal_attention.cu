@@ -5,7 +5,9 @@
 #include <cmath>
 
 #include "checks.h"
+#include "hopper_host.h"
 #include "temporal_attention.cuh"
+#include "temporal_sm90.cuh"
 
 namespace {
 
@@ -37,8 +39,51 @@ void check_arguments(const TemporalAttentionParams& p, const std::string& dtype)
     }
 }
 
+// Of the output as [batch, frame, token, head, column], in boxes of a warp's frames of one head.
+CUtensorMap output_map(const TemporalAttentionParams& p) {
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.heads),
+                                static_cast<cuuint64_t>(p.tokens), static_cast<cuuint64_t>(p.frames),
+                                static_cast<cuuint64_t>(p.batch)};
+    cuuint64_t strides[4] = {2 * sizes[0]};
+    for (int i = 1; i < 4; ++i) strides[i] = strides[i - 1] * sizes[i];
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(p.head_dim), 1, 1, kTile, 1};
+    return encode_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, p.out, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE,
+                             CU_TENSOR_MAP_L2_PROMOTION_NONE);
+}
+
+template <typename Elem, int D, int kTiles, Prepare kPrepare>
+void launch_sm90(const TemporalAttentionParams& p, int multiprocessors, cudaStream_t stream) {
+    using P = StreamedPlan<D, kTiles>;
+    const int64_t blocks = (static_cast<int64_t>(p.batch) * p.tokens * p.heads + P::sequences - 1) / P::sequences;
+    const int grid = static_cast<int>(std::min<int64_t>(blocks, kStreamedBlocks * multiprocessors));
+    const auto kernel = temporal_sm90_kernel<Elem, D, kTiles, kPrepare>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::shared_bytes),
+          "temporal_attention: cudaFuncSetAttribute");
+    kernel<<<grid, dim3(32, kTiles, P::sequences), P::shared_bytes, stream>>>(
+        output_map(p), p, p.softmax_scale * static_cast<float>(M_LOG2E));
+    check(cudaGetLastError(), "temporal_attention: launch");
+}
+
+// Whether Hopper's kernel serves: it was faster where queries and keys are prepared, and without that to 32 frames. It
+// does not write e4m3.
+bool streams(const TemporalAttentionParams& p) {
+    const bool prepared = p.cos != nullptr || p.q_weight != nullptr || p.k_weight != nullptr;
+    return p.out_scale == nullptr && p.head_dim == 72 && p.frames > kTile &&
+           p.frames <= (prepared ? kStreamedWarps : 2) * kTile && p.softmax_scale > 0;
+}
+
+// `hopper`: its multiprocessors, 0 of another GPU.
 template <typename Elem, int D, Prepare kPrepare>
-void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
+void launch(const TemporalAttentionParams& p, int hopper, cudaStream_t stream) {
+    if constexpr (D == 72) {
+        if (hopper > 0 && streams(p)) {
+            if (p.frames <= 2 * kTile) return launch_sm90<Elem, D, 2, kPrepare>(p, hopper, stream);
+            if constexpr (kPrepare != Prepare::nothing) {
+                if (p.frames <= 3 * kTile) return launch_sm90<Elem, D, 3, kPrepare>(p, hopper, stream);
+                return launch_sm90<Elem, D, 4, kPrepare>(p, hopper, stream);
+            }
+        }
+    }
     const int tiles = (p.frames + kTile - 1) / kTile;
     const int sequences = std::max(1, kWarps / tiles);
     const dim3 block(32, tiles, sequences);
@@ -59,23 +104,23 @@ void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
 }
 
 template <typename Elem, int D>
-void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
+void launch(const TemporalAttentionParams& p, int hopper, cudaStream_t stream) {
     if (p.cos != nullptr) {
-        launch<Elem, D, Prepare::rope>(p, stream);
+        launch<Elem, D, Prepare::rope>(p, hopper, stream);
     } else if (p.q_weight != nullptr || p.k_weight != nullptr) {
-        launch<Elem, D, Prepare::norm>(p, stream);
+        launch<Elem, D, Prepare::norm>(p, hopper, stream);
     } else {
-        launch<Elem, D, Prepare::nothing>(p, stream);
+        launch<Elem, D, Prepare::nothing>(p, hopper, stream);
     }
 }
 
 template <typename Elem>
-void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
+void launch(const TemporalAttentionParams& p, int hopper, cudaStream_t stream) {
     switch (p.head_dim) {
-        case 64: return launch<Elem, 64>(p, stream);
-        case 72: return launch<Elem, 72>(p, stream);
-        case 96: return launch<Elem, 96>(p, stream);
-        case 128: return launch<Elem, 128>(p, stream);
+        case 64: return launch<Elem, 64>(p, hopper, stream);
+        case 72: return launch<Elem, 72>(p, hopper, stream);
+        case 96: return launch<Elem, 96>(p, hopper, stream);
+        case 128: return launch<Elem, 128>(p, hopper, stream);
     }
 }
 
@@ -84,9 +129,6 @@ void launch(const TemporalAttentionParams& p, cudaStream_t stream) {
 void temporal_attention(const TemporalAttentionParams& params, const std::string& dtype, int device, void* stream) {
     check_arguments(params, dtype);
     const DeviceGuard guard(device);
-    if (dtype == "bfloat16") {
-        launch<__nv_bfloat16>(params, static_cast<cudaStream_t>(stream));
-    } else {
-        launch<__half>(params, static_cast<cudaStream_t>(stream));
-    }
+    const auto run = dtype == "bfloat16" ? launch<__nv_bfloat16> : launch<__half>;
+    run(params, multiprocessors_of_hopper(device), static_cast<cudaStream_t>(stream));
 }

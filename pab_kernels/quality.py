@@ -31,16 +31,22 @@ BACKBONE = "alexnet-owt-7be5be79.pth"
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over frames: PSNR in dB (infinite for equal frames), SSIM at most 1, LPIPS (less is closer; maybe None)."""
+    """Means over frames: PSNR in dB (infinite for equal frames), SSIM at most 1, LPIPS (less is closer; maybe None).
+
+    `worst_frame` is the PSNR of the frame that is furthest off.
+    """
 
     psnr: float
     ssim: float
+    worst_frame: float
     lpips: float | None = None
 
 
 def compare(video: Frames, baseline: Frames) -> Quality:
-    """Means of `per_frame`; raises as it does."""
-    return Quality(**{name: float(np.mean(values)) for name, values in per_frame(video, baseline).items()})
+    """Means of `per_frame`, and its worst PSNR; raises as it does."""
+    found = per_frame(video, baseline)
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    return Quality(worst_frame=min(found["psnr"]), **means)
 
 
 def per_frame(video: Frames, baseline: Frames) -> dict[str, list[float]]:

@@ -206,10 +206,11 @@ def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[tuple[StepVarian
         steps = [replace(WHOLE, guidance=step.guidance) if step.stack else step for step in steps]
     aheads: list[Ahead] = []
     computed: dict[tuple[str, bool, int], list[int]] = {}
+    parts = _parts(config)
     for call, step in enumerate(steps):
         ahead: Ahead = {}
         unknown = set()  # kinds of which there is no change yet
-        for key in _parts(config):
+        for key in parts:
             kind, inside, half = key
             if (step.stack and inside) or (step.guidance and half == 1):
                 continue  # does not run
@@ -221,7 +222,8 @@ def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[tuple[StepVarian
             else:
                 ahead[key] = (call - calls[-1]) / (calls[-1] - calls[-2])
         ahead = {key: n for key, n in ahead.items() if key[0] not in unknown}
-        steps[call] = replace(step, forecast=frozenset(kind for kind, _, _ in ahead))
+        if ahead:
+            steps[call] = replace(step, forecast=frozenset(kind for kind, _, _ in ahead))
         aheads.append(ahead)
     return tuple(steps), tuple(aheads)
 

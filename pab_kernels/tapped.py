@@ -50,6 +50,8 @@ class TappedBlocks(ABC):
     def __init__(self, host: nn.Module, regate: bool = False) -> None:
         self.call = -1
         """The host's current call, from 0."""
+        self.depth = 0
+        """How many blocks a list of the host has: one more than the last index."""
         self._blocks: list[nn.Module] = []
         for path, module in host.named_modules():
             forward = next((each for cls, each in _FORWARDS.items() if isinstance(module, cls)), None)
@@ -61,10 +63,11 @@ class TappedBlocks(ABC):
             run = partial(forward, block, partial(self.branch, kind, int(index)), regate)
             block.forward = partial(self.block, kind, int(index), run)
             self._blocks.append(block)
+            self.depth = max(self.depth, int(index) + 1)
         if not self._blocks:
             known = ", ".join(cls.__name__ for cls in _FORWARDS)
             raise TypeError(f"host: a {type(host).__name__} has none of the blocks that are known: {known}")
-        self._hook = host.register_forward_pre_hook(self._next)
+        self._hook = host.register_forward_pre_hook(self._next, with_kwargs=True)
 
     def __enter__(self: Tapped) -> Tapped:
         return self
@@ -100,7 +103,8 @@ class TappedBlocks(ABC):
         Times its gate, where it is gated here, it is added to `stream`, which has its shape.
         """
 
-    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before every call of the host."""
         self.call += 1
 
 

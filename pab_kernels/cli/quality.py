@@ -110,13 +110,21 @@ def _compare(
     from pab_kernels.tune import peers
 
     stderr = options.console(stderr=True)
-    rows = peers.measure(pipe, request, settings, against, lambda name: stderr.print(name, soft_wrap=True))
-    options.console().print(origin, soft_wrap=True)
-    options.console().print(peers.table(rows))
-    if csv_file is not None:
-        peers.write_csv(rows, csv_file)
-    if plot is not None:
-        figures.save_figure(peers.plot(rows, list(settings), origin), plot)
+    rows: list[peers.Row] = []
+    try:
+        for row in peers.measure(pipe, request, settings, against, lambda name: stderr.print(name, soft_wrap=True)):
+            rows.append(row)
+            if csv_file is not None:
+                peers.write_csv(rows, csv_file)
+    except KeyboardInterrupt:
+        options.print_error(f"interrupted after {len(rows)} settings")
+        raise typer.Exit(options.INTERRUPTED) from None
+    finally:
+        if rows:
+            options.console().print(origin, soft_wrap=True)
+            options.console().print(peers.table(rows))
+            if plot is not None:
+                figures.save_figure(peers.plot(rows, list(settings), origin), plot)
 
 
 def _names(texts: Sequence[str]) -> dict[str, str]:

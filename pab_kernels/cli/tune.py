@@ -20,7 +20,7 @@ def tune(
     profile: Annotated[
         Path | None, typer.Option(help="profile.csv of a run with the same steps; by default one is made.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 6,
+    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 8,
     model: options.Model = "demo",
     prompt: measured.Prompt = None,
     videos: measured.Videos = 8,
@@ -53,7 +53,7 @@ def tune(
     from pab_kernels.tune import choose as tuning
     from pab_kernels.tune import profile as profiles
     from pab_kernels.tune import trials as trying
-    from pab_kernels.tune.frontier import frontier
+    from pab_kernels.tune.frontier import Frontier
     from pab_kernels.tune.journal import Journal
     from pab_kernels.tune.results import Tuned
 
@@ -79,8 +79,7 @@ def tune(
                 yardstick = trying.Yardstick(pipe, request, meter.advance)
                 if profile is not None:
                     found = profiles.Profile.from_csv(profile, yardstick.timesteps)
-                meter.say("frontier")
-                search = tuning.Search(found, frontier(found, yardstick.predicted_saving), wanted)
+                search = tuning.Search(Frontier(found, yardstick.predicted_saving), wanted)
                 try_out = journal.around(meter.watch(yardstick, named, trials))
                 for trial in search.run(try_out, named, trials, few=max(2, len(request.prompts) // 2)):
                     result.add(trial)

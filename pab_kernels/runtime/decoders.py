@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ from pab_kernels.runtime.planes import (
     run,
 )
 
+log = logging.getLogger(__name__)
+
 
 class PlaneDecoder:
     """Latents [C, T, H, W] to planes: a convolution of the latents, layers, norm and convolution.
@@ -58,8 +61,8 @@ class PlaneDecoder:
     def compile(self) -> None:
         """Compile the kernels, several at a time, by running each kind of layer on planes of 2 x 2 latents.
 
-        Triton compiles a kernel when it is first launched, for seconds, most of them outside of Python's lock. A second
-        call does nothing.
+        Triton compiles a kernel when it is first launched, for seconds, most of them outside of Python's lock. Where
+        that fails in a thread, a warning says so, and the rest is compiled when it is used. A second call does nothing.
         """
         if self._compiled:
             return
@@ -75,9 +78,12 @@ class PlaneDecoder:
                 jobs.setdefault((type(layer), shape[3], new[3], grown), (layer, shape))
             shape = new
         jobs["out"] = (self._last, shape)
-        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-            list(pool.map(self._run_once, *zip(*jobs.values(), strict=True)))
         self._compiled = True
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            try:
+                list(pool.map(self._run_once, *zip(*jobs.values(), strict=True)))
+            except RuntimeError as error:  # if it is more than the threads, decoding says so too
+                log.warning("a decoder's kernels are compiled one after the other, as they are used: %s", error)
 
     def _run_once(self, layer: Callable[[Stream], object], shape: Shape) -> None:
         """A layer on zeros, in a thread that has run nothing before."""

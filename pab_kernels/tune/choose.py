@@ -1,4 +1,4 @@
-"""Chooses settings for a wanted quality or speed: the profile gives a frontier, trials find the place on it."""
+"""Chooses settings for a wanted quality or speed: the profile predicts errors, trials tell what they do to videos."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
 from scipy.stats import t as student
 
 from pab_kernels.config import PABConfig
-from pab_kernels.tune.frontier import Candidate, predicted_error
-from pab_kernels.tune.profile import Profile
+from pab_kernels.tune.frontier import Frontier
 from pab_kernels.tune.trials import Trial
 
 CONFIDENCE = 0.8
 """Of the lower bound of the mean quality: the videos tried are a sample of those that there could be."""
 LARGEST_PSNR = 100.0
 """Of equal videos it is infinite, which no mean survives."""
+NEAR = 6.0
+"""Decibels from the target at which a trial counts a third as much."""
+STIFFNESS = 0.2
+"""Of the factors of different kinds against each other, as a share of the weight of a trial at the target."""
+CLOSE = 1.0
+"""Decibels above the target at which no more is asked for."""
+SPEED_QUALITY = 30.0
+"""Decibels about which settings of a wanted speed are searched."""
 
 
 @dataclass(frozen=True)
@@ -132,24 +142,12 @@ class Search:
 
     Parameters
     ----------
-    profile : Profile
-    candidates : sequence of Candidate
-        From `frontier.frontier`.
+    frontier : Frontier
     target : Target
-
-    Raises
-    ------
-    ValueError
-        No candidate is as fast as the target.
     """
 
-    def __init__(self, profile: Profile, candidates: Sequence[Candidate], target: Target) -> None:
-        self._profile, self._candidates, self._target = profile, candidates, target
-        most = candidates[-1].saving
-        if target.measure == "speedup" and target.saving > most:
-            raise ValueError(
-                f"target: got {target}, must be at most speedup={1 / (1 - most):.2f}: no more can be saved"
-            )
+    def __init__(self, frontier: Frontier, target: Target) -> None:
+        self._frontier, self._target = frontier, target
 
     def run(
         self,
@@ -161,89 +159,110 @@ class Search:
         """Try the settings `named` on all videos, then up to `count` candidates; each trial as it is done.
 
         Candidates are tried on the first `few` videos, paired with the first of the named trials. The one that is then
-        the best is tried on all; where it does not reach the target there, the search goes on below it.
+        the best is tried on all; where it does not reach the target there, the next best.
+
+        Raises
+        ------
+        ValueError
+            No candidate is as fast as the target.
         """
         trials = []
-        for name, config in named.items():
-            trials.append(try_out(name, config, None))
+        for name, settings in named.items():
+            trials.append(try_out(name, settings, None))
             yield trials[-1]
         anchor = trials[0]
-        tuned: dict[int, Trial] = {}
-        confirmed: set[int] = set()
-        while True:
-            index = self.propose(trials, tuned) if len(tuned) < count else None
-            if index is not None:
-                found = try_out(f"tuned {len(tuned) + 1}", self._candidates[index].config, few)
-                tuned[index] = found if len(found.videos) == len(anchor.videos) else replace(found, anchor=anchor)
-                trials.append(tuned[index])
-                yield tuned[index]
-                continue
-            open_ = {i: trial for i, trial in tuned.items() if i not in confirmed and trial.anchor is not None}
-            good = {i: trial for i, trial in open_.items() if reaches(trial, self._target)}
+        tuned: dict[PABConfig, Trial] = {}
+        config: PABConfig | None
+        while len(tuned) < count:
+            factors = self.factors(trials)
+            if len(tuned) in (0, count // 2):
+                about = SPEED_QUALITY if self._target.measure == "speedup" else self._target.value
+                self._frontier.search(factors, _error_of(about, self._target))
+                self._check_speed()
+            config = self.propose(factors, trials, _misses(list(tuned.values()), self._target))
+            if config is None:
+                break
+            found = try_out(f"tuned {len(tuned) + 1}", config, few)
+            tuned[config] = found if len(found.videos) == len(anchor.videos) else replace(found, anchor=anchor)
+            trials.append(tuned[config])
+            yield tuned[config]
+        confirmed: list[Trial] = [trial for trial in tuned.values() if trial.anchor is None]
+        while not any(reaches(trial, self._target) for trial in confirmed):
+            open_ = [trial for trial in trials if trial.anchor is not None]
+            good = [trial for trial in open_ if reaches(trial, self._target)]
             if not open_ or (not good and confirmed):
                 return
-            index = max(
-                good or open_, key=lambda i: open_[i].predicted if good else estimate(open_[i], self._target).low
-            )
-            known = [trial for i, trial in tuned.items() if i in confirmed and reaches(trial, self._target)]
-            if known and max(trial.predicted for trial in known) >= open_[index].predicted:
-                return
-            confirmed.add(index)
-            trials.remove(tuned[index])
-            tuned[index] = try_out(tuned[index].name, self._candidates[index].config, None)
-            trials.append(tuned[index])
-            yield tuned[index]
+            chosen = best(good or open_, self._target)
+            trials.remove(chosen)
+            confirmed.append(try_out(chosen.name, chosen.config, None))
+            yield confirmed[-1]
 
-    def propose(self, trials: Sequence[Trial], tuned: Mapping[int, Trial]) -> int | None:
-        """Index of the next candidate, the one that should just reach the target; None where that is found.
+    def propose(self, factors: NDArray[np.float64], trials: Sequence[Trial], misses: int) -> PABConfig | None:
+        """The candidate that should reach the target and save most; None where one that was tried is as good.
 
-        Parameters
-        ----------
-        trials : sequence of Trial
-            All so far.
-        tuned : mapping of int to Trial
-            Those of candidates, by their index.
+        Of a speed, the one of the best quality. Where none should reach the target, and none that was tried is close to
+        it, the one that comes nearest. After so many `misses` in a row the target is a decibel higher for each.
         """
-        if self._target.measure == "speedup":
-            index = next(i for i, c in enumerate(self._candidates) if c.saving >= self._target.saving)
-            return None if index in tuned else index
-        # Between the last that reached the target and the first that did not.
-        first = max((i + 1 for i, trial in tuned.items() if reaches(trial, self._target)), default=0)
-        last = min(
-            (i - 1 for i, trial in tuned.items() if not reaches(trial, self._target)), default=len(self._candidates) - 1
-        )
-        if first > last:
+        tried = {trial.config for trial in trials}
+        candidates = [each for each in self._frontier.candidates if each.config not in tried]
+        if not candidates:
             return None
-        allowed = self._allowed_error(trials)
-        inside = [i for i in range(first, last + 1) if self._candidates[i].error <= allowed]
-        return inside[-1] if inside else first
+        errors = np.array([each.errors for each in candidates]) @ factors
+        savings = np.array([each.saving for each in candidates])
+        reached = [trial for trial in trials if reaches(trial, self._target)]
+        if self._target.measure == "speedup":
+            fast = savings >= self._target.saving
+            least = min((self._error(trial) for trial in reached), default=math.inf)
+            index = int(np.argmin(np.where(fast, errors, np.inf)))
+            return candidates[index].config if fast[index] and errors[index] < least else None
+        most = max((trial.predicted for trial in reached), default=0.0)
+        allowed = _error_of(self._target.value, self._target)
+        good = (errors <= allowed / 10 ** (misses / 10)) & (savings > most)
+        if good.any():
+            return candidates[int(np.argmax(np.where(good, savings, -np.inf)))].config
+        if any(self._error(trial) > allowed / 10 ** (CLOSE / 10) for trial in reached):
+            return None
+        nearest = np.where(savings > most, errors, np.inf)
+        return candidates[int(np.argmin(nearest))].config if np.isfinite(nearest).any() else None
 
-    def _allowed_error(self, trials: Sequence[Trial]) -> float:
-        """The predicted error at which the lower bound should be the target.
+    def factors(self, trials: Sequence[Trial]) -> NDArray[np.float64]:
+        """What the errors of each kind of `Profile.parts` do to a video, as the trials so far tell.
 
-        In decibels quality falls as the error rises: in a line between the trials just above and just below the target,
-        and one for one where there is none on one side.
+        The error of a video is the sum of the kinds' errors times their factors: a fit in the logarithm, in which
+        trials near the target count more and factors stay near each other unless the trials pull them apart.
         """
-        wanted = self._quality(self._target.value)
-        points = [
-            (self._quality(estimate(trial, self._target).low), _decibels(error))
-            for trial in trials
-            if (error := predicted_error(self._profile, trial.config)) > 0
-        ]
-        above = min((point for point in points if point[0] >= wanted), default=None)
-        below = max((point for point in points if point[0] < wanted), default=None)
-        if above is not None and below is not None and above[1] < below[1]:
-            share = (above[0] - wanted) / (above[0] - below[0])
-            return 10 ** ((above[1] + share * (below[1] - above[1])) / 10)
-        nearest = above or below
-        if nearest is None:
-            return statistics.median(candidate.error for candidate in self._candidates)
-        return 10 ** ((nearest[1] + nearest[0] - wanted) / 10)
+        errors = np.array([self._frontier.errors(trial.config) for trial in trials])
+        seen = np.log([self._error(trial) for trial in trials])
+        wanted = self._target.value if self._target.measure != "speedup" else estimate(trials[0], self._target).low
+        distances = np.abs(seen - math.log(_error_of(wanted, self._target))) / math.log(10) * 10  # in dB
+        weights, floor = np.exp(-distances / NEAR), 1e-9
 
-    def _quality(self, value: float) -> float:
-        """A measure of quality in decibels: PSNR is, SSIM is by its distance to 1."""
-        return value if self._target.quality == "psnr" else -_decibels(max(1 - value, 1e-9))
+        def misses(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+            found = np.log(errors @ np.exp(logs[0] + logs[1:]) + floor)
+            return np.concatenate([weights * (found - seen), STIFFNESS * logs[1:]])
+
+        start = np.zeros(1 + errors.shape[1])
+        start[0] = np.average(seen - np.log(errors.sum(axis=1) + floor), weights=weights)
+        logs = least_squares(misses, start).x
+        return np.exp(logs[0] + logs[1:])
+
+    def _check_speed(self) -> None:
+        most = max((each.saving for each in self._frontier.candidates), default=0.0)
+        if self._target.measure == "speedup" and self._target.saving > most:
+            raise ValueError(
+                f"target: got {self._target}, must be at most speedup={1 / (1 - most):.2f}: no more can be saved"
+            )
+
+    def _error(self, trial: Trial) -> float:
+        """What a trial's quality is as an error, by the lower bound."""
+        return _error_of(estimate(trial, self._target).low, self._target)
 
 
-def _decibels(value: float) -> float:
-    return 10 * math.log10(value)
+def _misses(trials: Sequence[Trial], target: Target) -> int:
+    """How many of the last trials in a row do not reach the target."""
+    return next((i for i, trial in enumerate(reversed(trials)) if reaches(trial, target)), len(trials))
+
+
+def _error_of(quality: float, target: Target) -> float:
+    """A quality as an error: the mean square of a PSNR, of SSIM the distance to 1."""
+    return 10 ** (-quality / 10) if target.quality == "psnr" else max(1 - quality, 1e-9)

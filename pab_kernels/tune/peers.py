@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +25,7 @@ from pab_kernels.pipelines.generate import Request, generate
 from pab_kernels.pipelines.loading import Pipeline
 from pab_kernels.quality import Frames
 from pab_kernels.runtime.accelerate import accelerate
+from pab_kernels.tune import cache_dit_peer
 from pab_kernels.tune.trials import split
 
 Apply = Callable[[Any, "Calls", int], object]
@@ -45,6 +45,7 @@ class Calls:
 class Row:
     """One setting on all videos: mean PSNR, that of the worst frame, seconds of the transformer a video.
 
+    `saved` is the share of the seconds that the same code takes without: this runtime, or the model's own code.
     `note` says why there are no figures, or that the videos are those without the peer.
     """
 
@@ -52,6 +53,7 @@ class Row:
     psnr: float | None = None
     worst: float | None = None
     seconds: float | None = None
+    saved: float | None = None
     note: str = ""
 
 
@@ -114,21 +116,8 @@ def _magcache(threshold: float) -> Apply:
     return apply
 
 
-def _cache_dit(threshold: float) -> Apply:
-    def apply(host: Any, calls: Calls, steps: int) -> None:
-        if importlib.util.find_spec("cache_dit") is None:
-            raise ImportError("not installed: `pip install cache-dit`")
-        import cache_dit
-
-        adapter = cache_dit.BlockAdapter(
-            transformer=host,
-            blocks=host.transformer_blocks,
-            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
-            check_forward_pattern=False,
-        )
-        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(residual_diff_threshold=threshold))
-
-    return apply
+def _cache_dit(threshold: float, order: int = 0) -> Apply:
+    return lambda host, calls, steps: cache_dit_peer.apply(host, steps, threshold, order)
 
 
 PEERS: dict[str, dict[str, Apply]] = {
@@ -137,7 +126,8 @@ PEERS: dict[str, dict[str, Apply]] = {
     "fastercache": {f"FasterCache, every {n}": _fastercache(n) for n in (2, 3)},
     "first-block-cache": {f"FirstBlockCache {t:g}": _first_block(t) for t in (0.05, 0.1)},
     "magcache": {f"MagCache {t:g}": _magcache(t) for t in (0.06, 0.2)},
-    "cache-dit": {f"cache-dit {t:g}": _cache_dit(t) for t in (0.08, 0.2)},
+    "cache-dit": {f"cache-dit F1B0, {t:g}": _cache_dit(t) for t in (0.08, 0.15, 0.3)}
+    | {f"cache-dit F1B0, {t:g}, TaylorSeer": _cache_dit(t, 1) for t in (0.15, 0.3)},
 }
 """Peers by the names that `--against` takes, each at several settings."""
 
@@ -148,8 +138,8 @@ def measure(
     settings: Mapping[str, PABConfig],
     peers: Sequence[str],
     on_run: Callable[[str], object] = lambda name: None,
-) -> list[Row]:
-    """The model's own code, this runtime without PAB and with each of `settings`, and `peers`, one after the other.
+) -> Iterator[Row]:
+    """The model's own code, this runtime without PAB and with each of `settings`, and `peers`: each as it is done.
 
     Quality is against the videos of the model's own code. Peers run on that code too; their time is the transformer's,
     as is that of all.
@@ -175,32 +165,38 @@ def measure(
             raise ValueError(f"against: got {name!r}, must be one of {', '.join(PEERS)}")
     host = pipe.transformer
     on_run("the model's own code")
-    videos, seconds = _run(pipe, request, lambda calls: nullcontext())
-    rows = [Row("the model's own code", seconds=seconds)]
+    videos, theirs = _run(pipe, request, lambda calls: nullcontext())
+    yield Row("the model's own code", seconds=theirs)
+    ours = None
     for name, config in {"this runtime, no PAB": PABConfig(), **settings}.items():
         on_run(name)
         found, seconds = _run(pipe, request, partial(_accelerated, pipe, config))
-        rows.append(_row(name, found, videos, seconds))
+        yield _row(name, found, videos, seconds, ours)
+        ours = ours or seconds
     for peer in peers:
         for name, apply in PEERS[peer].items():
             on_run(name)
             try:
                 found, seconds = _run(pipe, request, partial(_hooked, host, apply, request.steps))
-                rows.append(_row(name, found, videos, seconds))
+                row = _row(name, found, videos, seconds, theirs)
             except Exception as error:  # whatever a peer raises on a model that it does not know
-                rows.append(Row(name, note=f"{type(error).__name__}: {error}".splitlines()[0][:100]))
-    return rows
+                row = Row(name, note=f"{type(error).__name__}: {error}".splitlines()[0][:100])
+            yield row
 
 
-def _row(name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: float) -> Row:
+def _row(name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: float, without: float | None) -> Row:
     frames = [quality.per_frame(a, b)["psnr"] for a, b in zip(found, videos, strict=True)]
     means = [min(statistics.fmean(values), 100.0) for values in frames]
     note = "changes nothing" if min(map(min, frames)) == float("inf") else ""
-    return Row(name, statistics.fmean(means), min(map(min, frames)), seconds, note)
+    saved = None if without is None else 1 - seconds / without
+    return Row(name, statistics.fmean(means), min(map(min, frames)), seconds, saved, note)
 
 
 def _run(pipe: Pipeline, request: Request, opened: Callable[[Calls], Any]) -> tuple[list[Frames], float]:
-    """The videos, and the median seconds that the transformer takes for one."""
+    """The videos, and the median seconds that the transformer takes for one, but the first where there are more.
+
+    In that one kernels compile and graphs are captured.
+    """
     host, videos, seconds, calls = pipe.transformer, [], [], Calls()
     with opened(calls):
         forward = host.forward
@@ -232,7 +228,7 @@ def _run(pipe: Pipeline, request: Request, opened: Callable[[Calls], Any]) -> tu
                 del host.forward
             else:
                 host.forward = replaced_forward
-    return videos, statistics.median(seconds)
+    return videos, statistics.median(seconds[1:] or seconds)
 
 
 def _accelerated(pipe: Pipeline, config: PABConfig, calls: Calls) -> Any:
@@ -256,11 +252,11 @@ def _hooked(host: Any, apply: Apply, steps: int, calls: Calls) -> Iterator[None]
 def table(rows: Sequence[Row]) -> Table:
     """A row a setting, as Markdown, the fastest last."""
     found = Table(box=box.MARKDOWN)
-    for column in ("settings", "PSNR, dB", "worst frame, dB", "seconds a video", "note"):
+    for column in ("settings", "PSNR, dB", "worst frame, dB", "seconds a video", "saved", "note"):
         found.add_column(column, justify="left" if column in ("settings", "note") else "right", overflow="fold")
     for row in sorted(rows, key=lambda row: -(row.seconds or float("inf"))):
         figures = ("" if value is None else f"{value:.2f}" for value in (row.psnr, row.worst, row.seconds))
-        found.add_row(row.name, *figures, row.note)
+        found.add_row(row.name, *figures, "" if row.saved is None else f"{row.saved:.1%}", row.note)
     return found
 
 
@@ -268,10 +264,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write a line a setting; a file there is replaced once this is complete."""
     with replaced(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("settings", "psnr", "worst_frame", "seconds", "note"))
+        writer.writerow(("settings", "psnr", "worst_frame", "seconds", "saved", "note"))
         for row in rows:
-            values = ("" if value is None else f"{value:.6g}" for value in (row.psnr, row.worst, row.seconds))
-            writer.writerow((row.name, *values, row.note))
+            figures = (row.psnr, row.worst, row.seconds, row.saved)
+            writer.writerow((row.name, *("" if each is None else f"{each:.6g}" for each in figures), row.note))
 
 
 def plot(rows: Sequence[Row], ours: Sequence[str], title: str) -> Figure:

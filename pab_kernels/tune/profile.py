@@ -23,6 +23,8 @@ EDGE = 0.15
 """The PAB document's split: 15 % of the steps at either end, and 70 % between them."""
 FLAT = 2.0
 """The flat middle is where the difference is at most this many times its smallest."""
+LATENTS = "latents"
+"""Beside the kinds: what the sampler gives the model."""
 MEASURES = ("relative_l2", "mse", "impact", "remainder")
 COLUMNS = ("kind", "block", "step", "timestep", *MEASURES)
 
@@ -36,7 +38,8 @@ class Profile:
     """Differences between the outputs of each step and of the step before, of all that can be broadcast.
 
     Each measure is, for each kind, an array [blocks, calls], with a row for each block that has this kind, in the
-    order of the model; one row for the block stack, and for guidance. The first call has no step before it: NaN.
+    order of the model; of the block stack row m is for all blocks but m at either end, up to a quarter of them; one
+    row for guidance, and for the latents. The first call has no step before it: NaN.
 
     Attributes
     ----------
@@ -71,6 +74,23 @@ class Profile:
         return tuple(kind for kind in KINDS if kind in self.relative_l2)
 
     @property
+    def depth(self) -> int:
+        """How many blocks the model has, those of an index counted once; a kind may have several an index."""
+        return min(len(self.impact[kind]) for kind in self.kinds)
+
+    @property
+    def moves(self) -> NDArray[np.float64]:
+        """How far the sampler moves the latents by each call's prediction, as a share of them, [calls], of mean 1.
+
+        The last move is not seen, and taken for as long as the one before; where none was measured all are 1.
+        """
+        if LATENTS not in self.relative_l2:
+            return np.ones(len(self.timesteps))
+        seen = self.relative_l2[LATENTS][0, 1:]
+        moves = np.append(seen, seen[-1])
+        return moves / moves.mean()
+
+    @property
     def edges(self) -> tuple[int, int]:
         """First step of the middle 70 %, and the first after it."""
         edge = round(EDGE * len(self.timesteps))
@@ -81,7 +101,7 @@ class Profile:
         with replaced(path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            for kind in self.parts:
+            for kind in (kind for kind in (*SWITCHES, LATENTS) if kind in self.impact):
                 measures = [getattr(self, measure)[kind] for measure in MEASURES]
                 for block, step in np.ndindex(measures[0].shape):
                     if step > 0:
@@ -104,7 +124,7 @@ class Profile:
         if found != {step: f"{t:g}" for step, t in enumerate(timesteps) if step > 0}:
             raise ValueError(f"profile: {path} is of other timesteps than the {len(timesteps)} of this run")
         measures: dict[str, dict[str, NDArray[np.float64]]] = {measure: {} for measure in MEASURES}
-        for kind in SWITCHES:
+        for kind in (*SWITCHES, LATENTS):
             own = [row for row in rows if row.kind == kind]
             if own:
                 shape = (1 + max(row.block for row in own), len(timesteps))
@@ -144,7 +164,7 @@ def read_rows(path: Path) -> list[Row]:
                 raise ValueError(f"the columns are {reader.fieldnames!r:.200}, must be {', '.join(COLUMNS)}")
             for line in reader:
                 block, step = int(line["block"]), int(line["step"])
-                if line["kind"] not in SWITCHES or not 0 <= block < MOST or not 0 < step < MOST:
+                if line["kind"] not in (*SWITCHES, LATENTS) or not 0 <= block < MOST or not 0 < step < MOST:
                     raise ValueError(f"got {line['kind']!r:.80}, block {block}, step {step}")
                 measures = {measure: float(line[measure]) for measure in MEASURES}
                 rows.append(Row(line["kind"], block, step, line["timestep"], measures))
@@ -177,9 +197,10 @@ class Profiler(TappedBlocks):
         self._norms: dict[tuple[str, int, str], list[Tensor]] = {}
         self._numel: dict[str, int] = {}
         self._guidance = guidance
-        self._entered: Tensor | None = None
-        """The stream as it came to the first block of this call."""
+        self._entered: dict[int, Tensor] = {}
+        """The stream as it came to the outer blocks in this call, by their index."""
         super().__init__(host)
+        self._margin = self.depth // 4
         self._hooks = [host.register_forward_hook(self._after)]
         final = getattr(host, "norm_out", None) or getattr(host, "final_layer", None)
         if isinstance(final, nn.Module):
@@ -192,9 +213,10 @@ class Profiler(TappedBlocks):
         self._before.clear()
 
     def block(self, kind: str, index: int, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The stream after a block; the first one's input is remembered."""
-        if self._entered is None:
-            self._entered = (args[0] if args else kwargs["hidden_states"]).clone()
+        """The stream after a block; what comes to the first of an index is remembered, at either end of the model."""
+        outer = index <= self._margin or index >= self.depth - self._margin
+        if outer and index not in self._entered:
+            self._entered[index] = (args[0] if args else kwargs["hidden_states"]).clone()
         return super().block(kind, index, run, *args, **kwargs)
 
     def branch(
@@ -212,13 +234,23 @@ class Profiler(TappedBlocks):
         self._compare({"attention": kind}.get(name, name), index, kind, value, stream + value)
         return value
 
+    def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._next(module, args, kwargs)
+        latents = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        if isinstance(latents, Tensor):
+            latents = latents.clone()
+            self._compare(LATENTS, 0, "", latents, latents)
+
     def _before_final(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if stream is not None and self._entered is not None and stream.shape == self._entered.shape:
-            self._compare("stack", 0, "", stream - self._entered, stream)
+        if stream is None or 0 not in self._entered or stream.shape != self._entered[0].shape:
+            return
+        for margin in range(self._margin + 1):
+            end = stream if margin == 0 else self._entered[self.depth - margin]
+            self._compare("stack", margin, "", end - self._entered[margin], end)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._entered = None
+        self._entered.clear()
         if self._guidance > 1:
             sample = output if isinstance(output, Tensor) else output[0]
             if self._forwards == 1:
@@ -258,7 +290,7 @@ class Profiler(TappedBlocks):
                 f"transformer was called {self.call + 1} times"
             )
         measures: dict[str, dict[str, NDArray[np.float64]]] = {measure: {} for measure in MEASURES}
-        for kind in SWITCHES:
+        for kind in (*SWITCHES, LATENTS):
             blocks = sorted(key for key in self._norms if key[0] == kind)
             if blocks:
                 norms = np.stack([torch.stack(self._norms[key]).double().cpu().numpy() for key in blocks])

@@ -40,6 +40,10 @@ def ranges(config: PABConfig) -> str:
     more = [kind for kind in SWITCHES if kind not in KINDS and getattr(config, f"{kind}_range") is not None]
     for kind in (*attention, *(kind for kind in more if getattr(config, f"{kind}_broadcast"))):
         parts.append(f"{kind} {said[kind]} in {{:g}} to {{:g}}".format(*getattr(config, f"{kind}_threshold")))
+    for kind in SWITCHES:
+        block = getattr(config, f"{kind}_block", None)
+        if block is not None and getattr(config, f"{kind}_broadcast"):
+            parts.append(f"{kind} in blocks {block[0]} to {block[1] - 1}")
     return ", ".join(parts)
 
 
@@ -49,7 +53,7 @@ def table(trials: Sequence[Trial]) -> Table:
     found.add_column("settings", no_wrap=True)
     found.add_column("ranges", overflow="fold")
     names = measures(trials[0])
-    columns = [HEADINGS[name] for name in names] + ["worst video, dB", "time saved", "predicted"]
+    columns = [HEADINGS[name] for name in names] + ["worst video, dB", "worst frame, dB", "time saved", "predicted"]
     for column in columns:
         found.add_column(column, justify="right")
     for trial in trials:
@@ -58,6 +62,7 @@ def table(trials: Sequence[Trial]) -> Table:
             ranges(trial.config),
             *(format(statistics.fmean(values), FORMATS[name]) for name, values in measures(trial).items()),
             format(min(trial.values("psnr")), ".2f"),
+            format(min(trial.values("worst_frame")), ".2f"),
             f"{trial.measured:.1%}",
             f"{trial.predicted:.1%}",
         )
@@ -68,9 +73,10 @@ def write_csv(trials: Sequence[Trial], path: Path) -> None:
     """Write a row a trial and video; a file there is replaced once this is complete."""
     with replaced(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("settings", "ranges", "video", *measures(trials[0]), "measured_saving", "predicted_saving"))
+        names = (*measures(trials[0]), "worst_frame")
+        writer.writerow(("settings", "ranges", "video", *names, "measured_saving", "predicted_saving"))
         for trial in trials:
-            for video, row in enumerate(zip(*measures(trial).values(), strict=True)):
+            for video, row in enumerate(zip(*map(trial.values, names), strict=True)):
                 values = (f"{value:.6g}" for value in (*row, trial.measured, trial.predicted))
                 writer.writerow((trial.name, ranges(trial.config), video, *values))
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pab_kernels import clock, quality
-from pab_kernels.config import SWITCHES, PABConfig
+from pab_kernels.config import BRANCHES, SWITCHES, PABConfig
 from pab_kernels.measure.floor import Ceilings, step_work
 from pab_kernels.models import adapter_for
 from pab_kernels.pipelines.generate import Generated, Request, generate
@@ -44,7 +44,7 @@ class Trial:
     anchor: Trial | None = None
 
     def values(self, measure: str) -> tuple[float, ...]:
-        """ "psnr", "ssim" or "lpips" of each video."""
+        """ "psnr", "ssim", "worst_frame" or "lpips" of each video."""
         return tuple(getattr(video, measure) for video in self.videos)
 
 
@@ -109,9 +109,9 @@ class Yardstick:
         self._costs = _Costs(self._host, *first)
         self.unit_savings = {kind: self._costs.unit_saving(kind) for kind in self._costs.kinds}
 
-    def predicted_saving(self, config: PABConfig) -> float:
-        """Share of the denoising time that `config` should save."""
-        return self._costs.saving(Schedule(config, self.timesteps))
+    def predicted_saving(self, schedule: Schedule) -> float:
+        """Share of the denoising time that `schedule` should save."""
+        return self._costs.saving(schedule)
 
     def calls(self, config: PABConfig, videos: int | None = None) -> int:
         """How many calls of the transformer a trial of `config` on the first `videos` runs; None: on all."""
@@ -218,6 +218,7 @@ class _Costs:
         call = adapter.bind(*args, **kwargs)
         self._stack, self._shape, self._text = adapter.stack, call.layout.shape, call.text.shape[1]
         self._ceilings = CEILINGS[host.device.type]
+        self._known: dict[tuple[Any, ...], float] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -236,5 +237,10 @@ class _Costs:
         return 1 - statistics.fmean(known[step] for step in schedule) / known[COMPUTED]
 
     def _seconds(self, schedule: Schedule, variant: StepVariant) -> float:
-        work = step_work(self._stack, schedule, variant, self._shape, self._text)
-        return work.seconds(self._ceilings)
+        # Of the settings only blocks and orders count, and thousands of them are weighed.
+        config = schedule.config
+        key = (variant, config.blocks("stack"), *((config.blocks(kind), config.order(kind)) for kind in BRANCHES))
+        if key not in self._known:
+            work = step_work(self._stack, schedule, variant, self._shape, self._text)
+            self._known[key] = work.seconds(self._ceilings)
+        return self._known[key]

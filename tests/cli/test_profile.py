@@ -20,9 +20,9 @@ def test_profile_writes_a_table_and_two_pictures(demo, tmp_path):
     assert re.search(r"spatial: differs by .* Flat .* at steps \d+ to \d+", output.replace("\n", " "))
     assert "the PAB document says" in output.replace("\n", " ")
     rows = list(csv.DictReader((tmp_path / "profile.csv").open()))
-    # One block a kind, the MLPs of both kinds of block, the stack and guidance, all steps but the first.
+    # One block a kind, the MLPs of both kinds of block, the stack, guidance and latents, all steps but the first.
     assert Counter(row["kind"] for row in rows) == {
-        **dict.fromkeys(("spatial", "temporal", "cross", "stack", "guidance"), 9),
+        **dict.fromkeys(("spatial", "temporal", "cross", "stack", "guidance", "latents"), 9),
         "mlp": 18,
     }
     assert all(float(row["relative_l2"]) > 0 and float(row["mse"]) > 0 for row in rows)
@@ -40,7 +40,7 @@ def test_profile_of_every_family(family, monkeypatch, tmp_path):
         size = ("--size", "17x64")
     pab("profile", "--model", family, "--random-weights", *size, *SHORT, "--output", tmp_path)
     kinds = {row["kind"] for row in csv.DictReader((tmp_path / "profile.csv").open())}
-    wanted = {"spatial", "cross", "mlp", "stack", "guidance"}
+    wanted = {"spatial", "cross", "mlp", "stack", "guidance", "latents"}
     assert kinds == wanted | (set() if family == "open_sora_plan_v120" else {"temporal"})
 
 
@@ -60,7 +60,8 @@ def test_profile_of_a_pipeline_of_diffusers(name, family, size, tables, monkeypa
     assert output.count("spatial: differs by") == len(tables)
     found = {path.name: list(csv.DictReader(path.open())) for path in tmp_path.glob("*.csv")}
     assert {file: len({row["step"] for row in rows}) for file, rows in found.items()} == tables
-    assert all({row["kind"] for row in rows} == {"spatial", "cross", "mlp", "stack"} for rows in found.values())
+    wanted = {"spatial", "cross", "mlp", "stack", "latents"}
+    assert all({row["kind"] for row in rows} == wanted for rows in found.values())
     assert "vae: got 'x' for a pipeline of diffusers" in refused(*arguments, "--vae", "x")
 
 

@@ -32,7 +32,7 @@ def test_tune_writes_settings_that_load(demo, tmp_path):
 
 
 def test_tune_says_what_it_does_not_reach(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "compare", lambda video, baseline: quality.Quality(20.0, 0.5))
+    monkeypatch.setattr(quality, "compare", lambda video, baseline: quality.Quality(20.0, 0.5, 15.0))
     arguments = ("--model", demo, *SHORT, "--videos", 2, "--trials", 1, "--output", tmp_path / "t.yaml")
     output = pab("tune", "--target", "psnr=30", *arguments, code=1)
     assert "NOT reached: " in output

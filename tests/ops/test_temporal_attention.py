@@ -26,7 +26,7 @@ PREPARE = [
     pytest.param(False, True, id="rope"),
     pytest.param(True, True, id="norm-rope"),
 ]
-FRAMES = [1, 2, 15, 16, 17, 30, 33, 51, 64, 100, 128]
+FRAMES = [1, 2, 15, 16, 17, 30, 32, 33, 48, 51, 60, 64, 65, 100, 128]
 HEAD_DIMS = [64, 72, 96, 128]
 
 interpreted = pytest.mark.skipif(
@@ -236,7 +236,7 @@ def test_gpu_matches_float64(backend, dtype, atol, rtol, norm, rope, head_dim, f
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ON_GPU)
-@pytest.mark.parametrize("frames", [15, 16, 60])
+@pytest.mark.parametrize("frames", [15, 16, 30, 60])
 @pytest.mark.parametrize(("norm", "rope"), [PREPARE[0], PREPARE[3]])
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), HALVES)
 def test_gpu_full_size(backend, dtype, atol, rtol, norm, rope, frames, device, poison):
@@ -250,7 +250,7 @@ def test_gpu_full_size(backend, dtype, atol, rtol, norm, rope, frames, device, p
 @pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), HALVES)
 @pytest.mark.parametrize("layout", ["sliced", "permuted"])
-@pytest.mark.parametrize("frames", [15, 33])
+@pytest.mark.parametrize("frames", [15, 30, 33])
 def test_gpu_strided(backend, dtype, atol, rtol, layout, frames, device, poison):
     case = strided(Case.random((2, frames, 63, 3, 72), dtype, device, norm=True, rope=True), layout)
     out = poison(case.output_shape(), dtype, device)
@@ -287,7 +287,7 @@ def test_gpu_no_worse_than_sdpa(backend, norm, rope, dtype, frames, head_dim, de
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ON_GPU)
-@pytest.mark.parametrize("frames", [15, 60])
+@pytest.mark.parametrize("frames", [15, 30, 60])
 def test_gpu_repeats_bit_for_bit(backend, frames, device):
     case = Case.random((2, frames, 405, 16, 72), torch.bfloat16, device, norm=True, rope=True)
     first = case.run(backend)
@@ -297,18 +297,43 @@ def test_gpu_repeats_bit_for_bit(backend, frames, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ON_GPU)
-@pytest.mark.parametrize("frames", [15, 128])
-def test_gpu_graph_replays_on_new_inputs(backend, frames, device, poison):
-    case = Case.random((1, frames, 63, 16, 128), torch.bfloat16, device, norm=True, rope=True)
+@pytest.mark.parametrize(("frames", "head_dim"), [(15, 128), (60, 72), (128, 128)])
+def test_gpu_graph_replays_on_new_inputs(backend, frames, head_dim, device, poison):
+    shape = (1, frames, 63, 16, head_dim)
+    case = Case.random(shape, torch.bfloat16, device, norm=True, rope=True)
     out = poison(case.output_shape(), torch.bfloat16, device)
     case.run(backend, out=out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         case.run(backend, out=out)
-    case.qkv.copy_(Case.random((1, frames, 63, 16, 128), torch.bfloat16, device, seed=7).qkv)
+    case.qkv.copy_(Case.random(shape, torch.bfloat16, device, seed=7).qkv)
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, case.run(backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("softmax_scale", [-0.1, 0.0, 0.5])
+@pytest.mark.parametrize("frames", [15, 60])
+def test_gpu_softmax_scale(backend, softmax_scale, frames, device):
+    case = Case.random((1, frames, 63, 3, 72), torch.bfloat16, device, norm=True)
+    y = case.run(backend, softmax_scale=softmax_scale)
+    torch.testing.assert_close(y.double(), case.expected(softmax_scale=softmax_scale), atol=3e-2, rtol=1.6e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("frames", [30, 60])
+def test_gpu_shared_rows(backend, frames, device):
+    """A batch or tokens that are one in memory: strides of 0."""
+    for shape, whole in [
+        ((1, frames, 5, 3, 72), (3, -1, -1, -1, -1, -1)),
+        ((2, frames, 1, 3, 72), (-1, -1, 5, -1, -1, -1)),
+    ]:
+        case = Case.random(shape, torch.bfloat16, device, norm=True)
+        case.qkv = case.qkv.expand(whole)
+        torch.testing.assert_close(case.run(backend).double(), case.expected(), atol=3e-2, rtol=1.6e-2)
 
 
 @pytest.mark.gpu

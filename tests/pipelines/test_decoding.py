@@ -193,6 +193,20 @@ def test_kernels_are_compiled_by_every_kind_of_layer_once(family, monkeypatch):
     assert seen[1] <= seen[0]
 
 
+def test_kernels_that_no_thread_compiles_are_compiled_in_use(monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise RuntimeError("invalid device context")
+
+    decoder = planes(VideoDecoder(tiny_vae("open_sora_plan_v110")), monkeypatch)
+    part = decoder._decoder("plan")
+    monkeypatch.setattr(part, "_run_once", fail)
+    part.compile()
+    part.compile()
+    assert len(caplog.records) == 1
+    assert "one after the other, as they are used: invalid device context" in caplog.text
+    assert decoder.decode(torch.randn(4, 3, 2, 2), 9).finite
+
+
 @pytest.mark.parametrize("family", list(TINY_VAE))
 def test_latents_that_do_not_fit_are_refused(family):
     decoder = VideoDecoder(tiny_vae(family))

@@ -13,7 +13,6 @@ from pab_kernels.plain import PlainPAB
 pytestmark = pytest.mark.gpu
 
 TIMESTEPS = [999.0, 950.0, 900.0, 850.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0, 100.0, 50.0]
-FAST = PABConfig.preset("latte", "fast")
 
 
 def broadcast(**kinds: tuple[int, int]) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def broadcast(**kinds: tuple[int, int]) -> dict[str, Any]:
 
 
 CONFIGS = {
-    "fast": FAST,
+    "fast": PABConfig.preset("latte", "fast"),
     "part": PABConfig.from_dict(broadcast(**dict.fromkeys(SWITCHES, (2, 1))) | {"stack_block": (1, 2)}),
     "branches": PABConfig.from_dict(broadcast(spatial=(2, 1), temporal=(3, 1), cross=(2, 1), mlp=(3, 1))),
 }
@@ -107,14 +106,16 @@ def test_slots_in_host_memory(device):
     assert torch.equal(*found)
 
 
-def test_no_synchronisation_and_no_allocation_in_the_loop(device):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_synchronisation_and_no_allocation_in_the_loop(device, name):
     model = latte()
     x, y = inputs()
     timesteps = torch.tensor(TIMESTEPS, device="cuda")
-    with accelerate(model, FAST) as handle:
+    with accelerate(model, CONFIGS[name]) as handle:
         for _ in range(3):
             handle.begin(TIMESTEPS)
             run(model, x, y, timesteps)
+        assert handle.report().graphs == len(set(handle.schedule or ()))
         handle.begin(TIMESTEPS)
         run(model, x, y, timesteps[:1])
         torch.cuda.synchronize()

@@ -1,5 +1,6 @@
 """The profile against differences computed by hand, its file, and what is read out of it."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,16 +75,21 @@ def test_two_outputs_of_each_branch_are_kept():
     model = tiny_latte()
     with Profiler(model) as profiler:
         run(model)
-        assert len(profiler._before) == 2 + 2 + 2 + 4 + 1  # attention of two blocks each, four MLPs, the stack
+        # Attention of two blocks each, four MLPs, the stack, and the latents.
+        assert len(profiler._before) == 2 + 2 + 2 + 4 + 1 + 1
         assert {len(kept) for kept in profiler._before.values()} == {2}
     assert not profiler._before
 
 
 def test_stack_and_guidance_are_measured_by_hand():
     """The stack by hooks on the host, guidance by its predictions, and what a forecast leaves of both."""
-    model, streams, predictions = tiny_latte(), [], []
+    model, streams, predictions = tiny_latte(layers=4), [], []
     hooks = [
         model.transformer_blocks[0].register_forward_pre_hook(lambda _, args: streams.append([args[0]])),
+        *(
+            model.transformer_blocks[i].register_forward_pre_hook(lambda _, args: streams[-1].append(args[0]))
+            for i in (1, 3)
+        ),
         model.norm_out.register_forward_pre_hook(lambda _, args: streams[-1].append(args[0])),
         model.register_forward_hook(lambda *found: predictions.append(found[-1][0])),
     ]
@@ -94,18 +100,34 @@ def test_stack_and_guidance_are_measured_by_hand():
         run(model)
         profile = profiler.profile(TIMESTEPS)
     assert profile.parts == ("spatial", "temporal", "cross", "mlp", "stack", "guidance")
-    added = [after - before for before, after in streams]
+    assert {kind: len(rows) for kind, rows in profile.impact.items() if kind in ("stack", "guidance")} == {
+        "stack": 2,
+        "guidance": 1,
+    }
     halves = [prediction.chunk(2) for prediction in predictions]
-    for kind, values, wholes in (
-        ("stack", added, [after for _, after in streams]),
-        ("guidance", [2 * (a - b) for a, b in halves], [b for _, b in halves]),
+    for kind, row, values, wholes in (
+        ("stack", 0, [after - before for before, _, _, after in streams], [after for *_, after in streams]),
+        ("stack", 1, [end - start for _, start, end, _ in streams], [end for _, _, end, _ in streams]),
+        ("guidance", 0, [2 * (a - b) for a, b in halves], [b for _, b in halves]),
     ):
         for step in range(1, 4):
             change = values[step] - values[step - 1]
-            assert profile.impact[kind][0, step] == pytest.approx(float(change.norm() / wholes[step].norm()), 1e-4)
+            assert profile.impact[kind][row, step] == pytest.approx(float(change.norm() / wholes[step].norm()), 1e-4)
         left = values[3] - 2 * values[2] + values[1]
-        assert profile.remainder[kind][0, 3] == pytest.approx(float(left.norm() / wholes[3].norm()), 1e-4)
-        assert np.isnan(profile.remainder[kind][0, 1])
+        assert profile.remainder[kind][row, 3] == pytest.approx(float(left.norm() / wholes[3].norm()), 1e-4)
+        assert np.isnan(profile.remainder[kind][row, 1])
+
+
+def test_moves_are_those_of_the_latents():
+    model, latents = tiny_latte(), []
+    hook = model.register_forward_pre_hook(lambda _, args: latents.append(args[0]))
+    with Profiler(model) as profiler:
+        run(model)
+        profile = profiler.profile(TIMESTEPS)
+    hook.remove()
+    moves = [float((new - old).norm() / new.norm()) for old, new in pairwise(latents)]
+    expected = np.array([*moves, moves[-1]])
+    assert profile.moves == pytest.approx(expected / expected.mean(), rel=1e-4)
 
 
 def test_another_number_of_calls_is_refused():
