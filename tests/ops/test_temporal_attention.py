@@ -314,7 +314,7 @@ def test_gpu_graph_replays_on_new_inputs(backend, frames, head_dim, device, pois
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ON_GPU)
-@pytest.mark.parametrize("softmax_scale", [-0.1, 0.0, 0.5])
+@pytest.mark.parametrize("softmax_scale", [-0.1, 0.0, 0.2])
 @pytest.mark.parametrize("frames", [15, 60])
 def test_gpu_softmax_scale(backend, softmax_scale, frames, device):
     case = Case.random((1, frames, 63, 3, 72), torch.bfloat16, device, norm=True)
