@@ -41,18 +41,20 @@ class Fp8Linear:
         largest = linear.bias.float().abs()
         if factors is not None:
             sums, largest = sums * factors, largest * factors
-        return cls(weight, linear.bias, float(sums[bounded].max()), float(largest[bounded].max()), factors)
+        bias_max = max(float(largest[bounded].max()), TINY)  # where all is zero, values are divided by the bound too
+        return cls(weight, linear.bias, float(sums[bounded].max()), bias_max, factors)
 
 
 def balancing_factors(weight: Tensor) -> Tensor:
     """For each feature of a weight [out, in] a power of two, at most 1, float32 [out].
 
-    With it, no feature's sum of magnitudes is more than twice the median one. A scale by a bound on all features, as
+    With it, no feature's sum of magnitudes is more than twice the median one of those that are not zero (as pruned ones
+    are, which say nothing of the others). A scale by a bound on all features, as
     `ops.fp8_linear.scaled_linear_gelu` takes, is then that of an ordinary feature; and multiplying by the factors, and
     dividing the next linear's columns by them, rounds nothing.
     """
     sums = weight.float().abs().sum(1)
-    excess = sums / sums.median().clamp(min=TINY)
+    excess = sums / sums.where(sums > 0, torch.nan).nanmedian().nan_to_num().clamp(min=TINY)
     return torch.exp2(-torch.log2(excess).floor().clamp(min=0))
 
 

@@ -206,13 +206,16 @@ def _undo(linear: Linear, factors: Tensor) -> Fp8Linear:
 
 
 def bit_sums(weights: Weights) -> Tensor:
-    """For each row of a layer's bfloat16 weights, and for its biases, the sum of their bits as integers: int64 [rows].
+    """Sums of the bits, as integers, of each row and column of a layer's bfloat16 weights, and its biases: int64 [N].
 
-    They tell whether weights were changed, also by writes that torch does not count (to ``parameter.data``).
+    They tell whether weights were changed, also by writes that torch does not count (to ``parameter.data``), and by a
+    new order of rows or columns.
     """
     parts = layer_linears(weights).values()
     tensors = [tensor for part in parts for tensor in (part.weight, part.bias) if isinstance(tensor, Tensor)]
-    return torch.cat([tensor.view(torch.int16).sum(-1, dtype=torch.int64).flatten() for tensor in tensors])
+    bits = [tensor.view(torch.int16) for tensor in tensors]
+    sums = [each.sum(i, dtype=torch.int64) for each in bits if each.ndim == 2 for i in range(2)]
+    return torch.cat([*sums, *(each.long() for each in bits if each.ndim == 1)])
 
 
 def replaced(weights: Weights, parts: dict[str, Any]) -> Weights:

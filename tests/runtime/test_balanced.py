@@ -86,6 +86,22 @@ def test_the_result_is_that_of_the_weights():
     assert error(got, wanted) < 0.08
 
 
+@pytest.mark.parametrize("outlier", [1, 1e4])
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize("share", [0.4, 0.6, 1])
+def test_weights_that_are_zero(share, bias, outlier):
+    """Pruned features say nothing of the others, also where they are most of them, or all."""
+    weights = Mlp(random_linear(4 * CHANNELS), random_linear(CHANNELS, 4 * CHANNELS))
+    weights.up.weight[: int(share * 4 * CHANNELS)] = 0  # type: ignore[index]
+    weights.up.weight[-1] *= outlier  # type: ignore[index]
+    weights.up.bias.mul_(bias)
+    weights.down.weight[:, 7] = 0  # type: ignore[index]
+    x = torch.randn(50, CHANNELS).bfloat16()
+    got = mlp(quantized(x), Mlp(*in_fp8(weights)), torch.full((50, CHANNELS), float("nan")).bfloat16())
+    wanted = mlp(x, weights, torch.empty(50, CHANNELS).bfloat16())
+    assert (got.double() - wanted.double()).norm() < 0.1 * wanted.double().norm() + 1e-6
+
+
 def test_factors():
     """Powers of two: apart from fp8 nothing is rounded, and where no feature stands out they are 1."""
     weight = torch.randn(4 * CHANNELS, CHANNELS)
@@ -95,3 +111,5 @@ def test_factors():
     assert factors[3] == 1 / 16
     assert (factors == 1).sum() == len(factors) - 1
     assert torch.equal(balancing_factors(torch.zeros(4, 8)), torch.ones(4))
+    weight[:300] = 0
+    assert (balancing_factors(weight) == 1).all()

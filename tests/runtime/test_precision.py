@@ -60,6 +60,22 @@ def test_all_linears(model):
         assert torch.equal(value, before[name])
 
 
+@torch.no_grad()
+def test_changed_weights_are_quantised_anew(monkeypatch):
+    """Whatever torch does not count: other values, or the same ones in another order."""
+    monkeypatch.setattr(precision, "no_fp8", lambda device: None)
+    model = tiny_latte().bfloat16()
+    stack = adapter_for(model).stack
+    linears = Fp8Linears(stack, measure=False)
+    weights = [branch.weights for block in stack.blocks for branch in block.branches]
+    for linear in (part for each in weights for part in precision.layer_linears(each).values()):
+        for change in (lambda x: x.mul_(2), lambda x: x.copy_(x.flip(-1)), lambda x: x.copy_(x.flip(0))):
+            linears.at(4)
+            assert not linears.refresh()
+            change(linear.weight.data)
+            assert linears.refresh()
+
+
 @pytest.mark.usefixtures("_any_device")
 def test_excluded_layers_are_exactly_as_without(model):
     expected = run(model, PABConfig())
