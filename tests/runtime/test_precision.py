@@ -69,6 +69,7 @@ def test_changed_weights_are_quantised_anew(monkeypatch):
     linears = Fp8Linears(stack, measure=False)
     weights = [branch.weights for block in stack.blocks for branch in block.branches]
     for linear in (part for each in weights for part in precision.layer_linears(each).values()):
+        assert isinstance(linear, Linear)
         for change in (lambda x: x.mul_(2), lambda x: x.copy_(x.flip(-1)), lambda x: x.copy_(x.flip(0))):
             linears.at(4)
             assert not linears.refresh()
