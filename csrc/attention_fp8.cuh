@@ -246,6 +246,7 @@ struct Fp8Consumer {
         barrier_wait(shared.q_full(), q_phase);
         q_phase ^= 1;
         load(q);
+        fence_async();
         release(shared.q_empty());
         barrier_wait(shared.k_full(cursor.stage), cursor.phase);
         take_turn();

@@ -118,6 +118,7 @@ struct Consumer {
         const uint32_t factors = shared.factors(cursor.stage);
         if constexpr (P::norm && (first || follow)) multiply_factors<n>(scores, factors);
         if constexpr (P::norm && !first && !follow) shift_normed<n>(scores, softmax, factors);
+        if constexpr (P::norm) fence_async();  // the factors are read
         release(shared.k_empty(cursor.stage));
         if (first && valid < n) mask_scores<n>(scores, valid);
         const float scale = P::norm ? 1.f : args.scale_log2;
@@ -290,6 +291,7 @@ struct Consumer {
         }
         Queries q;
         load_queries<P>(q, shared.q, group);
+        fence_async();
         release(shared.q_empty());
         if constexpr (P::norm) {
             norm_queries<P>(q, args);

@@ -52,6 +52,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
     }
 }
 
+// Before telling the copy engine's thread that what this one loaded from shared memory may be overwritten. An arrival
+// at a barrier does not wait for loads in flight, and those behind stores to memory can take longer than the next copy.
+__device__ __forceinline__ void fence_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // A box of a [batch, token, head, column] tensor map into shared memory. What lies out of bounds arrives as zeros, and
 // counts towards the barrier's bytes.
 __device__ __forceinline__ void load_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int column,
