@@ -105,9 +105,8 @@ struct Fp8Consumer {
         const int lane = threadIdx.x % 32;
         const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
-        for (int i = 0; i < P::k_steps; ++i) {
+        for (int i = 0; i < P::k_steps; ++i)
             load_matrices(q[i], shared.q + swizzled(row, 128, i * 32 + lane / 16 * 16));
-        }
     }
 
     // Starts scores = q @ k^T.
