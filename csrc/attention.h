@@ -33,13 +33,15 @@ void attention(const AttentionParams& params, const std::string& dtype, int devi
 
 // Self-attention on rows in e4m3, as triton_ops/quantize_qkv.py writes them; all contiguous.
 struct Fp8AttentionParams {
-    const void *q, *k;     // [batch, tokens, heads, columns], zeros from column head_dim on
-    const void* v;         // [batch, heads, head_dim, pitch]: transposed, the tokens of every 16 in another order
-    const float* q_scale;  // [batch, heads, tokens]
-    const float* k_scale;  // [batch, heads, steps] of 128 tokens
-    const float* v_scale;  // [batch, heads, blocks] of 256 tokens
+    const void *q, *k;      // [batch, tokens, heads, columns], zeros from column head_dim on
+    const void* v;          // [batch, heads, head_dim, pitch]: transposed, the tokens of every 16 in another order
+    const float* q_scale;   // [batch, heads, tokens]
+    const float* k_scale;   // [batch, heads, steps] of 128 tokens
+    const float* v_scale;   // [batch, heads, blocks] of `block` tokens
+    const float* v_center;  // [batch, heads, head_dim], taken out of the values
     int batch, tokens, heads, head_dim;
     int columns, pitch;
+    int block;  // 128 times a power of two
     float softmax_scale;
     void* out;  // [batch, tokens, heads * head_dim], contiguous
 };

@@ -13,8 +13,8 @@ namespace {
 
 void check_arguments(const Fp8AttentionParams& p, const std::string& dtype) {
     check_half_precision(dtype);
-    check(p.head_dim == 72 || p.head_dim == 96 || p.head_dim == 128, "shape",
-          "head_dim is " + std::to_string(p.head_dim) + ", must be 72, 96 or 128");
+    check(p.head_dim == 96 || p.head_dim == 128, "shape",
+          "head_dim is " + std::to_string(p.head_dim) + ", must be 96 or 128");
     check(p.batch >= 1 && p.tokens >= 1 && p.heads >= 1, "shape", "all sizes must be at least 1");
     check(static_cast<double>(p.batch) * p.heads * (p.tokens / 64 + 1) < INT32_MAX, "shape",
           "B * H * N is too large for 32-bit tile numbers");
@@ -22,10 +22,12 @@ void check_arguments(const Fp8AttentionParams& p, const std::string& dtype) {
           "is " + std::to_string(p.columns) + ", must be head_dim, up to a multiple of 16");
     check(p.pitch >= p.tokens && p.pitch % 16 == 0, "pitch",
           "is " + std::to_string(p.pitch) + ", must be the tokens, up to a multiple of 16");
+    check(p.block >= 128 && p.block <= (1 << 20) && (p.block & (p.block - 1)) == 0, "block",
+          "is " + std::to_string(p.block) + ", must be 128 times a power of two, to 2^20");
     check(std::isfinite(p.softmax_scale) && p.softmax_scale > 0, "softmax_scale", "must be finite and positive");
-    const void* pointers[] = {p.q, p.k, p.v, p.q_scale, p.k_scale, p.v_scale, p.out};
-    const char* names[] = {"q", "k", "v", "q_scale", "k_scale", "v_scale", "out"};
-    for (int i = 0; i < 7; ++i) {
+    const void* pointers[] = {p.q, p.k, p.v, p.q_scale, p.k_scale, p.v_scale, p.v_center, p.out};
+    const char* names[] = {"q", "k", "v", "q_scale", "k_scale", "v_scale", "v_center", "out"};
+    for (int i = 0; i < 8; ++i) {
         check(pointers[i] != nullptr, names[i], "got a null pointer");
         check_aligned(names[i], pointers[i]);
     }
@@ -52,6 +54,8 @@ void launch(const Fp8AttentionParams& p, int multiprocessors, cudaStream_t strea
     args.q_scale = p.q_scale;
     args.k_scale = p.k_scale;
     args.v_scale = p.v_scale;
+    args.v_center = p.v_center;
+    while (P::keys << args.block_log2 < p.block) ++args.block_log2;
     args.out = p.out;
     args.queries = p.tokens;
     args.keys = p.tokens;
@@ -68,12 +72,10 @@ void launch(const Fp8AttentionParams& p, int multiprocessors, cudaStream_t strea
 
 template <typename Out>
 void launch_for(const Fp8AttentionParams& p, int multiprocessors, cudaStream_t stream) {
-    if (p.head_dim == 72) {
-        launch<Fp8Plan<Out, 72>>(p, multiprocessors, stream);
-    } else if (p.head_dim == 96) {
-        launch<Fp8Plan<Out, 96>>(p, multiprocessors, stream);
+    if (p.head_dim == 96) {
+        launch<Fp8Plan<Out, 96, 3>>(p, multiprocessors, stream);
     } else {
-        launch<Fp8Plan<Out, 128>>(p, multiprocessors, stream);
+        launch<Fp8Plan<Out, 128, 2>>(p, multiprocessors, stream);
     }
 }
 

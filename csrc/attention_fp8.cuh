@@ -1,11 +1,11 @@
-// Self-attention forward on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh, overlapped, but for this:
+// Self-attention on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh, overlapped, without turns, but:
 //   - Rows come quantised (triton_ops/quantize_qkv.py): a scale for each query, for the keys of a step and for the
-//     values of a block of steps. Those of queries and keys go into the factor of the scores.
+//     values of a block of steps. Those of queries and keys go into the factor of the scores. What was taken out of all
+//     values is added to the result.
 //   - wgmma wants values as [D, keys]. They come transposed, and the keys of every 16 in the order in which a lane has
 //     its weights: 0, 1, 8, 9, 2, 3, 10, 11 and so on.
-//   - The tensor cores add e4m3 products with some 14 bits. Sums of many keys would lose what is small beside them (a
-//     third of the result after 32,760 keys whose values have a mean of 3), so the sums of each block are added up in
-//     float32, in shared memory, multiplied by the scale of its values.
+//   - The tensor cores add e4m3 products with some 14 bits. Sums of many keys would lose what is small beside them, so
+//     those of each block are added up in float32, in shared memory, multiplied by the scale of its values.
 //   - Weights must be at most 448. They start at 4 at most; where a lane's sum of a step's weights shows that one could
 //     be too large, all are made smaller, with what they are added to.
 #pragma once
@@ -13,19 +13,18 @@
 #include "attention_plan.cuh"
 #include "attention_queries.cuh"
 #include "attention_softmax.cuh"
-#include "hopper.cuh"
 #include "mma.cuh"
 #include "wgmma.cuh"
 
 // `Out`: what the result is rounded to.
-template <typename Out_, int D_>
+template <typename Out_, int D_, int kConsumers>
 struct Fp8Plan {
     using Elem = __nv_fp8_e4m3;
     using Out = Out_;
-    static constexpr int D = D_, keys = 128, stages = 3, consumers = 2;
-    static constexpr int block = 2;  // steps that share a scale of the values
+    static constexpr int D = D_, keys = 128, stages = 3, consumers = kConsumers;
     static constexpr int threads = 128 * (consumers + 1);
-    static constexpr int consumer_registers = 240, producer_registers = 24;
+    static constexpr int consumer_registers = consumers == 2 ? 240 : 160, producer_registers = consumers == 2 ? 24 : 32;
+    static constexpr bool loads_queries = consumers == 2;  // three have no registers for them
     static constexpr int group_rows = 64, rows = group_rows * consumers;
     static constexpr int k_steps = (D + 31) / 32;
     // A row of q or k is a box of 128 columns, zeros where there are fewer; a row of v the 128 keys of a step.
@@ -33,7 +32,7 @@ struct Fp8Plan {
     static constexpr int factors_bytes = 0;
     static constexpr int sums_bytes = 4 * rows * D;
     static constexpr int shared_bytes =
-        1024 + q_bytes + stages * (k_bytes + v_bytes) + 8 * (2 + 4 * stages) + 4 * again_words + sums_bytes;
+        1024 + q_bytes + stages * (k_bytes + v_bytes) + 8 * (3 + 4 * stages) + 4 * again_words + sums_bytes;
 };
 
 // One warp, of which one thread works.
@@ -94,13 +93,6 @@ struct Fp8Consumer {
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
     }
-    __device__ __forceinline__ void take_turn() const {
-        named_sync(1 + group, 256);
-    }
-    __device__ __forceinline__ void pass_turn() const {
-        named_arrive(1 + (group + 1) % P::consumers, 256);
-    }
-
     __device__ __forceinline__ void load(Queries& q) const {
         const int lane = threadIdx.x % 32;
         const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
@@ -112,10 +104,17 @@ struct Fp8Consumer {
     // Starts scores = q @ k^T.
     __device__ __forceinline__ void multiply_keys(float (&scores)[N / 2], const Queries& q) const {
         const Matrix k = matrix<128>(shared.k(cursor.stage));
+        const Matrix rows = matrix<128>(shared.q + group * P::group_rows * 128);
         pin_registers(scores);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < P::k_steps; ++i) wgmma<Elem, N, 0>(scores, q[i], k.at(i * 32), i > 0);
+        for (int i = 0; i < P::k_steps; ++i) {
+            if constexpr (P::loads_queries) {
+                wgmma<Elem, N, 0>(scores, q[i], k.at(i * 32), i > 0);
+            } else {
+                wgmma_shared(scores, rows.at(i * 32), k.at(i * 32), i > 0);
+            }
+        }
         wgmma_commit();
     }
     // Starts sums += weights @ v, or sums = weights @ v of the first step of a block.
@@ -233,25 +232,28 @@ struct Fp8Consumer {
         float scores[N / 2], decay[2], scale[2], q_scale[2], norm[2][2];
         Weights weights;
         Queries q;
-        const int64_t pair = static_cast<int64_t>(tile.batch) * args.heads + tile.head;
-        const int steps = (args.keys + N - 1) / N;
-        const float* k_scale = args.k_scale + pair * steps;
-        const float* v_scale = args.v_scale + pair * ((steps + P::block - 1) / P::block);
+        const int pair = tile.batch * args.heads + tile.head, steps = (args.keys + N - 1) / N;
+        const int last_block = steps - 1 >> args.block_log2, within_block = (1 << args.block_log2) - 1;
+        const auto k_scale = [&](int step) { return __ldg(args.k_scale + (pair * steps + step)); };
+        const auto v_scale = [&](int block) { return __ldg(args.v_scale + (pair * (last_block + 1) + block)); };
+        // Of the values of a step: whether their product starts a block's sums, and whether sums were kept before them.
+        const auto first = [&](int step) { return step == steps - 1 || (step + 1 & within_block) == 0; };
+        const auto any = [&](int step) { return step >> args.block_log2 < last_block; };
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = min(first_row(tile) + 8 * r, args.queries - 1);
-            q_scale[r] = args.scale_log2 * __ldg(args.q_scale + pair * args.queries + row);
+            q_scale[r] = args.scale_log2 * __ldg(args.q_scale + (static_cast<int64_t>(pair) * args.queries + row));
         }
         barrier_wait(shared.q_full(), q_phase);
         q_phase ^= 1;
-        load(q);
-        fence_async();
-        release(shared.q_empty());
+        if constexpr (P::loads_queries) {
+            load(q);
+            fence_async();
+            release(shared.q_empty());
+        }
         barrier_wait(shared.k_full(cursor.stage), cursor.phase);
-        take_turn();
         multiply_keys(scores, q);
-        pass_turn();
-        float factor = __ldg(k_scale + steps - 1);
+        float factor = k_scale(steps - 1);
         wgmma_wait();
         pin_registers(scores);
         release(shared.k_empty(cursor.stage));
@@ -261,23 +263,23 @@ struct Fp8Consumer {
         follow_scores(scores, softmax, decay, scale);
         exponentiate(scores, softmax.norm);
         round(scores, weights);
-        bool first = true, any = false;  // whether the next product starts a block, and whether something is kept
+        factor = k_scale(max(steps - 2, 0));
 #pragma unroll 1
         for (int step = steps - 2; step >= 0; --step) {
             const int stage = cursor.stage;
             const uint32_t phase = cursor.phase;
             cursor.advance();
-            factor = __ldg(k_scale + step);
+            // Scales that are needed later: those of this step's values and the next step's keys.
+            const float by = v_scale(step + 1 >> args.block_log2), next = k_scale(max(step - 1, 0));
             barrier_wait(shared.k_full(cursor.stage), cursor.phase);
-            take_turn();
             multiply_keys(scores, q);
             barrier_wait(shared.v_full(stage), phase);
-            multiply_values(sums, weights, stage, first);
-            pass_turn();
+            multiply_values(sums, weights, stage, first(step + 1));
             wgmma_wait<1>();
             pin_registers(scores);
             release(shared.k_empty(cursor.stage));
             scale[0] = q_scale[0] * factor, scale[1] = q_scale[1] * factor;
+            factor = next;
             bool changed;
             if constexpr (follow) {
                 follow_scores(scores, softmax, decay, scale);
@@ -289,34 +291,29 @@ struct Fp8Consumer {
             }
             exponentiate(scores, norm);
             pin_registers(scores);
-            if constexpr (!follow) changed = are_large(norm);
-            // In two branches that depend on the weights, or the compiler puts them off until after the wait.
-            if (changed) {
-                finish_values(sums, weights, stage);
-                if constexpr (!follow) shrink(scores, norm, softmax, decay);
-                multiply_sums(sums, decay, any);
-            } else {
-                finish_values(sums, weights, stage);
+            if constexpr (!follow) {
+                changed = are_large(norm);
+                if (changed) shrink(scores, norm, softmax, decay);
             }
+            finish_values(sums, weights, stage);
+            if (changed) multiply_sums(sums, decay, any(step + 1));
 #pragma unroll
             for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] += norm[i / 2][i % 2];
             round(scores, weights);
-            first = (step + 1) % P::block == 0;
-            if (first) {
-                const float by = __ldg(v_scale + (step + 1) / P::block);
+            if (first(step)) {
 #pragma unroll
-                for (int i = 0; i < P::D / 2; i += 4) store_shared(kept(i), added(sums, i, by, any));
-                any = true;
+                for (int i = 0; i < P::D / 2; i += 4) store_shared(kept(i), added(sums, i, by, any(step + 1)));
             }
         }
+        if constexpr (!P::loads_queries) release(shared.q_empty());
         barrier_wait(shared.v_full(cursor.stage), cursor.phase);
-        multiply_values(sums, weights, cursor.stage, first);
+        multiply_values(sums, weights, cursor.stage, first(0));
         finish_values(sums, weights, cursor.stage);
         cursor.advance();
-        const float by = __ldg(v_scale);
+        const float by = v_scale(0);
 #pragma unroll
         for (int i = 0; i < P::D / 2; i += 4) {
-            const float4 x = added(sums, i, by, any);
+            const float4 x = added(sums, i, by, any(0));
             sums[i] = x.x, sums[i + 1] = x.y, sums[i + 2] = x.z, sums[i + 3] = x.w;
         }
     }
@@ -327,6 +324,8 @@ struct Fp8Consumer {
 
     __device__ __forceinline__ void store(const Tile& tile, const Sums& sums, const Softmax& softmax) const {
         const int c = threadIdx.x % 4;
+        const float* center =
+            args.v_center + (static_cast<int64_t>(tile.batch) * args.heads + tile.head) * P::D + 2 * c;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float inverse = __fdividef(1.f, quad_sum(softmax.norm[r][0] + softmax.norm[r][1]));
@@ -334,7 +333,9 @@ struct Fp8Consumer {
             const int64_t token = static_cast<int64_t>(tile.batch) * args.queries + row;
             Out* target = static_cast<Out*>(args.out) + (token * args.heads + tile.head) * P::D;
             const auto word = [&](int i) {
-                return pack<Out>(sums[4 * i + 2 * r] * inverse, sums[4 * i + 2 * r + 1] * inverse);
+                const float2 mean = __ldg(reinterpret_cast<const float2*>(center + 8 * i));
+                return pack<Out>(fmaf(sums[4 * i + 2 * r], inverse, mean.x),
+                                 fmaf(sums[4 * i + 2 * r + 1], inverse, mean.y));
             };
 #pragma unroll
             for (int i = 0; i + 4 <= P::D / 8; i += 4) {
@@ -377,21 +378,20 @@ __global__ void __launch_bounds__(P::threads, 1) attention_fp8_kernel(const __gr
     extern __shared__ uint8_t raw[];
     const Shared<P> shared{(shared_address(raw) + 1023) / 1024 * 1024};
     init_shared(shared);
-    const auto meet = [] { named_sync(1 + P::consumers, 128 * P::consumers + 32); };
     if (threadIdx.x < 128) {
         shrink_registers<P::producer_registers>();
         if (uniform(threadIdx.x / 32) == 0) {
             Fp8Producer<P> producer{args, shared};
             producer.run(false);
-            meet();
+            barrier_wait(shared.said(), 0);
             producer.run(true);
         }
     } else {
         grow_registers<P::consumer_registers>();
         Fp8Consumer<P> consumer{args, shared, uniform(threadIdx.x / 128) - 1};
-        if (consumer.group == P::consumers - 1) consumer.pass_turn();  // the first turn is of group 0
         consumer.template run<false>(false);
-        meet();
+        consumer.release(shared.said());
+        barrier_wait(shared.said(), 0);
         consumer.template run<true>(true);
     }
 #else

@@ -46,7 +46,7 @@ struct Plan {
                   "swizzle repeats every 1024 bytes");
     static constexpr int factors_bytes = norm ? 4 * keys : 0;
     static constexpr int shared_bytes =
-        1024 + q_bytes + stages * (k_bytes + v_bytes + factors_bytes) + 8 * (2 + 4 * stages) + 4 * again_words;
+        1024 + q_bytes + stages * (k_bytes + v_bytes + factors_bytes) + 8 * (3 + 4 * stages) + 4 * again_words;
 };
 
 struct AttentionArgs {
@@ -60,7 +60,9 @@ struct AttentionArgs {
     // Of e4m3 (attention_fp8.cuh): scales [B, H, Lq] of queries, [B, H, steps] of keys, [B, H, blocks of steps] of
     // values.
     const float *q_scale, *k_scale, *v_scale;
-    float eps;  // of the RMSNorm
+    const float* v_center;  // [B, H, D], taken out of the values
+    int block_log2;         // of the steps of a block
+    float eps;              // of the RMSNorm
     int queries, keys, heads;
     int row_tiles;     // tiles of one head
     int tiles;         // of all heads
@@ -88,8 +90,12 @@ struct Shared {
     __device__ __forceinline__ uint32_t q_empty() const {
         return q_full() + 8;
     }
+    // Whether the consumers have said which tiles are to be computed again.
+    __device__ __forceinline__ uint32_t said() const {
+        return q_full() + 16;
+    }
     __device__ __forceinline__ uint32_t k_full(int stage) const {
-        return q_full() + 16 + 32 * stage;
+        return q_full() + 24 + 32 * stage;
     }
     __device__ __forceinline__ uint32_t k_empty(int stage) const {
         return k_full(stage) + 8;
@@ -156,6 +162,7 @@ __device__ __forceinline__ void init_shared(const Shared<P>& shared) {
     if (threadIdx.x == 0) {
         barrier_init(shared.q_full(), 1);
         barrier_init(shared.q_empty(), 4 * P::consumers);  // an arrival a warp
+        barrier_init(shared.said(), 4 * P::consumers);
         for (int s = 0; s < P::stages; ++s) {
             barrier_init(shared.k_full(s), 1);
             barrier_init(shared.k_empty(s), 4 * P::consumers);

@@ -192,12 +192,14 @@ struct Consumer {
             const bool changed = offset_scores<N, false, follow>(scores, softmax, decay, N);
             exponentiate<N>(scores, softmax);
             pin_registers(scores);
-            // In two branches that depend on the weights, or the compiler puts them off until after the wait.
-            if (follow ? changed : __any_sync(0xffffffffu, softmax.norm[0][0] < 0.f)) {
+            // A branch that depends on the weights, or the compiler puts them off until after the wait. It is never
+            // taken: all of a warpgroup must wait in one place.
+            if (__any_sync(0xffffffffu, softmax.norm[0][0] < 0.f)) {
                 finish_values<N>(sums, weights, stage);
                 multiply_sums(sums, decay);
             } else {
                 finish_values<N>(sums, weights, stage);
+                if (follow && changed) multiply_sums(sums, decay);
             }
             round_weights<Elem, N>(scores, weights);
         }
@@ -334,15 +336,13 @@ __global__ void __launch_bounds__(P::threads, 1) attention_sm90_kernel(const __g
     extern __shared__ uint8_t raw[];
     const Shared<P> shared{(shared_address(raw) + 1023) / 1024 * 1024};
     init_shared(shared);
-    // All who have tiles of this block: the consumers have said which ones are to be computed again.
-    const auto meet = [] { named_sync(1 + P::consumers, 128 * P::consumers + 32); };
     if (threadIdx.x < 128) {
         shrink_registers<P::producer_registers>();
         if (uniform(threadIdx.x / 32) == 0) {
             Producer<P> producer{args, shared};
             producer.run(false);
             if constexpr (P::fixed_offset) {
-                meet();
+                barrier_wait(shared.said(), 0);
                 producer.run(true);
             }
         }
@@ -352,7 +352,8 @@ __global__ void __launch_bounds__(P::threads, 1) attention_sm90_kernel(const __g
         if (consumer.group == P::consumers - 1) consumer.pass_turn();  // the first turn is of group 0
         consumer.template run<!P::fixed_offset>(false);
         if constexpr (P::fixed_offset) {
-            meet();
+            consumer.release(shared.said());
+            barrier_wait(shared.said(), 0);
             consumer.template run<true>(true);
         }
     }

@@ -92,8 +92,8 @@ void bind_attention(uintptr_t q, const std::array<int64_t, 3>& q_strides, uintpt
 }
 
 void bind_fp8_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_scale, uintptr_t k_scale, uintptr_t v_scale,
-                        const std::array<int64_t, 4>& shape, int columns, int pitch, const std::string& dtype,
-                        float softmax_scale, uintptr_t out, int device, uintptr_t stream) {
+                        uintptr_t v_center, const std::array<int64_t, 4>& shape, int columns, int pitch, int block,
+                        const std::string& dtype, float softmax_scale, uintptr_t out, int device, uintptr_t stream) {
     Fp8AttentionParams params{};
     params.q = pointer<const void>(q);
     params.k = pointer<const void>(k);
@@ -101,11 +101,13 @@ void bind_fp8_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_scale
     params.q_scale = pointer<const float>(q_scale);
     params.k_scale = pointer<const float>(k_scale);
     params.v_scale = pointer<const float>(v_scale);
+    params.v_center = pointer<const float>(v_center);
     params.batch = size(shape[0]);
     params.tokens = size(shape[1]);
     params.heads = size(shape[2]);
     params.head_dim = size(shape[3]);
     params.columns = columns;
+    params.block = block;
     params.pitch = pitch;
     params.softmax_scale = softmax_scale;
     params.out = pointer<void>(out);
@@ -145,12 +147,14 @@ PYBIND11_MODULE(_C, m) {
           "[B, H, pitch], 1 / rms of each key; rotary embedding (cos and sin [Lq, D / 2]) is of the queries alone. "
           "With out_scale [B, Lq], alike for all of Lq, out is e4m3 times that.\n\n"
           "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
-    m.def("fp8_attention", &bind_fp8_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-          py::arg("q_scale"), py::arg("k_scale"), py::arg("v_scale"), py::arg("shape"), py::arg("columns"),
-          py::arg("pitch"), py::arg("dtype"), py::arg("softmax_scale"), py::arg("out"), py::arg("device"),
-          py::arg("stream"),
-          "Self-attention on Hopper in e4m3, on rows as triton_ops/quantize_qkv.py writes them: shape (B, N, H, D), "
-          "columns of a row of q and k, tokens of a row of v, addresses in bytes, dtype of out.\n\n"
-          "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
+    m.def(
+        "fp8_attention", &bind_fp8_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("q_scale"), py::arg("k_scale"), py::arg("v_scale"), py::arg("v_center"), py::arg("shape"),
+        py::arg("columns"), py::arg("pitch"), py::arg("block"), py::arg("dtype"), py::arg("softmax_scale"),
+        py::arg("out"), py::arg("device"), py::arg("stream"),
+        "Self-attention on Hopper in e4m3, on rows as triton_ops/quantize_qkv.py writes them: shape (B, N, H, D), "
+        "columns of a row of q and k, tokens of a row of v, tokens that share a scale of v, addresses in bytes, dtype "
+        "of out.\n\n"
+        "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def("build_info", &build_info, "CUDA version, architectures, host compiler and kernels of this build.");
 }

@@ -90,6 +90,15 @@ __device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t next_box = 1
         PAB_WGMMA_TYPED(n, 32, "e4m3", D, A, B, P, "", __VA_ARGS__);     \
     }
 
+// d[64, 128] (+)= a[64, 32] @ b[32, 128] in e4m3 with both in shared memory; a lies as b does.
+__device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" PAB_PTX_64 "}, %64, %65, p, 1, 1;\n}"
+        : PAB_D_64
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+
 // b is [N, K] in shared memory, or [K, N] where it is transposed, which only 16 bits can be. d is overwritten where
 // `accumulate` is 0.
 template <typename Elem, int N, int kTransposed>

@@ -1,8 +1,9 @@
-"""Queries, keys and values in e4m3 for attention on Hopper (csrc/attention_fp8.cuh), in Triton: one pass over them.
+"""Queries, keys and values in e4m3 for attention on Hopper (csrc/attention_fp8.cuh), in Triton.
 
-A program takes 256 tokens of one head, 128 at a time, once for the largest value and once to write; the second time
-they are in L2. Queries get a scale each. Keys have a constant row taken out, which the softmax does not see, and get a
-scale for every 128; values one for 256, and are written transposed, the tokens of every 16 in the order in which the
+Three passes: over some keys and values, for their mean; over queries and keys, 128 at a time; over values, in blocks,
+once for the largest and once to write, when they are in L2. Queries get a scale each. Keys have the mean taken out,
+which the softmax does not see, and get a scale for every 128. Values have theirs taken out, which attention adds to its
+result; they get a scale for a block, and are written transposed, the tokens of every 16 in the order in which the
 attention kernel's lanes hold their weights.
 """
 
@@ -17,108 +18,153 @@ from pab_kernels.triton_ops.quantize import E4M3_LIMIT, LEAST
 
 STEP = 128
 """Tokens that share a scale of keys, and are written at a time."""
-BLOCK = 256
+BLOCK = 1024
 """Tokens that share a scale of values."""
 
 
 @triton.jit
-def _load(pointer, tokens, columns, stride, limit, HEAD_DIM: tl.constexpr):
+def _load(pointer, tokens, columns, stride, limit, HEAD_DIM: tl.constexpr, middle):
+    """Rows less `middle`, zeros beyond the last one."""
     mask = (tokens < limit)[:, None] & (columns < HEAD_DIM)[None, :]
     at = pointer + tokens.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, tl.load(at, mask=mask, other=0.0).to(tl.float32) - middle[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "pitch"])
-def _quantize_qkv_kernel(
+@triton.jit
+def _mean(pointer, column, stride, every, samples, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    total = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, samples, STEP):
+        token = first + tl.arange(0, STEP)
+        total += tl.sum(_load(pointer, token, column, stride * every, samples, HEAD_DIM, tl.zeros_like(total)), 0)
+    return total / samples
+
+
+@triton.jit(do_not_specialize=["every", "samples"])
+def _centers_kernel(
+    k,  # [B, N, H, D]
+    v,
+    center_k,  # [B, H, D] float32, contiguous: the mean of every so many-th token
+    center_v,
+    k_b,  # strides in elements, <tensor>_<dimension>
+    k_n,
+    k_h,
+    v_b,
+    v_n,
+    v_h,
+    every,
+    samples,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,  # a power of two, HEAD_DIM or more
+    STEP: tl.constexpr,
+):
+    head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    at = (batch * HEADS + head) * HEAD_DIM + column
+    mean = _mean(k + batch * k_b + head * k_h, column, k_n, every, samples, HEAD_DIM, WIDTH, STEP)
+    tl.store(center_k + at, mean, mask=column < HEAD_DIM)
+    mean = _mean(v + batch * v_b + head * v_h, column, v_n, every, samples, HEAD_DIM, WIDTH, STEP)
+    tl.store(center_v + at, mean, mask=column < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _quantize_qk_kernel(
     q,  # [B, N, H, D]
     k,
-    v,
-    center,  # [B, H, D] float32, contiguous: what is taken out of the keys
+    center_k,  # [B, H, D] float32, contiguous: what is taken out of the keys
     q8,  # [B, N, H, COLUMNS] e4m3, contiguous, like all results
     k8,
-    v8,  # [B, H, D, pitch]
     q_scale,  # [B, H, N] float32
     k_scale,  # [B, H, steps]
-    v_scale,  # [B, H, blocks]
     q_b,  # strides in elements, <tensor>_<dimension>
     q_n,
     q_h,
     k_b,
     k_n,
     k_h,
-    v_b,
+    tokens,  # N
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,  # a power of two, COLUMNS or more
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    step, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pair = batch * HEADS + head
+    column = tl.arange(0, WIDTH)
+    token = step * STEP + tl.arange(0, STEP)
+    written = (token < tokens)[:, None] & (column < COLUMNS)[None, :]
+    at = ((batch * tokens + token.to(tl.int64)) * HEADS + head)[:, None] * COLUMNS + column[None, :]
+    middle = tl.load(center_k + pair * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0)
+    x = _load(q + batch * q_b + head * q_h, token, column, q_n, tokens, HEAD_DIM, tl.zeros_like(middle))
+    y = _load(k + batch * k_b + head * k_h, token, column, k_n, tokens, HEAD_DIM, middle)
+    scales = tl.maximum(tl.max(tl.abs(x), 1), LEAST) / E4M3_LIMIT
+    tl.store(q8 + at, (x * (1 / scales)[:, None]).to(tl.float8e4nv), mask=written)
+    tl.store(q_scale + pair * tokens + token, scales, mask=token < tokens)
+    scale = tl.maximum(tl.max(tl.abs(y)), LEAST) / E4M3_LIMIT
+    tl.store(k8 + at, (y * (1 / scale)).to(tl.float8e4nv), mask=written)
+    tl.store(k_scale + pair * tl.cdiv(tokens, STEP) + step, scale)
+
+
+@triton.jit(do_not_specialize=["tokens", "pitch"])
+def _quantize_v_kernel(
+    v,  # [B, N, H, D]
+    center_v,  # [B, H, D] float32, contiguous: what is taken out of the values
+    v8,  # [B, H, D, pitch] e4m3, contiguous
+    v_scale,  # [B, H, blocks] float32
+    v_b,  # strides in elements, <tensor>_<dimension>
     v_n,
     v_h,
     tokens,  # N
     pitch,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,  # a power of two, COLUMNS or more
+    WIDTH: tl.constexpr,  # a power of two, HEAD_DIM or more
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q += batch * q_b + head * q_h
-    k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
     pair = batch * HEADS + head
-    steps = tl.cdiv(tokens, STEP)
     column = tl.arange(0, WIDTH)
-    middle = tl.load(center + pair * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0)
+    middle = tl.load(center_v + pair * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0)
     largest = tl.full((), LEAST, tl.float32)
     for first in range(block * BLOCK, tl.minimum((block + 1) * BLOCK, tokens), STEP):
-        token = first + tl.arange(0, STEP)
-        largest = tl.maximum(largest, tl.max(tl.abs(_load(v, token, column, v_n, tokens, HEAD_DIM))))
-    scale_of_v = largest / E4M3_LIMIT
-    tl.store(v_scale + pair * tl.cdiv(tokens, BLOCK) + block, scale_of_v)
+        x = _load(v, first + tl.arange(0, STEP), column, v_n, tokens, HEAD_DIM, middle)
+        largest = tl.maximum(largest, tl.max(tl.abs(x)))
+    scale = largest / E4M3_LIMIT
+    tl.store(v_scale + pair * tl.cdiv(tokens, BLOCK) + block, scale)
     for first in range(block * BLOCK, tl.minimum((block + 1) * BLOCK, tokens), STEP):
-        token = first + tl.arange(0, STEP)
-        written = (token < tokens)[:, None] & (column < COLUMNS)[None, :]
-        at = ((batch * tokens + token.to(tl.int64)) * HEADS + head)[:, None] * COLUMNS + column[None, :]
-        x = _load(q, token, column, q_n, tokens, HEAD_DIM)
-        scales = tl.maximum(tl.max(tl.abs(x), 1), LEAST) / E4M3_LIMIT
-        tl.store(q8 + at, (x * (1 / scales)[:, None]).to(tl.float8e4nv), mask=written)
-        tl.store(q_scale + pair * tokens + token, scales, mask=token < tokens)
-        x = _load(k, token, column, k_n, tokens, HEAD_DIM)
-        x = tl.where((token < tokens)[:, None], x - middle[None, :], 0.0)
-        scale = tl.maximum(tl.max(tl.abs(x)), LEAST) / E4M3_LIMIT
-        tl.store(k8 + at, (x * (1 / scale)).to(tl.float8e4nv), mask=written)
-        tl.store(k_scale + pair * steps + first // STEP, scale)
         # Place 4c + u of 16 has token 2c + u % 2 + u // 2 * 8.
         place = tl.arange(0, STEP)
         token = first + place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
-        x = _load(v, token, column, v_n, tokens, HEAD_DIM) * (1 / scale_of_v)
-        at_v = v8 + (pair * HEAD_DIM + column.to(tl.int64))[:, None] * pitch + (first + place)[None, :]
-        tl.store(at_v, tl.trans(x).to(tl.float8e4nv), mask=(column < HEAD_DIM)[:, None] & (place < STEP)[None, :])
+        x = _load(v, token, column, v_n, tokens, HEAD_DIM, middle) * (1 / scale)
+        at = v8 + (pair * HEAD_DIM + column.to(tl.int64))[:, None] * pitch + (first + place)[None, :]
+        tl.store(at, tl.trans(x).to(tl.float8e4nv), mask=(column < HEAD_DIM)[:, None] & (place < STEP)[None, :])
 
 
-INTERPRETED = not isinstance(_quantize_qkv_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(_quantize_v_kernel, triton.JITFunction)
 """Whether TRITON_INTERPRET was set at import: then CPU tensors are fine."""
 
 
-def quantize_qkv_triton(
-    q: Tensor, k: Tensor, v: Tensor, center: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    """Launch the pass. `results` are q8, k8, v8, q_scale, k_scale, v_scale as the kernel's comments say."""
+def quantize_qkv_triton(q: Tensor, k: Tensor, v: Tensor, every: int, results: tuple[Tensor, ...]) -> None:
+    """Launch the passes. `results` are center_k and center_v, the means of every so many-th key and value, then q8, k8,
+    v8, q_scale, k_scale, v_scale, all as the kernels' comments say.
+    """
     if q.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"backend: triton got a tensor on {q.device}, must be on a CUDA device")
     batch, tokens, heads, head_dim = q.shape
+    center_k, center_v, q8, k8, v8, q_scale, k_scale, v_scale = results
+    columns = q8.shape[-1]
+    sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(columns), "STEP": STEP}
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     with torch.cuda.device_of(q):
-        _quantize_qkv_kernel[(triton.cdiv(tokens, BLOCK), heads, batch)](
-            q,
-            k,
-            v,
-            center,
-            *results,
-            *(stride for x in (q, k, v) for stride in x.stride()[:3]),
-            tokens,
-            results[2].shape[-1],
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            COLUMNS=results[0].shape[-1],
-            WIDTH=triton.next_power_of_2(results[0].shape[-1]),
-            STEP=STEP,
-            BLOCK=BLOCK,
-            num_warps=8,
+        _centers_kernel[(heads, batch)](
+            k, v, center_k, center_v, *strides[3:], every, triton.cdiv(tokens, every), **sizes, num_warps=8
+        )
+        _quantize_qk_kernel[(triton.cdiv(tokens, STEP), heads, batch)](
+            q, k, center_k, q8, k8, q_scale, k_scale, *strides[:6], tokens, **sizes, COLUMNS=columns, num_warps=8
+        )
+        _quantize_v_kernel[(triton.cdiv(tokens, BLOCK), heads, batch)](
+            v, center_v, v8, v_scale, *strides[6:], tokens, v8.shape[-1], **sizes, BLOCK=BLOCK, num_warps=8
         )

@@ -42,9 +42,10 @@ HOPPER_KEYS = {72: 144, 96: 257, 128: 257}
 the best of SDPA from 144 keys on at 72 (H100), and on an H200 at 257, 512, 9,600 and more keys at 96 and 128."""
 HOPPER_QUERIES = 144
 """Fewest queries for it: it takes 128 or 192 at a time, and fewer were not timed."""
-FP8_TOKENS = {128: 32760}
-"""Head dimensions at which attention in e4m3 is worth while, and from how many tokens on it serves: 1.07 times as fast
-as 16 bits there on an H200, its quantisation counted. At 9,600 tokens of 96 and 128, and at 72, it was slower."""
+FP8_TOKENS = {96: 4800, 128: 9600}
+"""Head dimensions at which attention in e4m3 is worth while, and from how many tokens on it serves: there it was 1.05
+times as fast as 16 bits on an H200, its quantisation counted, and more with more tokens (1.4 times at 28,800 of 96). At
+2,400 of 96 it was slower."""
 HOPPER_ROPE = (96, 16)
 """Head dimension and pair stride at which it rotates queries itself: then both channels of a pair are in one lane."""
 

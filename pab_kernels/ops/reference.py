@@ -206,8 +206,8 @@ def temporal_attention_ref(
     return y if out is None else out.copy_(y)
 
 
-def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, center: Tensor, softmax_scale: float) -> Tensor:
-    """`fp8_attention` of q, k, v [B, N, H, D], with `center` [B, H, D] taken out of the keys.
+def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, every: int, softmax_scale: float) -> Tensor:
+    """`fp8_attention` of q, k, v [B, N, H, D]; the mean of every so many-th token is taken out of keys and values.
 
     Rounds where the kernel does; all sums are wide.
     """
@@ -220,10 +220,11 @@ def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, center: Tensor, softmax_s
         return ((padded / scale).to(e4m3).to(x.dtype) * scale).flatten(2, 3)[:, :, : x.shape[2]]
 
     q, k, v = (_wide(x).transpose(1, 2) for x in (q, k, v))
-    scores = rounded(q, 1) @ rounded(k - center.to(k.dtype)[:, :, None], 128).mT * softmax_scale
+    middle_k, middle_v = (x[:, :, ::every].mean(2, keepdim=True) for x in (k, v))
+    scores = rounded(q, 1) @ rounded(k - middle_k, 128).mT * softmax_scale
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v, 256)
-    return (sums / weights.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v - middle_v, 1024)
+    return (sums / weights.sum(-1, keepdim=True) + middle_v).transpose(1, 2).flatten(2)
 
 
 def attention_ref(
