@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine, a process each, and ends all of them as soon as one has failed.
+"""Starts ranks on this machine, a process each, for one call or many, and ends all of them as soon as one has failed.
 
 Not by torch's elastic launcher: it dates failures by the second, so that it may name a rank that only lost its peer,
 waits 30 s for a rank that hangs in an exchange, and writes its own account of it.
@@ -17,8 +17,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -41,17 +42,24 @@ class RankError(RuntimeError):
     trace : str or None
         The rank's traceback; None where it was killed, or where the error is about arguments, files or memory, which a
         message tells all of.
+    died : bool
+        Whether it raised nothing: it was killed, or ended its process.
     """
 
-    def __init__(self, rank: int, message: str, trace: str | None = None) -> None:
+    def __init__(self, rank: int, message: str, trace: str | None = None, died: bool = False) -> None:
         super().__init__(f"rank {rank}: {message}")
         self.rank = rank
         self.trace = trace
+        self.died = died
+        self._given = (rank, message, trace, died)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """What a rank says at its end: its result, or its error with the time of it."""
+class _Said:
+    """What a rank says after a call: its result, or its error with the time of it."""
 
     value: Any = None
     error: str | None = None
@@ -59,29 +67,25 @@ class _Ended:
     seconds: float = 0.0
 
 
-def launch(function: Callable[..., Any], *args: Any, ranks: int, device: str = "cuda", timeout: float = TIMEOUT) -> Any:
-    """Run ``function(*args)`` once in each of `ranks` new processes, which share torch's default process group.
+class Group:
+    """Ranks that stay until `close`: each makes an object, whose methods are then called on all of them at once.
 
-    Rank r has GPU r, or all of them share the CPU. The environment has RANK, LOCAL_RANK and WORLD_SIZE as under
-    torchrun. Only rank 0 shows warnings and log lines. When a rank raises, is killed or ends the process, the others
-    are ended within a few seconds, wherever they hang; so are all of them where this call is left by an exception
-    (Ctrl-C), or this process dies.
+    The ranks are new processes, which share torch's default process group. Rank r has GPU r, or all of them share the
+    CPU. The environment has RANK, LOCAL_RANK and WORLD_SIZE as under torchrun. Only rank 0 shows warnings and log
+    lines. When a rank raises, is killed or ends the process, the others are ended within a few seconds, wherever they
+    hang; so are all of them where a call is left by an exception (Ctrl-C), or this process dies.
 
     Parameters
     ----------
-    function : callable
-        Defined at the top of a module that a new process can import; arguments and result are pickled.
+    make : callable
+        A class or function at the top of a module that a new process can import. Arguments and results are pickled.
     args
+        Of `make`.
     ranks : int
     device : {"cuda", "cpu"}
         Exchanges of tensors on a GPU go through NCCL, all others through gloo.
     timeout : float
         Seconds that a rank waits for the others in an exchange before it fails.
-
-    Returns
-    -------
-    Any
-        What rank 0 returned.
 
     Raises
     ------
@@ -90,28 +94,81 @@ def launch(function: Callable[..., Any], *args: Any, ranks: int, device: str = "
     RankError
         A rank failed: the one that did so first.
     """
-    check_ranks(ranks, device)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
-    pipes: list[Connection] = []
-    try:
-        with _sigint_blocked():  # for the new processes: Ctrl-C is this one's to handle
-            for rank in range(ranks):
-                pipe, sender = context.Pipe(duplex=False)
-                place = (rank, ranks, device, store.port, timeout)
-                process = context.Process(target=_rank, args=(place, sender, function, args), name=f"rank {rank}")
-                process.start()
-                sender.close()
-                processes.append(process)
-                pipes.append(pipe)
-        value = _results(processes, pipes)[0]
-        _join(processes)
-        return value
-    finally:
-        _end(processes)
-        for pipe in pipes:
+
+    def __init__(
+        self, make: Callable[..., Any], *args: Any, ranks: int, device: str = "cuda", timeout: float = TIMEOUT
+    ) -> None:
+        check_ranks(ranks, device)
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        try:
+            with _sigint_blocked():  # for the new processes: Ctrl-C is this one's to handle
+                for rank in range(ranks):
+                    pipe, theirs = context.Pipe()
+                    place = (rank, ranks, device, self._store.port, timeout)
+                    process = context.Process(target=_rank, args=(place, theirs, make, args), name=f"rank {rank}")
+                    process.start()
+                    theirs.close()
+                    self._processes.append(process)
+                    self._pipes.append(pipe)
+            _results(self._processes, self._pipes)
+        except BaseException:
+            self._end()
+            raise
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call the method of this name of every rank's object; what that of rank 0 returned.
+
+        Raises
+        ------
+        RankError
+            A rank failed: the one that did so first. All of them have been ended.
+        ValueError
+            They were ended before.
+        """
+        if not self._pipes:
+            raise ValueError("ranks: have been ended, must be started anew")
+        try:
+            for pipe in self._pipes:
+                with suppress(OSError):  # a rank that is gone is found below
+                    pipe.send((name, args))
+            return _results(self._processes, self._pipes)[0]
+        except BaseException:
+            self._end()
+            raise
+
+    def close(self) -> None:
+        """Let the ranks end. May be called twice."""
+        try:
+            for pipe in self._pipes:
+                with suppress(OSError):
+                    pipe.send(None)
+            _join(self._processes)
+        finally:
+            self._end()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _end(self) -> None:
+        _end(self._processes)
+        for pipe in self._pipes:
             pipe.close()
+        self._pipes.clear()
+
+
+def launch(function: Callable[..., Any], *args: Any, ranks: int, device: str = "cuda", timeout: float = TIMEOUT) -> Any:
+    """Run ``function(*args)`` once in each of `ranks` new processes; what that of rank 0 returned.
+
+    Arguments, rules and errors are those of `Group`.
+    """
+    with Group(partial, function, *args, ranks=ranks, device=device, timeout=timeout) as group:
+        return group.call("__call__")
 
 
 def check_ranks(ranks: int, device: str) -> None:
@@ -138,9 +195,9 @@ def _results(processes: list[BaseProcess], pipes: list[Connection]) -> list[Any]
     return [values[rank] for rank in range(len(pipes))]
 
 
-def _read(ready: list[Any], ranks: dict[Connection, int]) -> dict[int, _Ended | None]:
+def _read(ready: list[Any], ranks: dict[Connection, int]) -> dict[int, _Said | None]:
     """By rank what the pipes say; None where it died without a word."""
-    found: dict[int, _Ended | None] = {}
+    found: dict[int, _Said | None] = {}
     for pipe in ready:
         try:
             found[ranks[pipe]] = pipe.recv()
@@ -149,12 +206,12 @@ def _read(ready: list[Any], ranks: dict[Connection, int]) -> dict[int, _Ended | 
     return found
 
 
-def _first_error(processes: list[BaseProcess], ended: dict[int, _Ended | None]) -> RankError:
+def _first_error(processes: list[BaseProcess], ended: dict[int, _Said | None]) -> RankError:
     """A rank that died without a word came first: others that failed lost it. Else the earliest error."""
     for rank, each in ended.items():
         if each is None:
             processes[rank].join(GRACE)
-            return RankError(rank, _how_it_ended(processes[rank].exitcode))
+            return RankError(rank, _how_it_ended(processes[rank].exitcode), died=True)
     errors = {rank: each for rank, each in ended.items() if each is not None and each.error is not None}
     rank, first = min(errors.items(), key=lambda item: item[1].seconds)
     return RankError(rank, str(first.error), first.trace)
@@ -200,7 +257,7 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _rank(
-    place: tuple[int, int, str, int, float], sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    place: tuple[int, int, str, int, float], pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     """A rank's process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -210,14 +267,26 @@ def _rank(
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
         _join_group(*place)
-        value = function(*args)
-        sender.send(_Ended(value if rank == 0 else None))
+        made = make(*args)
+        pipe.send(_Said())
+        while (said := _next_call(made, pipe)) is not None:
+            pipe.send(said if rank == 0 else _Said())
+            del said  # results may be large
     except BaseException as error:
-        sender.send(_Ended(error=_message(error), trace=_trace(error), seconds=time.monotonic()))
+        pipe.send(_Said(error=_message(error), trace=_trace(error), seconds=time.monotonic()))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: a process group whose peers are lost may hang where it is taken down
     dist.destroy_process_group()
+
+
+def _next_call(made: Any, pipe: Connection) -> _Said | None:
+    """What the next call returned, None where there is none."""
+    try:
+        call = pipe.recv()
+    except EOFError:  # the launching process is gone
+        os._exit(1)
+    return None if call is None else _Said(getattr(made, call[0])(*call[1]))
 
 
 def _join_group(rank: int, ranks: int, device: str, port: int, timeout: float) -> None:

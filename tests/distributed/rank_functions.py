@@ -88,3 +88,17 @@ def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, bool]:
     embeddings, mask, _ = every[0]
     assert all(torch.equal(embeddings, other) and torch.equal(mask, seen) for other, seen, _ in every)
     return embeddings, mask, [count for _, _, count in every] == [1] + [0] * (len(every) - 1)
+
+
+class Counts:
+    """What stays on a rank from call to call."""
+
+    def __init__(self, start: int) -> None:
+        self.total = start
+
+    def add(self, number: int) -> tuple[int, int]:
+        """The sum on all ranks of what each has so far, and the number of this one's process."""
+        self.total += number + dist.get_rank()
+        value = torch.tensor(self.total)
+        dist.all_reduce(value)
+        return int(value), os.getpid()

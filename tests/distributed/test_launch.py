@@ -1,6 +1,7 @@
 """Ranks on a CPU: results, failures, signals. A launch takes as long as importing torch does in a new process."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pab_kernels.distributed.launch import RankError, launch
+from pab_kernels.distributed.launch import Group, RankError, launch
 from tests.distributed import rank_functions
 
 HANG = """\
@@ -40,6 +41,26 @@ def test_the_rank_that_fails_first_is_named_and_ends_the_others(how, where, mess
         launch(rank_functions.fail, how, where, ranks=2, device="cpu")
     assert caught.value.rank == where
     assert ("KeyError" in (caught.value.trace or "")) == (how == "a bug")
+
+
+def test_ranks_stay_from_call_to_call_until_one_fails():
+    """What a rank keeps is there at the next call, in the same process; a rank that dies in between is found there."""
+    with Group(rank_functions.Counts, 10, ranks=2, device="cpu") as group:
+        first, second = group.call("add", 1), group.call("add", 5)
+        assert (first[0], second[0]) == (10 + 1 + 10 + 2, 10 + 1 + 5 + 10 + 2 + 6)
+        assert first[1] == second[1] != os.getpid()
+        os.kill(first[1], signal.SIGKILL)
+        with pytest.raises(RankError, match=r"^rank 0: was killed by SIGKILL$") as caught:
+            group.call("add", 1)
+        assert caught.value.died
+        with pytest.raises(ValueError, match="ranks: have been ended"):
+            group.call("add", 1)
+    assert not any(process.is_alive() for process in group._processes)
+
+
+def test_an_error_of_a_rank_comes_whole_out_of_another_process():
+    again = pickle.loads(pickle.dumps(RankError(1, "KeyError: 'name'", "where", died=True)))
+    assert (str(again), again.rank, again.trace, again.died) == ("rank 1: KeyError: 'name'", 1, "where", True)
 
 
 def test_who_waits_in_vain_gives_up():
