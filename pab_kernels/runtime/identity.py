@@ -25,10 +25,14 @@ _RANDOM = ("p", "drop_prob", "uncond_prob", "class_dropout_prob")
 """Attributes that are the probability of a module that drops something in training."""
 _STALE = "leave the handle, change the model, then accelerate it again"
 _version = attrgetter("_version")
+_CALLED = ("forward", "__call__", "_call_impl")
+"""What a class of modules runs; the host's own class is called through, and only its forward stood in for."""
 
 
 class Identity:
     """All modules under a host, their classes, attributes and hooks, their parameters and buffers.
+
+    Of classes, of modules and of what they call (attention processors), what they run counts too.
 
     An executor that stands in for a host must not skip over anything that somebody has put there. So each module must
     be of a class of the host's own, without hooks or a forward of its own, and each parameter a plain dense tensor; and
@@ -56,7 +60,6 @@ class Identity:
         self._paths = [path for path, _ in named]
         self._modules = [module for _, module in named]
         self._classes = list(map(type, self._modules))
-        self._forwards = [(cls, _forward(cls)) for cls in dict.fromkeys(self._classes)]
         dicts = [vars(module) for module in self._modules]
         # Besides the host's own attributes, which come and go: forward, cache_context, hooks of diffusers.
         self._dicts = dicts[1:]
@@ -65,6 +68,7 @@ class Identity:
         self._contents: list[dict[str, Any]] = [vars(self._host)[name] for name in _CONTAINERS[:3]]
         self._contents += [dict_[name] for dict_ in self._dicts for name in _CONTAINERS]
         self._attributes = self._read_attributes()
+        self._called = [(cls, name, getattr(cls, name)) for cls, name in self._find_called()]
         self._filled = [dict_ for dict_ in self._contents if dict_]
         self._values = list(chain.from_iterable(map(dict.values, self._filled)))
         self._size = self._read_size()
@@ -88,7 +92,7 @@ class Identity:
             self._read_size() == self._size
             and list(map(type, self._modules)) == self._classes
             and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._values))
-            and all(_forward(cls) is forward for cls, forward in self._forwards)
+            and all(getattr(cls, name) is found for cls, name, found in self._called)
             and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
         )
         try:
@@ -126,6 +130,13 @@ class Identity:
     def _read_attributes(self) -> list[Any]:
         return [get(dict_) for get, dict_ in zip(self._get, self._dicts, strict=True)]
 
+    def _find_called(self) -> list[tuple[type, str]]:
+        """Of each class what it runs, by name."""
+        host, *modules = self._classes
+        found = [(host, "forward"), *((cls, name) for cls in dict.fromkeys(modules) for name in _CALLED)]
+        values = (dict_[key] for dict_, keys in zip(self._dicts, self._own, strict=True) for key in keys)
+        return [*found, *((cls, "__call__") for cls in dict.fromkeys(type(each) for each in values if callable(each)))]
+
     def _difference(self) -> str:
         """Which module is not as it was, and in what, for a message."""
         hosts = type(self._host).__name__
@@ -147,9 +158,9 @@ class Identity:
         for name, tensor in zip(self._names, self._tensors, strict=True):
             if tensors.get(name) is not tensor:
                 return f"{hosts}.{name}: was replaced"
-        for cls, forward in self._forwards:
-            if _forward(cls) is not forward:
-                return f"{cls.__name__}.forward: was replaced"
+        for cls, name, found in self._called:
+            if getattr(cls, name) is not found:
+                return f"{cls.__name__}.{name}: was replaced"
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "torch.nn: a forward hook of all modules was registered"
         return self._changed_attribute(hosts)
@@ -206,10 +217,6 @@ def _official(cls: type) -> Iterable[str]:
     if cls.__module__.startswith(_PACKAGES):
         return ()
     return (f"{cls.__module__}.", f"{cls.__module__.partition('.')[0]}.", *(f"{name}." for name in _OF_OFFICIAL))
-
-
-def _forward(cls: type) -> Any:
-    return cls.forward  # type: ignore[attr-defined]  # of nn.Module
 
 
 def _own(dict_: dict[str, Any]) -> list[str]:

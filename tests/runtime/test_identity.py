@@ -93,6 +93,23 @@ def test_what_is_put_on_any_module_is_refused_before_and_after(family: str, way:
             accelerate(model, PABConfig())
 
 
+@pytest.mark.parametrize(
+    ("cls", "name"), [(AttnProcessor2_0, "__call__"), (nn.Linear, "__call__"), (nn.Module, "__call__")], ids=str
+)
+def test_what_a_class_runs_when_it_is_called(cls: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = host("latte").model
+    with accelerate(model, PAB) as handle:
+        with monkeypatch.context() as patch:
+            original = getattr(cls, name)
+            patch.setattr(cls, name, lambda *args, **kwargs: original(*args, **kwargs))
+            with pytest.raises(ValueError, match=rf"{name}: was replaced since accelerate"):
+                handle.begin(STEPS)
+        handle.begin(STEPS)
+        with monkeypatch.context() as patch:  # whoever patches the host's own class sees every call
+            patch.setattr(type(model), name, lambda *args, **kwargs: nn.Module.__call__(*args, **kwargs), raising=False)
+            handle.begin(STEPS)
+
+
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
 def test_hooks_of_all_modules(register: Callable[[Any], Any]) -> None:
     model = host("latte").model
