@@ -31,7 +31,9 @@ def info(
     attention_precision: options.AttentionPrecision = None,
     decode_memory: options.DecodeMemory = None,
     seamless: options.Seamless = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of a run on several GPUs, whose time is predicted.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Of a run on several GPUs, whose time is predicted.")
+    ] = None,
     gpus: options.Gpus = 1,
     mesh: options.MeshAxes = None,
 ) -> None:

@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (generate, batch, decode, profile, tune, quality, compare, bench, report, info, schedule, verify):
-    app.command()(command)
+    app.command(cls=options.Command)(command)
 
 
 if __name__ == "__main__":

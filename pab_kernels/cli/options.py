@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -10,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperCommand
 
 from pab_kernels.config import ATTENTION_PRECISIONS, CACHE_DTYPES, LINEAR_PRECISIONS, PRESETS
 from pab_kernels.strict_yaml import printable
@@ -30,6 +32,19 @@ OF_PATHS = (errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 """Errors of the system that say that a path is wrong."""
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DEVICES = ("cpu", "cuda")
+
+
+class Command(TyperCommand):
+    """A command whose numbers are finite: a range lets nan through, and most let infinity."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's; exit code 2 naming the option."""
+        rest = super().parse_args(ctx, args)
+        for option in self.get_params(ctx):
+            value = ctx.params.get(option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number.", ctx=ctx, param=cast(Any, option))
+        return rest
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def schedule(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of PAB settings.")] = None,
     family: Annotated[str, typer.Option(help="Whose sampler gives the timesteps, with --config.")] = "latte",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     plot: Annotated[Path | None, typer.Option(help="Also draw it as a picture.")] = None,
 ) -> None:
     """Draw which steps compute and which broadcast.

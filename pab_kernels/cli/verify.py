@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A recorded run, or recorded calls of an autoencoder, .safetensors.")],
-    tolerance: Annotated[float | None, typer.Option(help="Largest error; by default fit to the dtype.")] = None,
+    tolerance: Annotated[float | None, typer.Option(min=0, help="Largest error; by default fit to the dtype.")] = None,
     device: options.Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:

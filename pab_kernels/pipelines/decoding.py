@@ -7,6 +7,7 @@ their way to the host's memory, so that a video file can be written beside.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,9 +48,10 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}
-    if match is None or match[2].lower() not in units or float(match[1]) == 0:
+    size = float(match[1]) * units.get(match[2].lower(), 0) if match is not None else 0.0
+    if not 0 < size < math.inf:
         raise ValueError(f"decode_memory: got {text!r}, must be a size such as 4GiB, 800MiB or 4GB")
-    return int(float(match[1]) * units[match[2].lower()])
+    return int(size)
 
 
 @dataclass(frozen=True)

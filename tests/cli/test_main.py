@@ -1,6 +1,8 @@
 """What all commands share: errors, exit codes, help, completion."""
 
+import inspect
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from pab_kernels.cli import app
+from pab_kernels.cli import app, measured, options
 from pab_kernels.pipelines.demo import DemoPipeline
 from tests.cli_tools import invoke, pab
 
@@ -48,6 +50,38 @@ def test_help_shows_examples_that_the_command_line_understands(command, monkeypa
     for example in examples:
         words = shlex.split(example.split(" > ")[0])[2:]
         parser.commands[command].make_context(command, words)  # raises for an unknown option
+
+
+def _numbers() -> list[Any]:
+    """Every option of every command that is a whole number or a float, as its annotation says."""
+    parser: Any = typer.main.get_command(app)
+    found = []
+    for registered in app.registered_commands:
+        callback: Any = registered.callback
+        command = parser.commands[callback.__name__]
+        for option in command.params:
+            annotation = str(inspect.signature(callback).parameters[option.name].annotation)
+            if re.search(r"\b(int|float)\b", annotation if "Annotated" in annotation else _shared(annotation)):
+                found.append(pytest.param(command, option, id=f"{command.name} {option.name}"))
+    return found
+
+
+def _shared(annotation: str) -> str:
+    """What stands behind a name such as options.Guidance."""
+    module, _, name = annotation.rpartition(".")
+    return str(getattr({"options": options, "measured": measured}[module], name)) if module else annotation
+
+
+@pytest.mark.parametrize(("command", "option"), _numbers())
+def test_a_number_that_is_none_is_refused_by_every_option(command, option):
+    """What is infinite, no number, or less than nothing; a seed is any number, a frame may be counted from the end."""
+    required = [word for each in command.params if each.required for word in (each.opts[0], "1") if word[0] in "-1"]
+    bad = ["nan", "inf", "-inf", "1e400"] + ["-1"] * (option.name not in ("seed", "from_frame", "guidance"))
+    for value in bad:
+        with pytest.raises(typer.BadParameter) as caught:
+            command.make_context(command.name, [*required, option.opts[0], value])
+        assert option.opts[0] in caught.value.format_message()
+        assert caught.value.exit_code == 2
 
 
 def test_help_names_the_exit_codes():

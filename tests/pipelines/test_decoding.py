@@ -232,7 +232,7 @@ def test_sizes_are_read(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "0", "-3GiB", "4 GiB 3", "4TBs", "nan"])
+@pytest.mark.parametrize("text", ["", "GiB", "0", "-3GiB", "4 GiB 3", "4TBs", "nan", "9" * 400 + "GB"])
 def test_sizes_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="decode_memory: got"):
         parse_bytes(text)
