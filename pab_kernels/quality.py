@@ -13,7 +13,6 @@ import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence, UnidentifiedImageError
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +56,8 @@ def per_frame(video: Frames, baseline: Frames) -> dict[str, list[float]]:
     ValueError
         The shapes differ, or the frames are smaller than 7 x 7.
     """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # slow to import: scipy's statistics
+
     if video.shape != baseline.shape:
         raise ValueError(f"video: shape is {video.shape}, must be {baseline.shape}, the shape of baseline")
     if video.ndim != 4 or video.shape[0] == 0 or video.shape[-1] != 3 or min(video.shape[1:3]) < LEAST_SIZE:
