@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pab_kernels.files import LEFT_OVER
 
 
@@ -19,6 +21,18 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 def videos(folder: Path) -> dict[str, str]:
     """Names and checksums of all that lies among a folder's videos."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "videos").iterdir()}
+
+
+def of_actors(cls: str) -> list[psutil.Process]:
+    """Ray's worker processes that have an actor of this class, by the title that Ray gives them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{cls}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def check_whole(folder: Path) -> None:

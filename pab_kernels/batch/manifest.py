@@ -33,6 +33,7 @@ def record(row: Row, status: str, **more: Any) -> dict[str, Any]:
         "guidance": row.guidance,
         "size": None if row.size is None else str(row.size),
         "settings": row.settings,
+        "mesh": None if row.mesh.size == 1 else str(row.mesh),
         "file": None,
         "sha256": None,
         "bytes": None,

@@ -1,4 +1,6 @@
-"""Many workers through Ray: an actor a GPU. Ray places, starts and watches them; the driver alone keeps the manifest.
+"""Many workers through Ray: an actor a GPU, or a group of GPUs.
+
+Ray places, starts and watches them; the driver alone keeps the manifest.
 
 Rows of one shape follow each other, so an actor that asks for the next row seldom changes its shape. An actor has one
 row at a time: when it dies, that row goes back to the head of the queue, and another actor is asked for in its place.
@@ -22,10 +24,12 @@ from typing import Any
 
 import torch
 
+from pab_kernels.batch.group import GroupWorker
 from pab_kernels.batch.manifest import FAILED, record
 from pab_kernels.batch.rows import Row
 from pab_kernels.batch.run import Records
 from pab_kernels.batch.work import Job, Worker
+from pab_kernels.distributed.launch import RankError
 from pab_kernels.measure.info import version
 
 PATIENCE = 60.0
@@ -96,7 +100,8 @@ def on_ray(
         Its paths must mean the same on every node.
     rows : sequence of Row
     workers : int, optional
-        Actors to ask for, at most: an autoscaler adds nodes for them. By default one for each GPU, or one.
+        Actors to ask for, at most: an autoscaler adds nodes for them. By default as many as the cluster has GPUs for,
+        or one.
     retries : int
         How often a row is done again whose actor died; then it is failed.
     timeout : float, optional
@@ -104,12 +109,12 @@ def on_ray(
 
     Raises
     ------
-    ValueError, TypeError, FileNotFoundError
+    ValueError, TypeError, FileNotFoundError, RankError
         An actor cannot load the model.
     ChildProcessError
         Actors die while they load it, `retries` times in a row, and none is left.
     """
-    pool = _Pool(job, min(len(rows), workers or max(1, gpus())), retries, timeout)
+    pool = _Pool(job, min(len(rows), workers or max(1, gpus() // job.gpus)), retries, timeout)
     try:
         yield from pool.work(rows)
     finally:
@@ -126,8 +131,11 @@ class _Pool:
         self.timeout = math.inf if timeout is None else timeout
         self.identity = job.identity()
         on_gpu = torch.device(job.device).type == "cuda"
-        needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": job.threads}
-        self.actor: Any = ray.remote(Worker).options(max_restarts=0, **needs)
+        cpus = job.gpus if on_gpu else max(job.threads, job.gpus)
+        needs: dict[str, Any] = {"num_cpus": cpus} | ({"num_gpus": job.gpus} if on_gpu else {})
+        self.wanted = f"{cpus} {'GPUs' if on_gpu else 'CPUs'} of one node"
+        cls: Any = Worker if job.gpus == 1 else GroupWorker
+        self.actor: Any = ray.remote(cls).options(max_restarts=0, **needs)
         self.busy: dict[Any, tuple[Any, Row | None]] = {}
         self.since: dict[Any, float] = {}
         """When each row was given to its actor."""
@@ -196,19 +204,25 @@ class _Pool:
                 del self.since[hung]
                 return *self.busy.pop(hung), None, TimeoutError(f"it was not done after {self.timeout:g} s")
             if all(row is None for _, row in self.busy.values()):
-                wanted = "a GPU" if torch.device(self.job.device).type == "cuda" else f"{self.job.threads} CPUs"
-                warnings.warn(f"ray: no worker yet; each waits for {wanted}, or loads the model", stacklevel=2)
+                warnings.warn(f"ray: no worker yet; each waits for {self.wanted}, or loads the model", stacklevel=2)
         actor, row = self.busy.pop(ready[0])
         self.since.pop(ready[0], None)
         try:
             return actor, row, self.ray.get(ready[0]), None
         except self.ray.exceptions.RayTaskError as error:
             cause = error.cause
-            if row is None and isinstance(cause, ValueError | TypeError | FileNotFoundError):
-                raise cause from None  # would be the same on every worker
+            if row is None and _is_of_all(cause):
+                raise cause from None
             return actor, row, None, error
         except self.ray.exceptions.RayError as error:
             return actor, row, None, error
+
+
+def _is_of_all(error: Exception) -> bool:
+    """Whether a worker that cannot load the model says what every other would say too."""
+    if isinstance(error, RankError):
+        return not error.died and error.trace is None
+    return isinstance(error, ValueError | TypeError | FileNotFoundError)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pab_kernels.config import PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.pipelines.arguments import check_guidance, check_steps, seeds_of
-from pab_kernels.pipelines.generate import DEFAULTS, pab_settings
+from pab_kernels.pipelines.generate import DEFAULTS, Request, pab_settings
 from pab_kernels.pipelines.sizes import VideoSize, family_size
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -31,7 +32,7 @@ class Row:
     """One video that is asked for. Where it cannot be made, `error` says why, and the rest is as far as it was read.
 
     `id` is a hash of everything that decides the result, `number` the row's in its file, from 1. `config` None runs
-    the model as its authors wrote it.
+    the model as its authors wrote it. `mesh` is of the GPUs that make it together.
     """
 
     id: str
@@ -44,7 +45,13 @@ class Row:
     size: VideoSize | None = None
     settings: str = "off"
     config: PABConfig | None = None
+    mesh: Mesh = field(default_factory=Mesh)
     error: str | None = None
+
+    @property
+    def request(self) -> Request:
+        """As `generate` takes it."""
+        return Request([self.prompt], self.negative_prompt, self.steps, self.guidance, [self.seed], self.size)
 
     @property
     def shape(self) -> tuple[str, str, int, bool]:
@@ -90,7 +97,11 @@ def defaults(family: str, changes: Mapping[str, Any] | None = None, **given: Any
 
 
 def plan(
-    rows: Sequence[Mapping[str, Any] | str], family: str, defaults: Mapping[str, Any], identity: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any] | str],
+    family: str,
+    defaults: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    mesh_of: Callable[[Row], Mesh] | None = None,
 ) -> list[Row]:
     """Check every row, name it, and order those that can be made so that shapes and settings change seldom.
 
@@ -104,6 +115,9 @@ def plan(
         of them, and `changes`, the settings that options of the command line give.
     identity : mapping
         What else decides the result, as plain values: version, model, dtype, ...
+    mesh_of : callable, optional
+        The mesh of a row that several GPUs make together; of rows of one `shape` it is the same. ValueError if there is
+        none. Such rows all run this runtime: the model's own code knows no ranks.
 
     Returns
     -------
@@ -111,16 +125,25 @@ def plan(
         Each id once: rows that ask for the same video are one.
     """
     settings: dict[str, PABConfig | None] = {}
+    meshes: dict[Any, Mesh] = {}
 
     def config_of(text: str) -> PABConfig | None:
         if text not in settings:
-            settings[text] = pab_settings(text, **defaults["changes"])
+            found = pab_settings(text, **defaults["changes"])
+            settings[text] = PABConfig() if found is None and mesh_of is not None else found
         return settings[text]
+
+    def on_mesh(row: Row) -> Row:
+        if mesh_of is None:
+            return row
+        if row.shape not in meshes:
+            meshes[row.shape] = mesh_of(row)
+        return dataclasses.replace(row, mesh=meshes[row.shape])
 
     found: dict[str, Row] = {}
     for number, given in enumerate(rows, 1):
         try:
-            row = _checked(number, given, family, defaults, config_of)
+            row = on_mesh(_checked(number, given, family, defaults, config_of))
             row = dataclasses.replace(row, id=_hash({**identity, **_decisive(row)}))
         except (ValueError, TypeError, OSError) as error:
             prompt = given.get("prompt") if isinstance(given, Mapping) else None
@@ -250,6 +273,7 @@ def _decisive(row: Row) -> dict[str, Any]:
         "guidance": row.guidance,
         "size": None if row.size is None else dataclasses.asdict(row.size),
         "pab": None if row.config is None else row.config.to_dict(),
+        "mesh": str(row.mesh),
     }
 
 

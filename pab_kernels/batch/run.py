@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
+from pab_kernels.batch.group import GroupWorker
 from pab_kernels.batch.manifest import DONE, FAILED, VIDEOS, Manifest, record
 from pab_kernels.batch.rows import Row
 from pab_kernels.batch.work import Job, Worker
@@ -16,8 +17,8 @@ SPAN = 3600.0
 
 
 def here(job: Job, rows: Iterable[Row]) -> Records:
-    """The records of `rows`, made one after another in this process."""
-    worker = Worker(job)
+    """The records of `rows`, made one after another in this process, or by its group of ranks."""
+    worker = Worker(job) if job.gpus == 1 else GroupWorker(job)
     worker.load()
     try:
         for row in rows:

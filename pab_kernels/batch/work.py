@@ -1,4 +1,4 @@
-"""Who makes the videos of a batch: one pipeline on one device, which takes row after row."""
+"""Who makes the videos of a batch: one pipeline on one device, or as one rank of several, which takes row after row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pab_kernels import figures
 from pab_kernels.batch.manifest import DONE, FAILED, VIDEOS, record
 from pab_kernels.batch.rows import Row, fingerprint
 from pab_kernels.batch.store import Store
-from pab_kernels.config import PABConfig
+from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.measure.info import version
 from pab_kernels.pipelines import outputs
-from pab_kernels.pipelines.generate import Generated, Request, generate
+from pab_kernels.pipelines.generate import Generated, generate
 from pab_kernels.pipelines.loading import Pipeline, Source, load_pipeline
 from pab_kernels.pipelines.sizes import VideoSize
 from pab_kernels.runtime.accelerate import accelerate
@@ -35,7 +36,7 @@ class Job:
     """What all rows of a batch have in common: the model, where it runs, and where videos go.
 
     `size` is the one that Open-Sora-Plan's checkpoint is chosen by. `threads` are torch's on a CPU, where their number
-    decides the last bits.
+    decides the last bits. `gpus` make a video together, each a rank of torch's default process group.
     """
 
     source: Source
@@ -49,6 +50,7 @@ class Job:
     seamless: bool = False
     offload_text: bool = False
     cache_device: str | None = None
+    gpus: int = 1
 
     def identity(self) -> dict[str, Any]:
         """What of it decides the result, as plain values. Reads the weights' files where they lie on this machine."""
@@ -68,37 +70,44 @@ class Job:
             "decoder": [self.decode_memory, self.seamless],
         }
 
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Raise ValueError if this machine has another version or other weights than `identity` says."""
+        if (mine := self.identity()) != identity:
+            different = sorted(key for key in mine if mine[key] != identity[key])
+            raise ValueError(f"model: a worker has another {', '.join(different)} than the driver")
+
 
 class Worker:
-    """Makes one video after another. Slots and graphs stay from row to row, until the settings change."""
+    """Makes one video after another. Slots and graphs stay from row to row, until the settings change.
+
+    Where the job is of several GPUs it is one rank of them: each makes the same calls, and rank 0 alone writes.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.rank = dist.get_rank() if job.gpus > 1 else 0
+        device = torch.device(job.device)
+        self.device = torch.device("cuda", self.rank) if job.gpus > 1 and device.type == "cuda" else device
         self.store = Store(job.output)
         self._pipe: Pipeline | None = None
         self._handle: PABHandle | None = None
+        self._mesh = Mesh()
 
     def load(self, identity: Mapping[str, Any] | None = None) -> None:
-        """Load the pipeline; errors are those of `load_pipeline`.
-
-        Raises
-        ------
-        ValueError
-            This machine has another version or other weights than `identity` says.
-        """
+        """Load the pipeline; errors are those of `Job.check` and `load_pipeline`."""
         job = self.job
-        if identity is not None and (mine := job.identity()) != identity:
-            different = sorted(key for key in mine if mine[key] != identity[key])
-            raise ValueError(f"model: a worker has another {', '.join(different)} than the driver")
-        if torch.device(job.device).type == "cpu":
-            torch.set_num_threads(job.threads)
+        if identity is not None:
+            job.check(identity)
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, job.threads // job.gpus))
         self._pipe = load_pipeline(
             job.source,
             job.size,
             dtype=getattr(torch, job.dtype),
-            device=job.device,
+            device=self.device,
             decode_memory=job.decode_memory,
             seamless=job.seamless,
+            ranks=job.gpus,
         )
 
     def make(self, row: Row) -> dict[str, Any]:
@@ -107,8 +116,11 @@ class Worker:
         Raises
         ------
         Exception
-            What leaves the GPU unusable, and is no fault of the row.
+            What leaves the GPU unusable, and is no fault of the row. Of several ranks whatever one of them raises: the
+            others may be waiting for it.
         """
+        if self.job.gpus > 1:
+            return self._make(row)
         try:
             return self._make(row)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -136,10 +148,12 @@ class Worker:
             self.load()
         pipe = self._pipe
         assert pipe is not None
-        request = Request([row.prompt], row.negative_prompt, row.steps, row.guidance, [row.seed], row.size)
+        if self.rank > 0:
+            self._generate(pipe, row, None)
+            return {}
         name = f"{VIDEOS}/{row.id}{self._suffix(row)}"
         with self.store.new(name) as path:
-            result = self._generate(pipe, request, row.config, path)
+            result = self._generate(pipe, row, path)
             data = path.read_bytes()
         parts = {f"{part}_seconds": result.parts.get(part) for part in PARTS}
         return self._record(
@@ -153,33 +167,35 @@ class Worker:
             **parts,
         )
 
-    def _generate(self, pipe: Pipeline, request: Request, config: PABConfig | None, path: Path) -> Generated:
-        """Generate into a file, which is there only if all numbers were finite."""
+    def _generate(self, pipe: Pipeline, row: Row, path: Path | None) -> Generated:
+        """Generate into a file, which is there only if all numbers were finite; without a path into none."""
+        request = row.request
         with ExitStack() as stack:
             sinks = None
-            if path.suffix in figures.VIDEO_SUFFIXES:
+            if path is not None and path.suffix in figures.VIDEO_SUFFIXES:
                 sinks = stack.enter_context(outputs.video_writers(pipe, path, 1))
             result = generate(
                 pipe,
                 request,
-                config,
+                row.config,
                 cache_device=self.job.cache_device,
                 sinks=sinks,
                 offload_text=self.job.offload_text,
-                handle=self._runtime(pipe, config),
+                handle=self._runtime(pipe, row),
             )
             if not result.finite:
                 raise ValueError("the result is not finite")
-        if sinks is None:
-            outputs.save_one(result, request, pipe, config, path)
+        if sinks is None and path is not None:
+            outputs.save_one(result, request, pipe, row.config, path)
         return result
 
-    def _runtime(self, pipe: Pipeline, config: PABConfig | None) -> PABHandle | None:
-        """The runtime of the settings: the one that is there, or a new one in its place."""
-        if self._handle is None or self._handle.config != config:
+    def _runtime(self, pipe: Pipeline, row: Row) -> PABHandle | None:
+        """The runtime of the row's settings and mesh: the one that is there, or a new one in its place."""
+        if self._handle is None or (self._handle.config, self._mesh) != (row.config, row.mesh):
             self.close()
-            if config is not None:
-                self._handle = accelerate(pipe, config, cache_device=self.job.cache_device)
+            if row.config is not None:
+                self._handle = accelerate(pipe, row.config, cache_device=self.job.cache_device, mesh=row.mesh)
+                self._mesh = row.mesh
         return self._handle
 
     def _suffix(self, row: Row) -> str:
@@ -188,8 +204,7 @@ class Worker:
         return ".png" if row.size is not None and row.size.frames == 1 else self.job.suffix
 
     def _record(self, row: Row, status: str, **more: Any) -> dict[str, Any]:
-        device = torch.device(self.job.device)
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         return record(row, status, gpu=gpu, version=version("pab-kernels"), finished=finished, **more)
 

@@ -18,7 +18,9 @@ from pab_kernels.cli import options
 from pab_kernels.files import check_outputs
 
 if TYPE_CHECKING:
+    from pab_kernels.batch.rows import Row
     from pab_kernels.batch.work import Job
+    from pab_kernels.distributed.mesh import Mesh
 
 SHOWN = 5
 """Kinds of errors that are printed, the most frequent first."""
@@ -72,6 +74,8 @@ def batch(
     cache_dtype: options.CacheDtype = None,
     linear_precision: options.LinearPrecision = None,
     attention_precision: options.AttentionPrecision = None,
+    gpus: options.Gpus = 1,
+    mesh: options.MeshAxes = None,
 ) -> None:
     """Make a video of every row of a file, here or on many machines; run it again to do what is missing.
 
@@ -80,6 +84,8 @@ def batch(
     pab batch prompts.jsonl --output outputs/batch --format gif
 
     pab batch prompts.csv --model open_sora --resolution 480p --ray --max-failures 20
+
+    pab batch prompts.csv --model open_sora --resolution 720p --gpus 4 --ray
 
     pab batch --status outputs/batch --json
     """
@@ -93,6 +99,8 @@ def batch(
             _print(found, as_json, quiet)
             return
         from pab_kernels.batch import manifest, on_ray, rows, run, work
+        from pab_kernels.distributed.launch import check_ranks
+        from pab_kernels.measure.mesh_costs import chosen_mesh, parse_mesh
         from pab_kernels.pipelines import generate as generation
         from pab_kernels.pipelines import outputs
         from pab_kernels.pipelines.decoding import parse_bytes
@@ -127,6 +135,7 @@ def batch(
         loaded = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
         generation.pab_settings(defaults["settings"], **changes)
         options.on_host(cache_device)
+        parse_mesh(mesh, gpus)
         store = Store(output)
         if store.folder is not None:
             check_outputs({"output": [store.folder / manifest.NAME]}, inputs=(prompts, model, weights, pab))
@@ -140,6 +149,8 @@ def batch(
         else:
             chosen = options.device_named(device)
             place, kind = str(chosen), chosen.type
+            if gpus > 1:
+                check_ranks(gpus, place)
         dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
         options.dtype_named(dtype)
         job = work.job(
@@ -153,8 +164,13 @@ def batch(
             seamless=seamless,
             offload_text=offload_text,
             cache_device=cache_device,
+            gpus=gpus,
         )
-        planned = rows.plan(given, family, defaults, job.identity())
+
+        def mesh_of(row: Row) -> Mesh:
+            return chosen_mesh(source, row.request, row.config, gpus, mesh)
+
+        planned = rows.plan(given, family, defaults, job.identity(), mesh_of if gpus > 1 else None)
         if all(row.error is not None for row in planned):
             raise ValueError(f"prompts: none of {len(given)} rows can be made; row 1: {planned[0].error}")
         stack.enter_context(store.alone())
@@ -248,4 +264,4 @@ def _print(summary: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
 
 def _plain(job: Job) -> dict[str, Any]:
     """What a summary says of a job."""
-    return {"model": job.source.family, "device": job.device, "dtype": job.dtype}
+    return {"model": job.source.family, "device": job.device, "dtype": job.dtype, "gpus": job.gpus}

@@ -14,7 +14,7 @@ import pytest
 
 from pab_kernels.batch import on_ray, rows, work
 from pab_kernels.pipelines.loading import Source
-from tests.batch_tools import check_whole, manifest, videos
+from tests.batch_tools import check_whole, manifest, of_actors, videos
 from tests.cli_tools import pab
 
 ray = pytest.importorskip("ray")
@@ -22,18 +22,6 @@ pytest.importorskip("ray.cluster_utils")
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 DONE_BEFORE = 4
 """Videos after which the actor is killed; after as many more, the node is taken away."""
-
-
-def of_actors() -> list[psutil.Process]:
-    """Ray's worker processes that have an actor of a batch, by the title that Ray gives them."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def wait_for(what, seconds: float = 120.0) -> None:
@@ -83,7 +71,7 @@ def test_a_lost_node_a_killed_actor_and_a_bad_row_cost_one_video(nodes, prompts,
 
     try:
         wait_for(lambda: made() >= DONE_BEFORE)
-        victim = of_actors()[0]
+        victim = of_actors("Worker")[0]
         victim.send_signal(signal.SIGKILL)
         wait_for(lambda: made() >= 2 * DONE_BEFORE)
         cluster.remove_node(others[0], allow_graceful=False)
