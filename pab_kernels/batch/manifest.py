@@ -123,7 +123,7 @@ def read(store: Store) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row["id"], str) or row["status"] not in (DONE, FAILED, WAITING):
                 raise ValueError("its id or status is none")
-            rows.append({**dict.fromkeys(("file", "bytes", "error", "seconds")), **row})
+            rows.append({**dict.fromkeys(("file", "bytes", "error", "seconds")), "row": 0, **row})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"output: line {number} of its {NAME} is no row of a batch: {error}") from error
     return rows

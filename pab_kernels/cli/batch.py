@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pab_kernels.batch.work import Job
     from pab_kernels.distributed.mesh import Mesh
 
-SHOWN = 5
-"""Kinds of errors that are printed, the most frequent first."""
+SHOWN, ROWS_SHOWN = 5, 20
+"""Of errors, the most frequent first, and of failed rows, how many are printed."""
 
 
 def batch(
@@ -182,7 +182,7 @@ def batch(
         )
         summary = _run(kept, how, max_failures, quiet)
         summary |= {"output": output, "rows": len(given), "repeated": len(given) - len(planned), "job": _plain(job)}
-        summary["errors"] = _errors(kept.records[row.id] for row in planned)
+        summary |= _failures([kept.records[row.id] for row in planned])
     _print(summary, as_json, quiet)
     if summary["stopped"]:
         options.print_error(f"stopped: {summary['failed']} rows have failed, more than --max-failures {max_failures}")
@@ -230,14 +230,17 @@ def _status(store: Any, place: str) -> dict[str, Any]:
         "output": place,
         "counts": manifest.counts(records),
         "median_seconds": seconds[len(seconds) // 2] if seconds else None,
-        "errors": _errors(records),
+        **_failures(records),
     }
 
 
-def _errors(records: Any) -> dict[str, int]:
-    """How many rows failed with each message, the most frequent first."""
-    found = Counter(str(each["error"]) for each in records if each["status"] == "failed")
-    return dict(found.most_common())
+def _failures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many rows failed with each message, the most frequent first, and their numbers in the file."""
+    failed = [each for each in records if each["status"] == "failed"]
+    return {
+        "errors": dict(Counter(str(each["error"]) for each in failed).most_common()),
+        "failed_rows": sorted(each["row"] for each in failed),
+    }
 
 
 def _print(summary: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
@@ -260,6 +263,9 @@ def _print(summary: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
         console.print(f"{count} failed: {message}", soft_wrap=True)
     if len(summary["errors"]) > SHOWN:
         console.print(f"and {len(summary['errors']) - SHOWN} other errors, see the manifest")
+    if rows := summary["failed_rows"]:
+        more = ", ..." if len(rows) > ROWS_SHOWN else ""
+        console.print(f"rows of the file that failed: {', '.join(map(str, rows[:ROWS_SHOWN]))}{more}", soft_wrap=True)
 
 
 def _plain(job: Job) -> dict[str, Any]:

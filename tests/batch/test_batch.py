@@ -243,7 +243,9 @@ def test_status_is_what_the_manifest_says(batch, prompts, tmp_path):
     output = pab("batch", "--status", out)
     assert "1 done, 1 failed, 0 waiting" in output
     assert "'unicorn'" in output
+    assert "rows of the file that failed: 2" in output
     found = json.loads(pab("batch", "--status", out, "--json"))
+    assert found["failed_rows"] == [2]
     assert found["counts"] == {"done": 1, "failed": 1, "waiting": 0}
     assert found["median_seconds"] > 0
     assert "has no manifest.jsonl" in refused("batch", "--status", tmp_path / "none")
