@@ -28,7 +28,6 @@ def test_schedule_reads_a_file_and_plots(tmp_path):
         ([], "give one of --preset"),
         (["--preset", "sora"], "preset: got 'sora'"),
         (["--preset", "latte:999"], "variant: got '999'"),
-        (["--preset", "latte", "--steps", "0"], "steps: got 0"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
