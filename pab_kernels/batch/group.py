@@ -47,13 +47,15 @@ class GroupWorker:
             A rank died, or its GPU is unusable, or the ranks could not be started anew: no fault of the row.
         """
         group = self._ranks()
+        self._group = None  # whatever leaves the call has ended them
         try:
-            return group.call("make", row)
+            made = group.call("make", row)
         except RankError as error:
-            self._group = None
             if error.died or "CUDA error" in str(error):
                 raise
             return record(row, FAILED, version=version("pab-kernels"), error=str(error))
+        self._group = group
+        return made
 
     def close(self) -> None:
         """End the ranks."""

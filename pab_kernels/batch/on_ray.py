@@ -133,7 +133,7 @@ class _Pool:
         on_gpu = torch.device(job.device).type == "cuda"
         cpus = job.gpus if on_gpu else max(job.threads, job.gpus)
         needs: dict[str, Any] = {"num_cpus": cpus} | ({"num_gpus": job.gpus} if on_gpu else {})
-        self.wanted = f"{cpus} {'GPUs' if on_gpu else 'CPUs'} of one node"
+        self.wanted = f"{cpus} {'GPU' if on_gpu else 'CPU'}{'s' * (cpus > 1)} of a node"
         cls: Any = Worker if job.gpus == 1 else GroupWorker
         self.actor: Any = ray.remote(cls).options(max_restarts=0, **needs)
         self.busy: dict[Any, tuple[Any, Row | None]] = {}

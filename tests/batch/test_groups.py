@@ -45,6 +45,7 @@ def test_a_row_that_fails_on_a_rank_ends_the_ranks_and_the_next_starts_them_anew
     errors = iter([
         RankError(1, "ValueError: prompt: got 'a unicorn'"), None,
         RankError(0, "RuntimeError: CUDA error: an illegal memory access"), RankError(1, "was killed", died=True),
+        KeyboardInterrupt(),
     ])  # fmt: skip
     started = []
 
@@ -65,7 +66,10 @@ def test_a_row_that_fails_on_a_rank_ends_the_ranks_and_the_next_starts_them_anew
     for message in ("CUDA error", "was killed"):
         with pytest.raises(RankError, match=message):
             worker.make(row)
-    assert started == [{"ranks": 2, "device": "cpu"}] * 3
+    with pytest.raises(KeyboardInterrupt):
+        worker.make(row)
+    worker.close()  # of nothing: it would hide what ended them
+    assert started == [{"ranks": 2, "device": "cpu"}] * 4
 
 
 def test_the_ranks_of_an_actor_that_is_killed_die_with_it(made, demo, tmp_path):
