@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pab_kernels import ops
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, linear
-from pab_kernels.blocks.sharded import Shards
+from pab_kernels.blocks.sharded import Piece, Shards
 from pab_kernels.ops import fp8_linear as fp8_linear
 from pab_kernels.ops.quantized import LIMITS, Quantized
 from pab_kernels.ops.query_key import across_heads
@@ -128,10 +128,8 @@ class SelfAttention(Weights):
         if self.sequence == "spatial":
             return ()
         if self.sequence == "temporal":
-            each = shards.sent(frames, tokens, channels)
-        else:
-            each = shards.sent(frames * tokens, self.heads, channels // self.heads)
-        return batch * each[0], batch * each[1]
+            return shards.sent(batch, frames, tokens, channels)
+        return shards.sent(batch, frames * tokens, self.heads, channels // self.heads)
 
     def run(self, h: Rows, out: Tensor, inputs: Inputs) -> Tensor:
         """The branch of the rows h [B, T, S, C], into `out`."""
@@ -225,39 +223,70 @@ def self_attention(
 
     With `shards` those are some rows of the sequences: attention along more than a frame exchanges them.
     """
+    if shards is not None and weights.sequence != "spatial":
+        return _shared_attention(h, weights, out, rope, shards)
     batch, frames, tokens, channels = h.shape
-    shards = None if weights.sequence == "spatial" else shards
-    # Of rows that other ranks hold nothing is known before attention.
-    scale = value_scales(h, weights) if isinstance(weights.proj, Fp8Linear) and shards is None else None
-    place = None if shards is None else shards.buffer("qkv", (batch, frames, tokens, 3 * channels), out)
-    qkv = linear(h, weights.qkv, place).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
-    if weights.rotary and rope is None:
-        raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
-    rope = rope if weights.rotary else None
-    q_norm, k_norm, eps = weights.q_norm, weights.k_norm, weights.norm_eps
-    options: dict[str, Any] = {"q_weight": q_norm, "k_weight": k_norm, "rope": rope, "eps": eps}
+    scale = value_scales(h, weights) if isinstance(weights.proj, Fp8Linear) else None
+    qkv = linear(h, weights.qkv).view(batch, frames, tokens, 3, weights.heads, channels // weights.heads)
+    options = _options(weights, rope)
     if weights.sequence == "temporal":
-
-        def temporal(qkv: Tensor, place: Tensor | None) -> Tensor:
-            return ops.temporal_attention(qkv, out_scale=scale, out=place, **options)
-
-        y = temporal(qkv, None) if shards is None else shards.around(qkv, 2, channels, temporal)
-        return _project(y, scale, weights.proj, out)
+        return _project(ops.temporal_attention(qkv, out_scale=scale, **options), scale, weights.proj, out)
     qkv = qkv.flatten(0, 1) if weights.sequence == "spatial" else qkv.flatten(1, 2)
     scale = None if scale is None else scale.view(qkv.shape[:2])
     options |= {"pair_stride": weights.pair_stride}
-    if shards is not None and across_heads(qkv, q_norm, k_norm, rope):
-        # Before heads part, and so on this rank's rows.
-        own = shards.span(qkv.shape[1])
-        ops.qk_norm_rope(qkv, **options | {"rope": rope and (rope[0][own], rope[1][own])})
-        options = {}
+    y = ops.self_attention(qkv, precision=weights.precision, out_scale=scale, **options)
+    return _project(y, scale, weights.proj, out)
+
+
+def _options(weights: SelfAttention, rope: Rope | None) -> dict[str, Any]:
+    """What is done to queries and keys before attention."""
+    if weights.rotary and rope is None:
+        raise ValueError("rope: got None, must be (cos, sin) because the weights are rotary")
+    return {
+        "q_weight": weights.q_norm,
+        "k_weight": weights.k_norm,
+        "rope": rope if weights.rotary else None,
+        "eps": weights.norm_eps,
+    }
+
+
+def _shared_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope | None, shards: Shards) -> Tensor:
+    """`self_attention` along more than a frame, of rows of which other ranks have some. A scale for the projection's
+    input would need theirs: of them nothing is known before attention."""
+    batch, frames, tokens, channels = h.shape
+    heads, head_dim = weights.heads, channels // weights.heads
+    options = _options(weights, rope)
+    temporal = weights.sequence == "temporal"
+    rows = frames if temporal else frames * tokens
+    # A sequence's rows, of frames or of tokens.
+    lead = (batch, rows, tokens) if temporal else (batch, rows)
+    seen, filled, shape = h.view(*lead, channels), out.view(*lead, channels), (*lead, 3, heads, head_dim)
+    early: dict[str, Any] | None = None
+    if not temporal:
+        options |= {"pair_stride": weights.pair_stride}
+        if across_heads(torch.empty(heads, head_dim, device="meta"), weights.q_norm, weights.k_norm, options["rope"]):
+            early, options = options, {}  # before heads part, and so on this rank's rows
+
+    def project(piece: Piece, place: Tensor | None) -> Tensor:
+        qkv = linear(seen[piece], weights.qkv, None if place is None else place.flatten(-3)).unflatten(-1, shape[-3:])
+        if early is not None:
+            first = shards.span(rows).start
+            own = slice(first + piece[1].start, first + piece[1].stop)
+            tables = early["rope"]
+            ops.qk_norm_rope(qkv, **early | {"rope": tables and (tables[0][own], tables[1][own])})
+        return qkv
 
     def attend(qkv: Tensor, place: Tensor | None) -> Tensor:
-        y = ops.self_attention(qkv, precision=weights.precision, out_scale=scale, **options)
-        return y.unflatten(-1, (-1, qkv.shape[-1]))
+        if temporal:
+            return ops.temporal_attention(qkv, out=place, **options)
+        return ops.self_attention(qkv, precision=weights.precision, **options).unflatten(-1, (-1, head_dim))
 
-    y = attend(qkv, None) if shards is None else shards.around(qkv, 3, qkv.shape[-1], attend)
-    return _project(y.flatten(-2), scale, weights.proj, out)
+    def finish(piece: Piece, y: Tensor) -> None:
+        y = y if temporal else y.flatten(-2)
+        _project(y, None, weights.proj, filled[piece])
+
+    shards.around(shape, 2 if temporal else 3, channels if temporal else head_dim, out, project, attend, finish)
+    return out
 
 
 def _project(y: Tensor, scale: Tensor | None, weights: Linear | Fp8Linear, out: Tensor) -> Tensor:

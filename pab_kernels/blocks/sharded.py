@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+PIECE = 2 * 2**20
+"""Least elements of queries, keys and values that are worth an exchange of their own, beside other work."""
+Piece = tuple[slice, slice]
+"""Some sequences of the batch, and some of the rows that this rank has of them."""
+
+
+class Along(NamedTuple):
+    """Parts of a dimension, one a rank: from `starts` on so many as `sizes` say."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, dim: int, sizes: Sequence[int]) -> Along:
+        """One part after the other."""
+        return cls(dim, tuple(sizes), (0, *accumulate(sizes[:-1])))
+
+    def divided(self, count: int) -> list[Along]:
+        """Every part in so many near even ones: the first of each rank, the second of each, ..."""
+        each = [Along.of(self.dim, near_even(size, count)) for size in self.sizes]
+        return [
+            Along(
+                self.dim,
+                tuple(own.sizes[i] for own in each),
+                tuple(start + own.starts[i] for start, own in zip(self.starts, each, strict=True)),
+            )
+            for i in range(count)
+        ]
+
+    def span(self, rank: int) -> slice:
+        """The part of a rank."""
+        return slice(self.starts[rank], self.starts[rank] + self.sizes[rank])
 
 
 class Exchanges(Protocol):
     """What moves rows between ranks: `distributed.exchange.Exchange`."""
 
-    def buffer(
-        self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor | None:
-        """Where to compute what is to be exchanged; None where that is anywhere."""
+    def buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> Tensor | None:
+        """Where to compute what `begin` is to move; None where that is anywhere."""
 
-    def __call__(
-        self, x: Tensor, split: int, join: int, splits: Sequence[int], joins: Sequence[int], *, dense: bool = False
-    ) -> Tensor:
-        """Part r of x along `split` goes to rank r; what comes is joined along `join`, contiguous where `dense`."""
+    def begin(
+        self, name: str, x: Tensor, give: Along, take: Along, out: Tensor | None = None, *, dense: bool = False
+    ) -> Callable[[], Tensor]:
+        """Begin to move rows; the result waits for them, and returns them."""
 
 
 def near_even(total: int, parts: int) -> tuple[int, ...]:
@@ -50,50 +83,99 @@ class Shards:
         start = sum(rows[: self.rank])
         return slice(start, start + own)
 
-    def buffer(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:
-        """Where to compute what has `shape` [B, rows, ...] here, in dtype and on the device of `like`."""
-        largest = torch.Size(shape).numel() // self.sizes[self.rank] * max(self.sizes)
-        return self.exchange.buffer(name, shape, largest, like.dtype, like.device)
+    def _pieces(self, batch: int, rows: Sequence[int], numbers: int) -> tuple[list[slice], list[Along]]:
+        """The batch in parts, and the rows of all ranks in parts: of each of both a piece that moves by itself.
 
-    def around(self, qkv: Tensor, split: int, width: int, attend: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        `numbers` are those of a row. Two pieces, where there are as many sequences or rows, and each is large enough;
+        the same on all ranks.
+        """
+        large = batch * max(rows) * numbers >= 2 * PIECE
+        groups = 2 if large and batch > 1 else 1
+        count = 2 if large and batch == 1 and min(rows) > 1 else 1
+        sequences = Along.of(0, near_even(batch, groups))
+        return [sequences.span(i) for i in range(groups)], Along.of(1, rows).divided(count)
+
+    def around(
+        self,
+        shape: Sequence[int],
+        split: int,
+        width: int,
+        like: Tensor,
+        project: Callable[[Piece, Tensor | None], Tensor],
+        attend: Callable[[Tensor, Tensor | None], Tensor],
+        finish: Callable[[Piece, Tensor], object],
+    ) -> None:
         """Attention on all rows, for a part of the dimension `split`, which is attended to apart: tokens or heads.
+
+        Some sequences move while others are computed, or of one sequence some rows.
 
         Parameters
         ----------
-        qkv : Tensor
-            [B, own rows, ...].
+        shape : sequence of int
+            Of queries, keys and values: [B, own rows, ...].
         split : int
         width : int
             Numbers of output for each of `split`.
+        like : Tensor
+            Of their dtype, on their device.
+        project : callable
+            From a piece, some of B and of the rank's rows, to its queries, keys and values, as `shape`; the second
+            argument is where to put them, None for anywhere.
         attend : callable
-            From [B, all rows, ...] with this rank's part of `split` to [B, all rows, the same part, width]; the second
-            argument is where to put that, None for anywhere, and may be left.
-
-        Returns
-        -------
-        Tensor
-            [B, own rows, all of `split`, width].
+            From [some of B, all rows, ...] with this rank's part of `split` to [the same, all rows, that part, width];
+            the second argument is where to put that, None for anywhere, and may be left.
+        finish : callable
+            Takes a piece and what attention gave for it: [some of B, some rows, all of `split`, width], contiguous.
 
         Raises
         ------
         ValueError
             `split` is smaller than the number of ranks.
         """
-        rows, parts = self.rows(qkv.shape[1]), near_even(qkv.shape[split], len(self.sizes))
+        batch, own, *rest = shape
+        rows, parts = self.rows(own), near_even(shape[split], len(self.sizes))
         if min(parts) < 1:
             what = "heads" if split > 2 else "tokens of a frame"
-            raise ValueError(f"frames: {qkv.shape[split]} {what} cannot be split over {len(parts)} ranks")
-        shape, largest = [len(qkv), sum(rows), parts[self.rank], width], len(qkv) * sum(rows) * max(parts) * width
-        place = self.exchange.buffer("attended", shape, largest, qkv.dtype, qkv.device)
-        y = attend(self.exchange(qkv, split, 1, parts, rows), place)
-        return self.exchange(y, 1, 2, rows, parts, dense=True)
+            raise ValueError(f"frames: {shape[split]} {what} cannot be split over {len(parts)} ranks")
+        first, buffer, begin = sum(rows[: self.rank]), self.exchange.buffer, self.exchange.begin
+        groups, pieces = self._pieces(batch, rows, math.prod(rest))
+        before, after = Along.of(split, parts), Along.of(2, parts)
+        own_rows = [slice(each.start - first, each.stop - first) for each in (p.span(self.rank) for p in pieces)]
+        coming: list[list[Callable[[], Tensor]]] = []
+        for group, sequences in enumerate(groups):
+            count = sequences.stop - sequences.start
+            all_rows = None
+            if len(pieces) > 1:
+                all_rows = like.new_empty(
+                    count, sum(rows), *(parts[self.rank] if i == split else n for i, n in enumerate(rest, 2))
+                )
+            waits = []
+            for i, piece in enumerate(pieces):
+                name = f"qkv {group} {i}"
+                place = buffer(name, (count, piece.sizes[self.rank], *rest), piece, like)
+                waits.append(begin(name, project((sequences, own_rows[i]), place), before, piece, all_rows))
+            coming.append(waits)
+        back = []
+        for group, (sequences, waits) in enumerate(zip(groups, coming, strict=True)):
+            qkv = [wait() for wait in waits][-1]
+            name, there = f"attended {group}", (len(qkv), sum(rows), parts[self.rank], width)
+            y = attend(qkv, buffer(name, there, after, like))
+            back += [
+                ((sequences, own), begin(name, y, piece, after, dense=True))
+                for own, piece in zip(own_rows, pieces, strict=True)
+            ]
+        for piece_of, wait in back:
+            finish(piece_of, wait())
 
-    def sent(self, rows: int, part: int, width: int) -> tuple[int, int]:
-        """Elements of a sequence that `around` sends to other ranks before and after attention.
+    def sent(self, batch: int, rows: int, part: int, width: int) -> tuple[int, ...]:
+        """Elements that `around` sends to other ranks, of each exchange.
 
         `rows` are this rank's, `part` is the whole of what is split, each with `width` numbers of output; three times
         as many are queries, keys and values.
         """
         own = near_even(part, len(self.sizes))[self.rank]
-        others = sum(self.rows(rows)) - rows
-        return 3 * rows * (part - own) * width, others * own * width
+        groups, pieces = self._pieces(batch, self.rows(rows), 3 * part * width)
+        counts = [group.stop - group.start for group in groups]
+        there = [3 * count * p.sizes[self.rank] * (part - own) * width for count in counts for p in pieces]
+        others = [sum(p.sizes) - p.sizes[self.rank] for p in pieces]
+        return *there, *(count * number * own * width for count in counts for number in others)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import accumulate
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +13,14 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from pab_kernels.blocks.sharded import Along
+
 
 class Exchange:
     """Exchanges between the ranks of one axis of a mesh.
 
-    Each call is collective: all ranks of the axis make it, in the same order. On a GPU it can be captured into a graph,
-    once it was made before.
+    Each beginning is collective: all ranks of the axis make it, in the same order. On a GPU it can be captured into a
+    graph, once it was made before.
 
     Parameters
     ----------
@@ -40,48 +41,58 @@ class Exchange:
         self.calls = self.sent = 0
         self._mover = BACKENDS[backend][1](self)
 
-    def buffer(
-        self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor | None:
-        """Where to compute what is to be exchanged, so that it is not copied before; None where that is anywhere.
+    def buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> Tensor | None:
+        """Where to compute what `begin` is to move, so that it is not copied before; None where that is anywhere.
 
         Parameters
         ----------
         name : str
             Buffers of different names are apart.
         shape : sequence of int
-        largest : int
-            The number of elements on the rank that has most.
-        dtype : torch.dtype
-        device : torch.device
+        take : Along
+            As for `begin`: what other ranks have.
+        like : Tensor
+            Of its dtype, on its device.
         """
         find = getattr(self._mover, "buffer", None)
-        return None if find is None else find(name, shape, largest, dtype, device)
+        return None if find is None else find(name, shape, take, like)
 
-    def __call__(
-        self, x: Tensor, split: int, join: int, splits: Sequence[int], joins: Sequence[int], *, dense: bool = False
-    ) -> Tensor:
-        """Rank r gets part r of x along `split`, of size ``splits[r]``, from every rank, joined along `join`.
+    def begin(
+        self, name: str, x: Tensor, give: Along, take: Along, out: Tensor | None = None, *, dense: bool = False
+    ) -> Callable[[], Tensor]:
+        """Rank r gets its part of x along `give`, from every rank, joined along `take`, beside what is launched next.
 
         Parameters
         ----------
+        name : str
+            Of the buffer that x is in, or is copied to where there are buffers. Two exchanges in a row of the same one
+            must be of the same x.
         x : Tensor
-            Of this rank; along `join` that of rank r has the size ``joins[r]``, all else is alike.
+            Of this rank; along `take` that of rank r has the size ``take.sizes[r]``, all else is alike.
+        give, take : Along
+        out : Tensor, optional
+            Where it goes, at ``take.starts``; the rest stays as it is. None: all of it is new.
         dense : bool
             Return a contiguous tensor; else one with the strides that cost least.
 
         Returns
         -------
-        Tensor
-            Along `join` of size ``sum(joins)``, along `split` of this rank's.
+        callable
+            Has the current stream wait, and returns `out`, or a tensor of the size ``sum(take.sizes)`` along `take`
+            and of this rank's along `give`. To be called once, in the order of the beginnings.
         """
         self.calls += 1
-        self.sent += (x.numel() - x.numel() // x.shape[split] * splits[self.rank]) * x.element_size()
-        y = self._mover(x, split, join, tuple(splits), tuple(joins))
-        if dense and not y.is_contiguous():
-            strided, y = y, y.new_empty(y.shape)
-            copy_rows(y, strided)
-        return y
+        self.sent += x.numel() // x.shape[give.dim] * (sum(give.sizes) - give.sizes[self.rank]) * x.element_size()
+        wait = self._mover(name, x, give, take, out)
+
+        def come() -> Tensor:
+            y = wait()
+            if dense and not y.is_contiguous():
+                strided, y = y, y.new_empty(y.shape)
+                copy_rows(y, strided)
+            return y
+
+        return come
 
     def gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         """What all ranks hold, joined along `dim`, on every rank; that of rank r has the size ``sizes[r]``."""
@@ -100,30 +111,35 @@ class AllToAll:
     def __init__(self, exchange: Exchange) -> None:
         self._group, self._rank = exchange.group, exchange.rank
 
-    def __call__(self, x: Tensor, split: int, join: int, splits: tuple[int, ...], joins: tuple[int, ...]) -> Tensor:
-        parts = [part.movedim(join, 0) for part in x.split(splits, split)]
-        sent = x.new_empty(x.numel())
-        for part, place in zip(parts, sent.split([part.numel() for part in parts]), strict=True):
+    def __call__(self, name: str, x: Tensor, give: Along, take: Along, out: Tensor | None) -> Callable[[], Tensor]:
+        ranks = range(len(give.sizes))
+        parts = [_part(x, give, rank).movedim(take.dim, 0) for rank in ranks]
+        sizes = [part.numel() for part in parts]
+        sent = x.new_empty(sum(sizes))
+        for part, place in zip(parts, sent.split(sizes), strict=True):
             copy_rows(place.view(part.shape), part)
         shape = list(parts[self._rank].shape)
-        row = math.prod(shape[1:])
-        received = x.new_empty(sum(joins), *shape[1:])
-        dist.all_to_all_single(
-            received.view(-1),
-            sent,
-            [size * row for size in joins],
-            [part.numel() for part in parts],
-            group=self._group,
-        )
-        return received.movedim(0, join)
+        received, row = x.new_empty(sum(take.sizes), *shape[1:]), math.prod(shape[1:])
+        counts = [size * row for size in take.sizes]
+        work = dist.all_to_all_single(received.view(-1), sent, counts, sizes, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            if out is None:
+                return received.movedim(0, take.dim)
+            for rank, part in zip(ranks, received.split(take.sizes), strict=True):
+                copy_rows(_part(out, take, rank), part.movedim(0, take.dim))
+            return out
+
+        return wait
 
 
 class Symmetric:
     """Symmetric memory: each rank reads its part of what the others have, where it lies, straight into its place.
 
-    A barrier comes before the reading. Nothing is overwritten that another rank still reads as long as two exchanges in
-    a row are of different buffers, as they are around attention: the second one's barrier comes after the reading of
-    the first.
+    It does so on a stream of its own, one exchange after the other, and after a barrier. Nothing is overwritten that
+    another rank still reads: before a rank computes into a buffer again, it waits for an exchange of another one, whose
+    barrier comes after the others' reading of the first.
     """
 
     def __init__(self, exchange: Exchange) -> None:
@@ -131,49 +147,70 @@ class Symmetric:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._group, self._rank, self._size = exchange.group, exchange.rank, exchange.size
         self._memory: dict[tuple[str, int], tuple[Tensor, Any]] = {}
-        self._beside: torch.cuda.Stream | None = None
+        self._streams: list[torch.cuda.Stream] = []
 
-    def buffer(self, name: str, shape: Sequence[int], largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> Tensor:
         """See `Exchange.buffer`. The first time is collective."""
-        key = name, largest * dtype.itemsize
+        return self._buffer(name, shape, take, like)[0]
+
+    def _buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> tuple[Tensor, Any]:
+        """And the handle through which this rank reads that of others. As large as that of the rank that has most."""
+        count = math.prod(shape)
+        key = name, count // take.sizes[self._rank] * max(take.sizes) * like.element_size()
         if key not in self._memory:
-            self._memory[key] = self._allocate(key[1], device)
-        return self._memory[key][0].view(dtype)[: math.prod(shape)].view(tuple(shape))
+            self._memory[key] = self._allocate(key[1], like.device)
+        memory, handle = self._memory[key]
+        return memory.view(like.dtype)[:count].view(tuple(shape)), handle
 
     def _allocate(self, nbytes: int, device: torch.device) -> tuple[Tensor, Any]:
-        """Memory that the others can read, and the handle through which this rank reads theirs."""
+        """Memory that the others can read, and the handle."""
         memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
         return memory, symmetric_memory.rendezvous(memory, self._group)
 
-    def __call__(self, x: Tensor, split: int, join: int, splits: tuple[int, ...], joins: tuple[int, ...]) -> Tensor:
-        handle = next((each for memory, each in self._memory.values() if memory.data_ptr() == x.data_ptr()), None)
-        if handle is None:
-            largest = x.numel() // x.shape[join] * max(joins)
-            place = self.buffer("attended", x.shape, largest, x.dtype, x.device)
+    def __call__(self, name: str, x: Tensor, give: Along, take: Along, out: Tensor | None) -> Callable[[], Tensor]:
+        place, handle = self._buffer(name, x.shape, take, x)
+        if x.data_ptr() != place.data_ptr():
             copy_rows(place, x)
-            handle = self._memory["attended", largest * x.element_size()][1]
         elif not x.is_contiguous():
             raise ValueError(f"x: strides are {x.stride()}, must be contiguous where it lies in a buffer")
-        shape = list(x.shape)
-        shape[join], shape[split] = sum(joins), splits[self._rank]
-        out, start, starts = x.new_empty(shape), sum(splits[: self._rank]), [0, *accumulate(joins)]
+        if out is None:
+            shape = list(x.shape)
+            shape[take.dim], shape[give.dim] = sum(take.sizes), give.sizes[self._rank]
+            out = x.new_empty(shape)
+        result = out
+        if not x.is_cuda:
+            copy_rows(_part(out, take, self._rank), _part(place, give, self._rank))
+            self._take(handle, place, give, take, out)
+            return lambda: result
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(x.device) for _ in range(2)]
+        moving, own = self._streams
+        with _forked(moving):
+            with _forked(own):  # its own, while the others' come over the links
+                copy_rows(_part(out, take, self._rank), _part(place, give, self._rank))
+            self._take(handle, place, give, take, out)
+            moving.wait_stream(own)
+            done = moving.record_event()
 
-        def take(peer: int, theirs: Tensor) -> None:
-            copy_rows(out.narrow(join, starts[peer], joins[peer]), theirs.narrow(split, start, splits[self._rank]))
+        def wait() -> Tensor:
+            torch.cuda.current_stream(x.device).wait_event(done)
+            return result
 
-        if x.is_cuda and self._beside is None:
-            self._beside = torch.cuda.Stream(x.device)
-        with nullcontext() if self._beside is None else _forked(self._beside):
-            take(self._rank, x)  # its own, while the others' come over the links
+        return wait
+
+    def _take(self, handle: Any, place: Tensor, give: Along, take: Along, out: Tensor) -> None:
+        """This rank's part of what the others have in `place`."""
         handle.barrier(channel=0)
         for step in range(1, self._size):
             peer = (self._rank + step) % self._size  # so that not all read from the same
-            theirs = list(x.shape)
-            theirs[join] = joins[peer]
-            take(peer, handle.get_buffer(peer, theirs, x.dtype))
-        if self._beside is not None:
-            torch.cuda.current_stream(x.device).wait_stream(self._beside)
-        return out
+            shape = list(place.shape)
+            shape[take.dim] = take.sizes[peer]
+            theirs = handle.get_buffer(peer, shape, place.dtype)
+            copy_rows(_part(out, take, peer), _part(theirs, give, self._rank))
+
+
+def _part(x: Tensor, along: Along, rank: int) -> Tensor:
+    return x.narrow(along.dim, along.starts[rank], along.sizes[rank])
 
 
 @contextmanager

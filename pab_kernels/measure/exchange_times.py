@@ -9,13 +9,14 @@ from torch import Tensor
 
 from pab_kernels import clock
 from pab_kernels.blocks.branches import SelfAttention
-from pab_kernels.blocks.sharded import Shards, near_even
+from pab_kernels.blocks.sharded import Piece, Shards, near_even
+from pab_kernels.distributed.exchange import Exchange
 from pab_kernels.measure.benchmark import Timing, over_ranks
 from pab_kernels.measure.contenders import Problem
 from pab_kernels.models import adapter_for
 
-PAIRS = 8
-"""Of exchanges that are timed together, around attention that does nothing."""
+TIMES = 8
+"""So many attentions that do nothing are timed together, with the exchanges around them."""
 
 
 def measure(problem: Problem, timing: Timing) -> dict[str, float]:
@@ -25,13 +26,15 @@ def measure(problem: Problem, timing: Timing) -> dict[str, float]:
     """
     if timing.report is None or problem.mesh.frames == 1 or not any(timing.report.exchanges.values()):
         return {}
-    pair = _pair(problem)
-    seconds = max(over_ranks(problem, _seconds(pair, problem.device)))
-    return {name: calls / 2 * seconds for name, (calls, _) in timing.report.exchanges.items()}
+    around, exchange = _around(problem)
+    around()
+    sent = exchange.sent  # an attention's, of which all of a step are alike
+    seconds = max(over_ranks(problem, _seconds(around, problem.device)))
+    return {name: nbytes / sent * seconds for name, (_, nbytes) in timing.report.exchanges.items()}
 
 
-def _pair(problem: Problem) -> Callable[[], Tensor]:
-    """The two exchanges around attention of one block, of a step that computes both halves of guidance."""
+def _around(problem: Problem) -> tuple[Callable[[], None], Exchange]:
+    """The exchanges around attention of one block, of a step that computes both halves of guidance."""
     ranks = problem.mesh.join(problem.device)
     assert ranks is not None
     adapter = adapter_for(problem.host)
@@ -43,29 +46,33 @@ def _pair(problem: Problem) -> Callable[[], Tensor]:
     finally:
         adapter.restore()
     frames, tokens = problem.workload.grid
-    shards = Shards(near_even(frames, problem.mesh.frames), ranks.frames, ranks.exchange("frames"))
+    exchange = ranks.exchange("frames")
+    shards = Shards(near_even(frames, problem.mesh.frames), ranks.frames, exchange)
     batch = 2 // problem.mesh.guidance // problem.workload.forwards_per_step or 1
     own = shards.sizes[shards.rank]
-    rows = (own, tokens) if temporal else (own * tokens,)
-    qkv = torch.zeros(batch, own, tokens, 3 * channels, dtype=problem.dtype, device=problem.device)
-    buffer = shards.buffer("qkv", qkv.shape, qkv)
-    qkv = (qkv if buffer is None else buffer).view(batch, *rows, 3, heads, channels // heads)
-
+    shape = (batch, own, tokens) if temporal else (batch, own * tokens)
     split, width = (2, channels) if temporal else (3, channels // heads)
+    made = torch.zeros(*shape, 3, heads, channels // heads, dtype=problem.dtype, device=problem.device)
+
+    def project(piece: Piece, place: Tensor | None) -> Tensor:
+        return made[piece] if place is None else place
 
     def attend(x: Tensor, place: Tensor | None) -> Tensor:
         return x.new_empty(*x.shape[:2], x.shape[split], width) if place is None else place
 
-    return lambda: shards.around(qkv, split, width, attend)
+    def finish(piece: Piece, y: Tensor) -> None:
+        pass
+
+    return lambda: shards.around(made.shape, split, width, made, project, attend, finish), exchange
 
 
-def _seconds(pair: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one pair, the median."""
-    pair()  # what is set up at the first time is no part of it
+def _seconds(around: Callable[[], None], device: torch.device) -> float:
+    """Of one attention, the median."""
+    around()  # what is set up at the first time is no part of it
 
     def many() -> None:
-        for _ in range(PAIRS):
-            pair()
+        for _ in range(TIMES):
+            around()
 
     run: Callable[[], object] = many
     if device.type == "cuda":
@@ -78,5 +85,5 @@ def _seconds(pair: Callable[[], Tensor], device: torch.device) -> float:
     for _ in range(5):
         start = clock.mark(device)
         run()
-        times.append(clock.seconds(start, clock.mark(device)) / PAIRS)
+        times.append(clock.seconds(start, clock.mark(device)) / TIMES)
     return sorted(times)[len(times) // 2]

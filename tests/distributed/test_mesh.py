@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pab_kernels import Mesh, PABConfig, accelerate
+from pab_kernels.blocks import sharded
 from pab_kernels.blocks.branches import CrossAttention, Mlp, Weights
-from pab_kernels.blocks.sharded import Shards, near_even
+from pab_kernels.blocks.sharded import Along, Shards, near_even
 from pab_kernels.distributed.exchange import Symmetric, choose
 from tests.latte_tools import tiny_latte
 
@@ -60,8 +61,8 @@ class Alone:
     def buffer(self, *_):
         return None
 
-    def __call__(self, x, *_, **__):
-        return x
+    def begin(self, name, x, *_, **__):
+        return lambda: x
 
 
 def test_rows_are_shared_near_evenly():
@@ -71,12 +72,21 @@ def test_rows_are_shared_near_evenly():
     assert shards.rows(70) == (80, 70)
     assert shards.span(70) == slice(80, 150)
     # 7 frames of 10 tokens, 5 of which are this rank's: queries, keys and values of the rest, and 8 frames' outputs.
-    assert shards.sent(7, 10, 3) == (3 * 7 * 5 * 3, 8 * 5 * 3)
+    assert shards.sent(1, 7, 10, 3) == (3 * 7 * 5 * 3, 8 * 5 * 3)
+
+
+def test_large_rows_move_in_pieces(monkeypatch):
+    shards = Shards((8, 7), 1, Alone())
+    monkeypatch.setattr(sharded, "PIECE", 100)
+    assert shards.sent(2, 7, 10, 3) == (3 * 7 * 5 * 3,) * 2 + (8 * 5 * 3,) * 2
+    # 4 and 3 frames of one sequence.
+    assert shards.sent(1, 7, 10, 3) == (3 * 4 * 5 * 3, 3 * 3 * 5 * 3, 4 * 5 * 3, 4 * 5 * 3)
+    assert Along.of(1, (8, 7)).divided(2) == [Along(1, (4, 4), (0, 8)), Along(1, (4, 3), (4, 12))]
 
 
 def test_what_cannot_be_split_is_named():
     with pytest.raises(ValueError, match="frames: 2 heads cannot be split over 3 ranks"):
-        Shards((1, 1, 1), 0, Alone()).around(torch.zeros(1, 4, 3, 2, 8), 3, 8, lambda x, _: x)
+        Shards((1, 1, 1), 0, Alone()).around((1, 4, 3, 2, 8), 3, 8, torch.zeros(1), *[lambda *_: torch.zeros(1)] * 3)
 
     class Joint(Mlp):
         sent = Weights.sent  # as of a family's own branch that says nothing of ranks
@@ -117,19 +127,20 @@ def symmetric(rank: int, size: int, memory: dict) -> Symmetric:
 def test_symmetric_memory_is_read_into_place():
     memory: dict = {}
     ranks = [symmetric(rank, 3, memory) for rank in range(3)]
-    frames, tokens, cpu = (3, 2, 2), (4, 4, 3), torch.device("cpu")
+    frames, tokens = (3, 2, 2), (4, 4, 3)
     whole = torch.randn(2, 7, 11, 3, 8)
     mine = whole.split(frames, 1)
+    rows, parts = Along.of(1, frames), Along.of(2, tokens)
     written = []
-    for rank, rows in zip(ranks, mine, strict=True):  # all write before the barrier
-        written.append(rank.buffer("qkv", rows.shape, rows.numel() // rows.shape[1] * 3, rows.dtype, cpu).copy_(rows))
-    found = [rank(rows, 2, 1, tokens, frames) for rank, rows in zip(ranks, written, strict=True)]
-    for rows, expected in zip(found, whole.split(tokens, 2), strict=True):
-        assert torch.equal(rows, expected)
-        assert rows.is_contiguous()
+    for rank, own in zip(ranks, mine, strict=True):  # all write before the barrier
+        written.append(rank.buffer("qkv", own.shape, rows, own).copy_(own))
+    found = [rank("qkv", own, parts, rows, None)() for rank, own in zip(ranks, written, strict=True)]
+    for part, expected in zip(found, whole.split(tokens, 2), strict=True):
+        assert torch.equal(part, expected)
+        assert part.is_contiguous()
     # What lies elsewhere is copied first.
-    for rank, rows in zip(ranks, found, strict=True):
-        rank.buffer("attended", rows.shape, rows.numel() // rows.shape[2] * 4, rows.dtype, cpu).copy_(rows)
-    back = [rank(rows, 1, 2, frames, tokens) for rank, rows in zip(ranks, found, strict=True)]
-    for rows, expected in zip(back, mine, strict=True):
-        assert torch.equal(rows, expected)
+    for rank, part in zip(ranks, found, strict=True):
+        rank.buffer("attended", part.shape, parts, part).copy_(part)
+    back = [rank("attended", part, rows, parts, None)() for rank, part in zip(ranks, found, strict=True)]
+    for own, expected in zip(back, mine, strict=True):
+        assert torch.equal(own, expected)
