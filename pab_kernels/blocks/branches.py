@@ -268,7 +268,7 @@ def _shared_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope |
             early, options = options, {}  # before heads part, and so on this rank's rows
 
     def project(piece: Piece, place: Tensor | None) -> Tensor:
-        qkv = linear(seen[piece], weights.qkv, None if place is None else place.flatten(-3)).unflatten(-1, shape[-3:])
+        qkv = linear(_some(seen, piece), weights.qkv, None if place is None else place.flatten(-3)).unflatten(-1, shape[-3:])
         if early is not None:
             first = shards.span(rows).start
             own = slice(first + piece[1].start, first + piece[1].stop)
@@ -287,6 +287,10 @@ def _shared_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope |
 
     shards.around(shape, 2 if temporal else 3, channels if temporal else head_dim, out, project, attend, finish)
     return out
+
+
+def _some(h: Rows, piece: Piece) -> Rows:
+    return h[piece] if isinstance(h, Tensor) else Quantized(h.values[piece], h.row_scale[piece])
 
 
 def _project(y: Tensor, scale: Tensor | None, weights: Linear | Fp8Linear, out: Tensor) -> Tensor:

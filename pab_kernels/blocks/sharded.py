@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-PIECE = 2 * 2**20
+PIECE = 8 * 2**20
 """Least elements of queries, keys and values that are worth an exchange of their own, beside other work."""
 Piece = tuple[slice, slice]
 """Some sequences of the batch, and some of the rows that this rank has of them."""

@@ -60,22 +60,33 @@ def clean_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print_error("interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        _fail(error, 2)
-    except OSError as error:
-        _fail(error, 2 if error.errno in OF_PATHS else 1)
-    except MemoryError as error:
-        _fail(error, 1)
-    except RuntimeError as error:
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        if (trace := getattr(error, "trace", None)) is not None:
+            print(trace, file=sys.stderr, end="")
+        _fail(error, code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """That of an error, also where a rank met with it; None for a bug."""
+    if isinstance(error, ValueError | TypeError | FileNotFoundError):
+        return 2
+    if isinstance(error, OSError):
+        return 2 if error.errno in OF_PATHS else 1
+    if isinstance(error, MemoryError):
+        return 1
+    if isinstance(error, RuntimeError):
         import torch
 
         from pab_kernels.distributed.launch import RankError
 
-        if not isinstance(error, torch.OutOfMemoryError | RankError):
-            raise
-        if isinstance(error, RankError) and error.trace is not None:
-            print(error.trace, file=sys.stderr, end="")
-        _fail(error, 1)
+        if isinstance(error, RankError) and error.about is not None:
+            return _exit_code(error.about)
+        if isinstance(error, torch.OutOfMemoryError | RankError):
+            return 1
+    return None
 
 
 @contextmanager

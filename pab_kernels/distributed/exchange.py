@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from pab_kernels.blocks.sharded import Along
+
+BLOCK = 2**20
+"""Least bytes that are worth a copy of their own: one by a kernel is slower to begin with, and on an H200 as fast."""
 
 
 class Exchange:
@@ -147,7 +150,7 @@ class Symmetric:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._group, self._rank, self._size = exchange.group, exchange.rank, exchange.size
         self._memory: dict[tuple[str, int], tuple[Tensor, Any]] = {}
-        self._streams: list[torch.cuda.Stream] = []
+        self._stream: torch.cuda.Stream | None = None
 
     def buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> Tensor:
         """See `Exchange.buffer`. The first time is collective."""
@@ -177,23 +180,20 @@ class Symmetric:
             shape = list(x.shape)
             shape[take.dim], shape[give.dim] = sum(take.sizes), give.sizes[self._rank]
             out = x.new_empty(shape)
-        result = out
+        result, done = out, None
         if not x.is_cuda:
-            copy_rows(_part(out, take, self._rank), _part(place, give, self._rank))
             self._take(handle, place, give, take, out)
-            return lambda: result
-        if not self._streams:
-            self._streams = [torch.cuda.Stream(x.device) for _ in range(2)]
-        moving, own = self._streams
-        with _forked(moving):
-            with _forked(own):  # its own, while the others' come over the links
-                copy_rows(_part(out, take, self._rank), _part(place, give, self._rank))
-            self._take(handle, place, give, take, out)
-            moving.wait_stream(own)
-            done = moving.record_event()
+        else:
+            self._stream = self._stream or torch.cuda.Stream(x.device)
+            self._stream.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(self._stream):
+                self._take(handle, place, give, take, out)
+                done = self._stream.record_event()
 
         def wait() -> Tensor:
-            torch.cuda.current_stream(x.device).wait_event(done)
+            copy_rows(_part(result, take, self._rank), _part(place, give, self._rank))  # its own, while others' come
+            if done is not None:
+                torch.cuda.current_stream(x.device).wait_event(done)
             return result
 
         return wait
@@ -206,19 +206,23 @@ class Symmetric:
             shape = list(place.shape)
             shape[take.dim] = take.sizes[peer]
             theirs = handle.get_buffer(peer, shape, place.dtype)
-            copy_rows(_part(out, take, peer), _part(theirs, give, self._rank))
+            _copy_blocks(_part(out, take, peer), _part(theirs, give, self._rank))
 
 
 def _part(x: Tensor, along: Along, rank: int) -> Tensor:
     return x.narrow(along.dim, along.starts[rank], along.sizes[rank])
 
 
-@contextmanager
-def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
-    """On another stream, after what the current one was given."""
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
+def _copy_blocks(to: Tensor, source: Tensor) -> None:
+    """Copy large blocks one by one, which the copy engines do: the multiprocessors are free for what runs beside."""
+    dims = to.ndim
+    while dims > 0 and to[(0,) * (dims - 1)].is_contiguous() and source[(0,) * (dims - 1)].is_contiguous():
+        dims -= 1
+    if to[(0,) * dims].nbytes < BLOCK:
+        copy_rows(to, source)
+        return
+    for index in itertools.product(*map(range, to.shape[:dims])):
+        to[index].copy_(source[index])
 
 
 def copy_rows(to: Tensor, source: Tensor) -> None:

@@ -44,14 +44,19 @@ class RankError(RuntimeError):
         message tells all of.
     died : bool
         Whether it raised nothing: it was killed, or ended its process.
+    about : Exception or None
+        An error about arguments, files or memory, of the plain class that it has, without its message.
     """
 
-    def __init__(self, rank: int, message: str, trace: str | None = None, died: bool = False) -> None:
+    def __init__(
+        self, rank: int, message: str, trace: str | None = None, died: bool = False, about: Exception | None = None
+    ) -> None:
         super().__init__(f"rank {rank}: {message}")
         self.rank = rank
         self.trace = trace
         self.died = died
-        self._given = (rank, message, trace, died)
+        self.about = about
+        self._given = (rank, message, trace, died, about)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._given
@@ -64,6 +69,7 @@ class _Said:
     value: Any = None
     error: str | None = None
     trace: str | None = None
+    about: Exception | None = None
     seconds: float = 0.0
 
 
@@ -214,7 +220,7 @@ def _first_error(processes: list[BaseProcess], ended: dict[int, _Said | None]) -
             return RankError(rank, _how_it_ended(processes[rank].exitcode), died=True)
     errors = {rank: each for rank, each in ended.items() if each is not None and each.error is not None}
     rank, first = min(errors.items(), key=lambda item: item[1].seconds)
-    return RankError(rank, str(first.error), first.trace)
+    return RankError(rank, str(first.error), first.trace, about=first.about)
 
 
 def _how_it_ended(code: int | None) -> str:
@@ -273,7 +279,9 @@ def _rank(
             pipe.send(said if rank == 0 else _Said())
             del said  # results may be large
     except BaseException as error:
-        pipe.send(_Said(error=_message(error), trace=_trace(error), seconds=time.monotonic()))
+        about = _about(error)
+        trace = "".join(traceback.format_exception(error)) if about is None else None
+        pipe.send(_Said(error=_message(error), trace=trace, about=about, seconds=time.monotonic()))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: a process group whose peers are lost may hang where it is taken down
@@ -297,8 +305,7 @@ def _join_group(rank: int, ranks: int, device: str, port: int, timeout: float) -
         torch.cuda.set_device(own)
         # Multicast is not needed, and a fault in it takes the GPUs of a host down.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks))  # all share the host's cores
     dist.init_process_group(
         "gloo" if own is None else "cpu:gloo,cuda:nccl",
         store=dist.TCPStore("127.0.0.1", port, ranks, is_master=False),
@@ -313,10 +320,13 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _trace(error: BaseException) -> str | None:
-    if isinstance(error, ValueError | TypeError | OSError | MemoryError | torch.OutOfMemoryError):
-        return None
-    return "".join(traceback.format_exception(error))
+def _about(error: BaseException) -> Exception | None:
+    """An error about arguments, files or memory, of the plain class and without what may not be pickled."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, "")
+    kinds = (ValueError, TypeError, FileNotFoundError, OSError, torch.OutOfMemoryError, MemoryError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+    return None if kind is None else kind()
 
 
 def _die_with_parent() -> None:

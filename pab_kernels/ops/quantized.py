@@ -61,10 +61,6 @@ class Quantized:
         """All rows as one list: [M, C]."""
         return self.view(self.row_scale.numel(), self.shape[-1])
 
-    def __getitem__(self, which: tuple[slice, ...]) -> Quantized:
-        """Some of the rows, by their leading dimensions."""
-        return Quantized(self.values[which], self.row_scale[which])
-
 
 def split(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
     """Values and row scales, as the schema of an op and the arguments of a kernel have them."""

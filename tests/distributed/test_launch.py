@@ -41,6 +41,7 @@ def test_the_rank_that_fails_first_is_named_and_ends_the_others(how, where, mess
         launch(rank_functions.fail, how, where, ranks=2, device="cpu")
     assert caught.value.rank == where
     assert ("KeyError" in (caught.value.trace or "")) == (how == "a bug")
+    assert isinstance(caught.value.about, ValueError) == (how == "raise")
 
 
 def test_ranks_stay_from_call_to_call_until_one_fails():

@@ -78,7 +78,7 @@ def test_mlp_with_one_large_feature(outlier, large_input):
 
 def test_the_result_is_that_of_the_weights():
     weights = Mlp(random_linear(4 * CHANNELS), random_linear(CHANNELS, 4 * CHANNELS))
-    weights.up.weight[9] *= 30  # type: ignore[operator]
+    weights.up.weight[9] *= 30  # type: ignore[index]
     x = torch.randn(50, CHANNELS).bfloat16()
     up, down = in_fp8(weights)
     got = mlp(quantized(x), Mlp(up, down), torch.full((50, CHANNELS), float("nan")).bfloat16())
@@ -92,10 +92,10 @@ def test_the_result_is_that_of_the_weights():
 def test_weights_that_are_zero(share, bias, outlier):
     """Pruned features say nothing of the others, also where they are most of them, or all."""
     weights = Mlp(random_linear(4 * CHANNELS), random_linear(CHANNELS, 4 * CHANNELS))
-    weights.up.weight[: int(share * 4 * CHANNELS)] = 0  # type: ignore[operator]
-    weights.up.weight[-1] *= outlier  # type: ignore[operator]
+    weights.up.weight[: int(share * 4 * CHANNELS)] = 0  # type: ignore[index]
+    weights.up.weight[-1] *= outlier  # type: ignore[index]
     weights.up.bias.mul_(bias)
-    weights.down.weight[:, 7] = 0  # type: ignore[operator]
+    weights.down.weight[:, 7] = 0  # type: ignore[index]
     x = torch.randn(50, CHANNELS).bfloat16()
     got = mlp(quantized(x), Mlp(*in_fp8(weights)), torch.full((50, CHANNELS), float("nan")).bfloat16())
     wanted = mlp(x, weights, torch.empty(50, CHANNELS).bfloat16())
