@@ -268,7 +268,8 @@ def _shared_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope |
             early, options = options, {}  # before heads part, and so on this rank's rows
 
     def project(piece: Piece, place: Tensor | None) -> Tensor:
-        qkv = linear(_some(seen, piece), weights.qkv, None if place is None else place.flatten(-3)).unflatten(-1, shape[-3:])
+        place = None if place is None else place.flatten(-3)
+        qkv = linear(_some(seen, piece), weights.qkv, place).unflatten(-1, shape[-3:])
         if early is not None:
             first = shards.span(rows).start
             own = slice(first + piece[1].start, first + piece[1].stop)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def bench(
     context: typer.Context,
-    workload: Annotated[str, typer.Option(help="What to run, such as open_sora-480p-2s, latte-16x512.")],
+    workload: Annotated[
+        list[str], typer.Option(help="What to run, such as open_sora-480p-2s, latte-16x512; repeat it for several.")
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything here, as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also append a row for each contender here.")] = None,
     report_folder: Annotated[
@@ -53,7 +55,13 @@ def bench(
     dtype: options.Dtype = None,
     cache_device: options.CacheDevice = None,
     gpus: options.Gpus = 1,
-    mesh: options.MeshAxes = None,
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(help="How they share it: guidance=2,frames=4; repeat it for several; by default all there are."),
+    ] = None,
+    shares: Annotated[
+        bool, typer.Option("--shares", help="Also time the largest share of a mesh's frames, on one GPU alone.")
+    ] = False,
 ) -> None:
     """Time a denoising run: host, plain PAB, this runtime; and this runtime on several GPUs against one of them.
 
@@ -69,7 +77,7 @@ def bench(
 
     pab bench --workload open_sora-360p-2s --end-to-end
 
-    pab bench --workload open_sora-480p-8s --gpus 2 --report reports/two
+    pab bench --workload open_sora-480p-2s --workload latte-16x512 --gpus 2 --mesh frames=2 --mesh guidance=2
     """
     from pab_kernels import workloads as named
     from pab_kernels.config import PABConfig
@@ -79,9 +87,12 @@ def bench(
     from pab_kernels.pipelines import generate
 
     with options.clean_errors():
-        chosen = named.workload(workload)
-        settings = PABConfig.preset(chosen.family) if pab is None else generate.pab_settings(pab)
-        if settings is None:
+        if len(workload) > 1 and (json_file is not None or end_to_end):
+            raise ValueError(f"json, end-to-end: got one with {len(workload)} workloads, must be with one")
+        if shares and gpus == 1:
+            raise ValueError("shares: got it without --gpus, must be with several")
+        given = None if pab is None else generate.pab_settings(pab)
+        if pab is not None and given is None:
             raise ValueError("pab: got 'off', must be a preset or a file: runs without PAB are timed anyway")
         for option, value, allowed in (
             ("scale", scale, ("full", "tiny")),
@@ -95,49 +106,58 @@ def bench(
         columns = columns_of(csv_file)
         place = options.device_named(device)
         number = options.dtype_named(dtype or options.default_dtype(place))
-        names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number), gpus)
-        if scale == "tiny":
-            chosen = chosen.tiny()
         if gpus > 1:
             check_ranks(gpus, str(place))
-        if end_to_end:
-            if report_folder is not None or gpus > 1:
-                raise ValueError("end-to-end: got it with --report or --gpus, must be with --json or --csv alone")
-            found = whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, scale == "tiny", pab)
-            if csv_file is not None:
-                append_rows(csv_file, columns, found)
-            return
-        job = benching.Job(
-            workload=chosen,
-            settings=settings,
-            names=tuple(names),
-            repeats=repeats,
-            budget=budget,
-            steps=steps,
-            compile_scope=compile_scope,
-            device=place,
-            dtype=number,
-            cache_device=cache_device,
-            command=command_line(context),
-            json_file=json_file,
-            csv_file=csv_file,
-            columns=columns,
-            report_folder=report_folder,
-            meshes=_meshes(chosen, gpus, mesh),
-        )
-        code = benching.run(job) if gpus == 1 else launch(benching.run, job, ranks=gpus, device=place.type)
+        if end_to_end and (report_folder is not None or gpus > 1):
+            raise ValueError("end-to-end: got it with --report or --gpus, must be with --json or --csv alone")
+        jobs = []
+        for name in workload:
+            chosen = named.workload(name)
+            settings = PABConfig.preset(chosen.family) if given is None else given
+            names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number), gpus)
+            if scale == "tiny":
+                chosen = chosen.tiny()
+            if end_to_end:
+                tiny = scale == "tiny"
+                found = whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, tiny, pab)
+                if csv_file is not None:
+                    append_rows(csv_file, columns, found)
+                return
+            job = benching.Job(
+                workload=chosen,
+                settings=settings,
+                names=tuple(names),
+                repeats=repeats,
+                budget=budget,
+                steps=steps,
+                compile_scope=compile_scope,
+                device=place,
+                dtype=number,
+                cache_device=cache_device,
+                command=command_line(context),
+                json_file=json_file,
+                csv_file=csv_file,
+                columns=columns,
+                report_folder=report_folder,
+                meshes=_meshes(chosen, gpus, mesh),
+                shares=shares,
+            )
+            if shares and chosen.family == "latte":
+                raise ValueError("shares: got it for latte, whose model takes no other number of frames")
+            jobs.append(job)
+        code = benching.run(jobs) if gpus == 1 else launch(benching.run, jobs, ranks=gpus, device=place.type)
         if code:
             raise typer.Exit(code)
 
 
-def _meshes(chosen: Workload, gpus: int, text: str | None) -> tuple[Mesh, ...]:
-    """The mesh that ``--mesh`` says, or all of so many ranks; none for one."""
+def _meshes(chosen: Workload, gpus: int, texts: list[str] | None) -> tuple[Mesh, ...]:
+    """The meshes that ``--mesh`` says, or all of so many ranks; none for one."""
     from pab_kernels.measure.mesh_costs import meshes, parse_mesh
 
-    asked = parse_mesh(text, gpus)
+    asked = tuple(filter(None, (parse_mesh(text, gpus) for text in texts or ())))
     if gpus == 1:
         return ()
-    return tuple(meshes(gpus, (2, *chosen.grid), guided=True)) if asked is None else (asked,)
+    return asked or tuple(meshes(gpus, (2, *chosen.grid), guided=True))
 
 
 def command_line(context: typer.Context) -> str:
@@ -148,7 +168,8 @@ def command_line(context: typer.Context) -> str:
         source = context.get_parameter_source(parameter.name or "")
         given = source is not None and source.name == "COMMANDLINE"
         if given and parameter.name not in ("json_file", "csv_file", "report_folder"):
-            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [parameter.opts[0]] if each is True else [parameter.opts[0], str(each)]
     return shlex.join(words)
 
 
@@ -176,7 +197,8 @@ def contender_names(
 
     if runs is None:
         fp8 = {name for name, contender in CONTENDERS.items() if contender.fp8}
-        wanted = set(CONTENDERS) - {"compile"} - (set() if family == "latte" else {"hook"}) - (fp8 if no_fp8 else set())
+        others = {"compile", "runtime-fp8+pab-eager"} | (set() if family == "latte" else {"hook"})
+        wanted = set(CONTENDERS) - others - (fp8 if no_fp8 else set())
     else:
         wanted = {name.strip() for name in runs.split(",")}
     if gpus > 1 and runs is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ class Job:
     columns: tuple[str, ...]
     report_folder: Path | None
     meshes: tuple[Mesh, ...] = ()
+    shares: bool = False
+    """Whether the share of the rank that has most frames is timed too, on one GPU alone."""
 
     @property
     def gpus(self) -> int:
@@ -59,10 +62,26 @@ class Job:
         return self.meshes[0].size if self.meshes else 1
 
 
-def run(job: Job) -> int:
-    """Time the contenders; the exit code. Of several ranks the first one is alone at first, then all of them run."""
+def run(jobs: Sequence[Job]) -> int:
+    """Time the contenders of each workload; the exit code."""
+    from pab_kernels.measure import report as pages
+
+    code, results = 0, []
+    for job in jobs:
+        begun = _run(job)
+        if begun is not None:
+            code = max(code, begun.finish())
+            results.append(begun.result)
+    folder = jobs[0].report_folder
+    if results and folder is not None:
+        options.console().print(f"wrote {pages.write(results, folder)[0]}", soft_wrap=True)
+    return code
+
+
+def _run(job: Job) -> _Benchmark | None:
+    """Of several ranks the first one is alone at first, then all of them run; the others return nothing."""
     if job.gpus == 1:
-        return _Benchmark(job, _problem(job, job.device)).alone().finish()
+        return _Benchmark(job, _problem(job, job.device)).alone()
     import torch.distributed as dist
 
     rank = dist.get_rank()
@@ -76,7 +95,7 @@ def run(job: Job) -> int:
             timing = _on_mesh(name, dataclasses.replace(problem, mesh=mesh), job)
             if begun is not None:
                 begun.add(timing)
-    return 0 if begun is None else begun.finish()
+    return begun
 
 
 def _problem(job: Job, place: torch.device) -> Problem:
@@ -124,6 +143,12 @@ class _Benchmark:
             self.console.print(pages.check_line(self.result["check"]))
         for name in job.names:
             self.add(benchmark.measure(name, problem, job.repeats, job.budget))
+        for ranks in sorted({mesh.frames for mesh in job.meshes if job.shares and mesh.frames > 1}):
+            part = benchmark.share_of(problem, ranks)
+            for name in job.names:
+                timing = benchmark.measure(name, part, job.repeats, job.budget)
+                timing.share = part.workload.grid[0]
+                self.add(timing)
         return self
 
     def add(self, timing: Timing) -> None:
@@ -139,7 +164,7 @@ class _Benchmark:
                 partial.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
 
     def finish(self) -> int:
-        """Print the tables and write the files; the exit code."""
+        """Print the tables and append the rows; the exit code."""
         from pab_kernels.measure import report as pages
 
         rows = self.result["contenders"]
@@ -148,9 +173,6 @@ class _Benchmark:
             self.console.print(_table(pages.variants_grid(rows), "this runtime, by step variant"))
         if self.job.csv_file is not None:
             append_rows(self.job.csv_file, self.job.columns, _csv_rows(self.result))
-        if self.job.report_folder is not None:
-            page = pages.write([self.result], self.job.report_folder)[0]
-            self.console.print(f"wrote {page}", soft_wrap=True)
         within = self.result.get("check", {"within": True})["within"]
         return 1 if not within or any(timing.error for timing in self.timings) else 0
 

@@ -66,7 +66,8 @@ class Mesh:
         return self.guidance * self.frames
 
     def __str__(self) -> str:
-        return f"guidance={self.guidance},frames={self.frames}"
+        backend = "" if self.backend is None else f",backend={self.backend}"
+        return f"guidance={self.guidance},frames={self.frames}{backend}"
 
     def join(self, device: torch.device) -> Ranks | None:
         """This rank's place, in the process group that there is; None for a mesh of one. All ranks call it together.

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pab_kernels import clock
+from pab_kernels.blocks.sharded import near_even
 from pab_kernels.config import PABConfig
 from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.measure.contenders import CONTENDERS, Problem, Session
@@ -45,6 +46,10 @@ class Timing:
     report: Report | None = None
     error: str | None = None
     mesh: Mesh = field(default_factory=Mesh)
+    share: int | None = None
+    """Of so many latent frames alone: as many as the rank of a mesh that has most. None: of all."""
+    runs_differ: float = 0.0
+    """The largest difference of a final latent between two timed runs."""
     rank_steps: list[list[float]] = field(default_factory=list)
     """`steps` of every rank."""
     exchange_seconds: dict[str, float] = field(default_factory=dict)
@@ -52,7 +57,9 @@ class Timing:
 
     @property
     def key(self) -> str:
-        """The contender, and the mesh if it has more than one rank."""
+        """The contender, and the mesh if it has more than one rank, or its share."""
+        if self.share is not None:
+            return f"{self.name} of {self.share} frames"
         return self.name if self.mesh.size == 1 else f"{self.name} {self.mesh}"
 
     @property
@@ -146,8 +153,13 @@ def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
                 over_ranks(problem, 0.0)  # all begin together
                 seconds, latents, result.steps = _timed_run(session, problem)
                 result.runs.append(max(over_ranks(problem, seconds)))
+                first = latents if result.latents is None else result.latents
+                result.runs_differ = max(result.runs_differ, float((latents - first).abs().max()))
+                result.latents = first
             if not latents.isfinite().all():
                 raise ArithmeticError("its latents are not finite, so its times mean nothing")
+            if len(set(over_ranks(problem, latents.double().sum().item()))) > 1:
+                raise ArithmeticError("its latents differ between ranks")
             result.latents = latents.cpu()
             result.report = None if session.report is None else session.report()
             if problem.mesh.size > 1:
@@ -160,6 +172,15 @@ def measure(name: str, problem: Problem, repeats: int, budget: float) -> Timing:
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
         result.reserved_bytes = torch.cuda.max_memory_reserved(device)
     return result
+
+
+def share_of(problem: Problem, ranks: int) -> Problem:
+    """The run of as many latent frames as the rank with most has, where so many ranks split them; alone on one GPU."""
+    workload = problem.workload
+    frames = near_even(workload.latent[0], ranks)[0]
+    part = dataclasses.replace(workload, latent=(frames, *workload.latent[1:]))
+    inputs = part.inputs(problem.device, problem.dtype, len(problem.timesteps))
+    return dataclasses.replace(problem, workload=part, inputs=inputs, mesh=Mesh())
 
 
 def over_ranks(problem: Problem, value: Any) -> list[Any]:
@@ -192,17 +213,32 @@ def _warm_up(session: Session, problem: Problem, config: PABConfig) -> None:
     if session.report is None:
         denoise(session.model, problem, 2 // forwards)
         return
-    first: dict[StepVariant, int] = {}
-    for step, variant in enumerate(Schedule(config, problem.timesteps)):
-        first.setdefault(variant, step)
+    brief, calls = _soonest(problem, config)
+    variants = len(set(Schedule(config, problem.timesteps)))
     graphs = -1
     for _ in range(3):
-        session.begin(problem.timesteps)
-        denoise(session.model, problem, 1 + max(first.values()))
+        session.begin(brief.timesteps)
+        denoise(session.model, brief, calls)
         captured = min(over_ranks(problem, session.report().graphs))
-        if captured in (graphs, forwards * len(first)):
+        if captured in (graphs, forwards * variants):
             return
         graphs = captured
+
+
+def _soonest(problem: Problem, config: PABConfig) -> tuple[Problem, int]:
+    """A run of fewer steps in which all variants of the problem's come up soonest, and after how many calls."""
+    workload, wanted = problem.workload, set(Schedule(config, problem.timesteps))
+    found = []
+    for steps in range(2, len(problem.timesteps) + 1):
+        seen: set[StepVariant] = set()
+        for call, variant in enumerate(Schedule(config, workload.timesteps(steps))):
+            seen.add(variant)
+            if wanted <= seen:
+                found.append((call + 1, steps))
+                break
+    calls, steps = min(found, default=(1, 1))
+    inputs = workload.inputs(problem.device, problem.dtype, steps)
+    return dataclasses.replace(problem, timesteps=workload.timesteps(steps), inputs=inputs), calls
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -169,6 +169,9 @@ CONTENDERS: dict[str, Contender] = {
     "runtime+pab8": Contender("PAB, slots in fp8", True, "runtime+pab", partial(_runtime, cache_dtype="fp8")),
     "runtime-fp8": Contender("linears in fp8, no PAB", False, "runtime", _fp8, fp8=True),
     "runtime-fp8+pab": Contender("linears in fp8, PAB", True, "runtime+pab", _fp8, fp8=True),
+    "runtime-fp8+pab-eager": Contender(
+        "linears in fp8, PAB, no CUDA graphs", True, "runtime+pab", partial(_fp8, cuda_graphs=False), fp8=True
+    ),
     "runtime-fp8a+pab": Contender(
         "linears and attention in fp8", True, "runtime+pab", partial(_fp8, attention_precision="fp8"), fp8=True
     ),

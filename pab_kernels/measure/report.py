@@ -30,7 +30,8 @@ would leave nothing to gain without changing the schedule or the number format. 
 the final latents against the contender in brackets. On a mesh the floor is that of so many GPUs, "x one GPU" is against
 the same contender on one of them, and "jitter" is the mean over the steps of how much longer the slowest rank took than
 the fastest. "ms in exchanges" is what a step's exchanges of attention take by themselves, in a graph, with nothing to
-wait for; "share" is that of the step's time."""
+wait for; "share" is that of the step's time. "repeats" says whether the timed runs gave the same bit for bit, else by
+how much a latent differs at most."""
 STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b2a30; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 3rem; border-bottom: 2px solid #1f6f8b }
@@ -182,7 +183,8 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
 
     others = [name for name in RATIOS if any(row["name"] == name for row in contenders)]
     header = ["", "seconds", "runs", "ms/step", *(f"x {name}" for name in others), "x one GPU", "of floor", "frames/s"]
-    header += ["in exchanges", "jitter ms", "peak GiB", "cache GiB", "on host GiB", "difference", "warm-up s"]
+    header += ["in exchanges", "jitter ms", "peak GiB", "cache GiB", "on host GiB", "difference", "repeats"]
+    header += ["warm-up s"]
     rows = []
     for row in contenders:
         difference = cell(row["difference"], ".1e")
@@ -202,11 +204,17 @@ def runs_grid(contenders: Sequence[Mapping[str, Any]]) -> Grid:
                 cell(row["cache_bytes"], ".2f", 2**30),
                 cell(row["host_bytes"] or None, ".2f", 2**30),
                 f"{difference} ({row['difference_from']})" if difference else "",
+                _repeats(row.get("runs_differ")),
                 cell(row["warm_up_seconds"], ".1f"),
             ]
         )
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _repeats(differ: float | None) -> str:
+    """Whether runs gave the same; by how much a number differs at most where they did not."""
+    return "" if differ is None else f"{differ:.1e}" if differ else "yes"
 
 
 def _share_of_exchanges(row: Mapping[str, Any]) -> float | None:

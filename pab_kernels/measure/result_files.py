@@ -146,7 +146,7 @@ ROW = _fields(
     },
     {
         "gpus": _between(1, 1e6, whole=True),
-        **dict.fromkeys(("against_one", "jitter_seconds"), _optional(_number)),
+        **dict.fromkeys(("against_one", "jitter_seconds", "runs_differ"), _optional(_number)),
         "exchanges": _mapping(_list(_between(0, 2**60, whole=True), 2, 2)),
         "exchange_seconds": _mapping(_number),
     },

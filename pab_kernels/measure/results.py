@@ -89,28 +89,31 @@ def rows(timings: Sequence[Timing], problem: Problem, floor: Floor) -> list[dict
     found = []
     for timing in timings:
         contender, seconds, report = CONTENDERS[timing.name], timing.seconds, timing.report
-        gpus = timing.mesh.size
+        gpus, frames = timing.mesh.size, problem.workload.grid[0]
+        share = 1.0 if timing.share is None else timing.share / frames
         nearest = contender.like if gpus == 1 else timing.name
-        like = by_key.get(nearest)
+        like = by_key.get(nearest) if timing.share is None else None
         difference = None
         if like is not None and like is not timing and like.latents is not None and timing.latents is not None:
             difference = relative_error(timing.latents, like.latents)
-        least = floor.seconds(contender.pab, fp8=contender.fp8) / gpus
+        least = floor.seconds(contender.pab, fp8=contender.fp8) / gpus * share
+        label = contender.label if gpus == 1 else f"{contender.label}, {timing.mesh}"
         found.append(
             {
                 "name": timing.key,
-                "label": contender.label if gpus == 1 else f"{contender.label}, {timing.mesh}",
+                "label": label if timing.share is None else f"{label}, {timing.share} of {frames} frames",
                 "pab": contender.pab,
                 "gpus": gpus,
                 "seconds": seconds,
                 "runs": timing.runs,
+                "runs_differ": timing.runs_differ if len(timing.runs) > 1 else None,
                 "step_seconds": timing.steps,
                 "jitter_seconds": timing.jitter,
                 "ms_per_step": None if seconds is None else seconds * 1e3 / len(problem.timesteps),
                 **{f"against_{to}": ratio(timing, to) for to in RATIOS},
                 "against_one": ratio(timing, timing.name) if gpus > 1 else None,
                 "floor_share": None if seconds is None else least / seconds,
-                "frames_per_second": None if seconds is None else problem.workload.pixels[0] / seconds,
+                "frames_per_second": None if seconds is None else problem.workload.pixels[0] * share / seconds,
                 "peak_bytes": timing.peak_bytes,
                 "reserved_bytes": timing.reserved_bytes,
                 "cache_bytes": None if report is None else report.cache_bytes,

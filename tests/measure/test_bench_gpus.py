@@ -8,7 +8,7 @@ import pytest
 from pab_kernels.measure import report, result_files
 from tests.cli_tools import pab, refused
 
-JOB = ("bench", "--workload", "latte-16x512", "--scale", "tiny", "--device", "cpu", "--repeats", 1)
+JOB = ("bench", "--workload", "open_sora-144p-2s", "--scale", "tiny", "--device", "cpu", "--repeats", 1)
 MESHES = ("guidance=2,frames=1", "guidance=1,frames=2")
 
 
@@ -17,19 +17,25 @@ def made(tmp_path_factory):
     """The folder of a benchmark on two ranks, of both meshes."""
     folder = tmp_path_factory.mktemp("bench")
     files = ("--json", folder / "two.json", "--csv", folder / "two.csv", "--report", folder / "report")
-    pab(*JOB, "--gpus", 2, "--runs", "runtime,runtime+pab", *files)
+    meshes = [word for mesh in ("guidance=2", "frames=2") for word in ("--mesh", mesh)]
+    pab(*JOB, "--gpus", 2, *meshes, "--shares", "--repeats", 2, "--runs", "runtime,runtime+pab", *files)
     return folder
 
 
 def test_each_mesh_is_against_one_gpu_and_gives_what_that_gives(made):
     result = result_files.load(made / "two.json")
     assert result["gpus"] == 2
-    assert result["command"].endswith("--gpus 2")
+    assert "--gpus 2 --mesh guidance=2 --mesh frames=2 --shares" in result["command"]
     rows = {row["name"]: row for row in result["contenders"]}
     kinds = ("runtime", "runtime+pab")
-    assert list(rows) == [*kinds, *(f"{kind} {mesh}" for mesh in MESHES for kind in kinds)]
+    shares = [f"{kind} of 2 frames" for kind in kinds]
+    assert list(rows) == [*kinds, *shares, *(f"{kind} {mesh}" for mesh in MESHES for kind in kinds)]
     for name, row in rows.items():
+        assert row["runs_differ"] == 0
         kind, _, mesh = name.partition(" ")
+        if name in shares:
+            assert (row["gpus"], row["against_one"], row["difference"]) == (1, None, None)
+            continue
         assert row["gpus"] == (2 if mesh else 1)
         assert (row["against_one"] is None) == (not mesh)
         if mesh:
@@ -53,12 +59,12 @@ def test_the_tables_have_columns_for_it(made):
     rows = json.loads((made / "two.json").read_text())["contenders"]
     header, cells = report.runs_grid(rows)
     assert {"x one GPU", "jitter ms", "in exchanges"} <= set(header)
-    assert [bool(row[header.index("x one GPU")]) for row in cells] == [False] * 2 + [True] * 4
+    assert [bool(row[header.index("x one GPU")]) for row in cells] == [False] * 4 + [True] * 4
     header, cells = report.variants_grid(rows)
     assert header[4:] == ["exchanges", "MB sent", "ms in exchanges", "share"]
     assert all(len(row) == len(header) for row in cells)
     with (made / "two.csv").open(newline="") as file:
-        assert [row["backend"] for row in csv.DictReader(file)][2:4] == [
+        assert [row["backend"] for row in csv.DictReader(file)][4:6] == [
             f"{kind} guidance=2,frames=1" for kind in ("runtime", "runtime+pab")
         ]
 
@@ -68,6 +74,9 @@ def test_the_tables_have_columns_for_it(made):
     [
         (["--gpus", 2, "--runs", "eager,runtime"], "runs: got eager with --gpus, must be this runtime's"),
         (["--gpus", 2, "--mesh", "frames=3"], "mesh: got 'frames=3', which are 3 ranks, must be 2"),
+        (["--shares"], "shares: got it without --gpus"),
+        (["--gpus", 2, "--workload", "latte-16x512", "--shares"], "shares: got it for latte"),
+        (["--gpus", 2, "--workload", "latte-16x512", "--json", "two.json"], "json, end-to-end: got one with 2 work"),
         (["--gpus", 2, "--end-to-end"], "end-to-end: got it with --report or --gpus"),
     ],
 )
