@@ -28,7 +28,7 @@ def test_each_mesh_is_against_one_gpu_and_gives_what_that_gives(made):
     assert "--gpus 2 --mesh guidance=2 --mesh frames=2 --shares" in result["command"]
     rows = {row["name"]: row for row in result["contenders"]}
     kinds = ("runtime", "runtime+pab")
-    shares = [f"{kind} of 2 frames" for kind in kinds]
+    shares = [f"{kind} of 3 frames" for kind in kinds]
     assert list(rows) == [*kinds, *shares, *(f"{kind} {mesh}" for mesh in MESHES for kind in kinds)]
     for name, row in rows.items():
         assert row["runs_differ"] == 0
