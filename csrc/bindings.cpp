@@ -9,6 +9,7 @@
 #include <string>
 
 #include "attention.h"
+#include "copy_rows.h"
 #include "temporal_attention.h"
 
 namespace py = pybind11;
@@ -114,6 +115,22 @@ void bind_fp8_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_scale
     fp8_attention(params, dtype, device, pointer<void>(stream));
 }
 
+void bind_copy_rows(uintptr_t to, const std::array<int64_t, 2>& to_strides, uintptr_t source,
+                    const std::array<int64_t, 2>& source_strides, const std::array<int64_t, 3>& shape, int device,
+                    uintptr_t stream) {
+    CopyRowsParams params{};
+    params.to = pointer<void>(to);
+    params.source = pointer<const void>(source);
+    params.to_block = to_strides[0];
+    params.to_row = to_strides[1];
+    params.source_block = source_strides[0];
+    params.source_row = source_strides[1];
+    params.blocks = shape[0];
+    params.rows = shape[1];
+    params.width = shape[2];
+    copy_rows(params, device, pointer<void>(stream));
+}
+
 py::dict build_info() {
     py::list architectures;
     std::stringstream list(PAB_CUDA_ARCHS);
@@ -156,5 +173,9 @@ PYBIND11_MODULE(_C, m) {
         "columns of a row of q and k, tokens of a row of v, tokens that share a scale of v, addresses in bytes, dtype "
         "of out.\n\n"
         "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
+    m.def("copy_rows", &bind_copy_rows, py::kw_only(), py::arg("to"), py::arg("to_strides"), py::arg("source"),
+          py::arg("source_strides"), py::arg("shape"), py::arg("device"), py::arg("stream"),
+          "Copy by the copy engines: shape (blocks, rows, bytes of a row), strides of blocks and rows in bytes.\n\n"
+          "Raises ValueError that names an unsupported argument, RuntimeError when the launch fails.");
     m.def("build_info", &build_info, "CUDA version, architectures, host compiler and kernels of this build.");
 }

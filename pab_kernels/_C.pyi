@@ -64,4 +64,14 @@ def fp8_attention(
     device: int,
     stream: int,
 ) -> None: ...
+def copy_rows(
+    *,
+    to: int,
+    to_strides: Sequence[int],
+    source: int,
+    source_strides: Sequence[int],
+    shape: Sequence[int],
+    device: int,
+    stream: int,
+) -> None: ...
 def build_info() -> dict[str, Any]: ...

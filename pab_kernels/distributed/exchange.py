@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -14,9 +13,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from pab_kernels.blocks.sharded import Along
-
-BLOCK = 2**20
-"""Least bytes that are worth a copy of their own: one by a kernel is slower to begin with, and on an H200 as fast."""
+from pab_kernels.ops.copies import copy_beside, copy_rows
 
 
 class Exchange:
@@ -206,38 +203,11 @@ class Symmetric:
             shape = list(place.shape)
             shape[take.dim] = take.sizes[peer]
             theirs = handle.get_buffer(peer, shape, place.dtype)
-            _copy_blocks(_part(out, take, peer), _part(theirs, give, self._rank))
+            copy_beside(_part(out, take, peer), _part(theirs, give, self._rank))
 
 
 def _part(x: Tensor, along: Along, rank: int) -> Tensor:
     return x.narrow(along.dim, along.starts[rank], along.sizes[rank])
-
-
-def _copy_blocks(to: Tensor, source: Tensor) -> None:
-    """Copy large blocks one by one, which the copy engines do: the multiprocessors are free for what runs beside."""
-    dims = to.ndim
-    while dims > 0 and to[(0,) * (dims - 1)].is_contiguous() and source[(0,) * (dims - 1)].is_contiguous():
-        dims -= 1
-    if to[(0,) * dims].nbytes < BLOCK:
-        copy_rows(to, source)
-        return
-    for index in itertools.product(*map(range, to.shape[:dims])):
-        to[index].copy_(source[index])
-
-
-def copy_rows(to: Tensor, source: Tensor) -> None:
-    """Copy, 8 bytes at a time where the layouts allow it: torch moves strided tensors element by element."""
-    pair = [to, source]
-    per = 8 // to.element_size()
-    wide = all(
-        tensor.ndim > 0
-        and tensor.stride(-1) == 1
-        and not (tensor.shape[-1] % per or tensor.storage_offset() % per or any(s % per for s in tensor.stride()[:-1]))
-        for tensor in pair
-    )
-    if per > 1 and wide:
-        to, source = (tensor.view(torch.int64) for tensor in pair)
-    to.copy_(source)
 
 
 def _no_gloo(device: torch.device) -> str | None:
