@@ -291,7 +291,11 @@ def _shared_attention(h: Rows, weights: SelfAttention, out: Tensor, rope: Rope |
 
 
 def _some(h: Rows, piece: Piece) -> Rows:
-    return h[piece] if isinstance(h, Tensor) else Quantized(h.values[piece], h.row_scale[piece])
+    """Some rows. Of scales in the middle of others cuBLASLt takes no address that is not a multiple of 16 bytes."""
+    if isinstance(h, Tensor):
+        return h[piece]
+    scale = h.row_scale[piece]
+    return Quantized(h.values[piece], scale.clone() if scale.data_ptr() % 16 else scale)
 
 
 def _project(y: Tensor, scale: Tensor | None, weights: Linear | Fp8Linear, out: Tensor) -> Tensor:
