@@ -34,6 +34,7 @@ def quality(
     ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="With --against: quality over time as a picture.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --against: so many videos at once.")] = 1,
     model: options.Model = "demo",
     prompt: measured.Prompt = None,
     videos: measured.Videos = 8,
@@ -67,6 +68,8 @@ def quality(
     with options.clean_errors():
         if plot is not None and not against:
             raise ValueError("plot: needs --against, which measures the times that it shows")
+        if batch > 1 and not against:
+            raise ValueError(f"batch: got {batch}, must be 1 without --against: trials are of one video at a time")
         check_outputs({"csv": [csv_file], "plot": [plot]}, inputs=(*(pab or ()), *measured.inputs(context.params)))
         settings = {name: generate.pab_settings(text) for name, text in _names(pab or ()).items()}
         if None in settings.values():
@@ -74,8 +77,8 @@ def quality(
         pipe, request = measured.load(context.params)
         chosen = {name: config for name, config in settings.items() if config is not None} or measured.named(pipe)
         if against:
-            origin = measured.origin(pipe, request, context.params)
-            _compare(pipe, request, chosen, against, origin, csv_file, plot)
+            origin = measured.origin(pipe, request, context.params) + (f", {batch} at once" if batch > 1 else "")
+            _compare(pipe, request, chosen, against, batch, origin, csv_file, plot)
             return
         with measured.progress() as bar:
             meter = measured.Meter(bar, request, len(request.prompts) * (1 + len(chosen)))
@@ -101,6 +104,7 @@ def _compare(
     request: Request,
     settings: dict[str, PABConfig],
     against: Sequence[str],
+    batch: int,
     origin: str,
     csv_file: Path | None,
     plot: Path | None,
@@ -112,7 +116,9 @@ def _compare(
     stderr = options.console(stderr=True)
     rows: list[peers.Row] = []
     try:
-        for row in peers.measure(pipe, request, settings, against, lambda name: stderr.print(name, soft_wrap=True)):
+        for row in peers.measure(
+            pipe, request, settings, against, lambda name: stderr.print(name, soft_wrap=True), batch
+        ):
             rows.append(row)
             if csv_file is not None:
                 peers.write_csv(rows, csv_file)

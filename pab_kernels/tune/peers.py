@@ -138,6 +138,7 @@ def measure(
     settings: Mapping[str, PABConfig],
     peers: Sequence[str],
     on_run: Callable[[str], object] = lambda name: None,
+    batch: int = 1,
 ) -> Iterator[Row]:
     """The model's own code, this runtime without PAB and with each of `settings`, and `peers`: each as it is done.
 
@@ -148,12 +149,14 @@ def measure(
     ----------
     pipe : Pipeline
     request : Request
-        Its videos are made one at a time.
     settings : mapping of str to PABConfig
     peers : sequence of str
         Of `PEERS`.
     on_run : callable, optional
         Is told what comes next.
+    batch : int
+        How many videos are made at once: a small model alone does not fill a GPU. Peers that decide by a threshold
+        decide for all of them.
 
     Raises
     ------
@@ -163,21 +166,21 @@ def measure(
     for name in peers:
         if name not in PEERS:
             raise ValueError(f"against: got {name!r}, must be one of {', '.join(PEERS)}")
-    host = pipe.transformer
+    host, parts = pipe.transformer, split(request, batch)
     on_run("the model's own code")
-    videos, theirs = _run(pipe, request, lambda calls: nullcontext())
+    videos, theirs = _run(pipe, parts, lambda calls: nullcontext())
     yield Row("the model's own code", seconds=theirs)
     ours = None
     for name, config in {"this runtime, no PAB": PABConfig(), **settings}.items():
         on_run(name)
-        found, seconds = _run(pipe, request, partial(_accelerated, pipe, config))
+        found, seconds = _run(pipe, parts, partial(_accelerated, pipe, config))
         yield _row(name, found, videos, seconds, ours)
         ours = ours or seconds
     for peer in peers:
         for name, apply in PEERS[peer].items():
             on_run(name)
             try:
-                found, seconds = _run(pipe, request, partial(_hooked, host, apply, request.steps))
+                found, seconds = _run(pipe, parts, partial(_hooked, host, apply, request.steps))
                 row = _row(name, found, videos, seconds, theirs)
             except Exception as error:  # whatever a peer raises on a model that it does not know
                 row = Row(name, note=f"{type(error).__name__}: {error}".splitlines()[0][:100])
@@ -192,12 +195,14 @@ def _row(name: str, found: Sequence[Frames], videos: Sequence[Frames], seconds: 
     return Row(name, statistics.fmean(means), min(map(min, frames)), seconds, saved, note)
 
 
-def _run(pipe: Pipeline, request: Request, opened: Callable[[Calls], Any]) -> tuple[list[Frames], float]:
-    """The videos, and the median seconds that the transformer takes for one, but the first where there are more.
+def _run(pipe: Pipeline, parts: Sequence[Request], opened: Callable[[Calls], Any]) -> tuple[list[Frames], float]:
+    """The videos, and the median over the parts, but the first where there are more, of the transformer's seconds each.
 
     In that one kernels compile and graphs are captured.
     """
-    host, videos, seconds, calls = pipe.transformer, [], [], Calls()
+    host, calls = pipe.transformer, Calls()
+    videos: list[Frames] = []
+    seconds: list[float] = []
     with opened(calls):
         forward = host.forward
 
@@ -213,13 +218,13 @@ def _run(pipe: Pipeline, request: Request, opened: Callable[[Calls], Any]) -> tu
         replaced_forward = vars(host).get("forward")
         host.forward = timed
         try:
-            for single in split(request):
+            for part in parts:
                 calls.seconds = 0.0
-                frames = generate(pipe, single, None).frames
+                frames = generate(pipe, part, None).frames
                 if frames is None:
                     raise ValueError("model: gives latents, must give a video to measure quality: see --vae")
-                videos.append(frames[0])
-                seconds.append(calls.seconds)
+                videos.extend(frames)
+                seconds.append(calls.seconds / len(frames))
                 registry = getattr(host, "_diffusers_hook", None)
                 if registry is not None:
                     registry.reset_stateful_hooks()

@@ -147,10 +147,14 @@ class Yardstick:
         return Trial(name, config, tuple(found), self._costs.saving(schedule), _measured_saving(schedule, clocks))
 
 
-def split(request: Request) -> list[Request]:
-    """A request for each of its videos."""
-    pairs = zip(request.prompts, request.all_seeds, strict=True)
-    return [dataclasses.replace(request, prompts=(prompt,), seeds=(seed,)) for prompt, seed in pairs]
+def split(request: Request, count: int = 1) -> list[Request]:
+    """A request for each `count` of its videos; the last may have fewer."""
+    prompts, seeds = request.prompts, request.all_seeds
+    starts = range(0, len(prompts), count)
+    return [
+        dataclasses.replace(request, prompts=tuple(prompts[i : i + count]), seeds=tuple(seeds[i : i + count]))
+        for i in starts
+    ]
 
 
 def first_call(schedule: Schedule) -> int:

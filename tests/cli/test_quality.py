@@ -3,6 +3,8 @@
 import csv
 import re
 
+import pytest
+
 from pab_kernels.config import PABConfig
 from tests.cli_tools import SHORT, pab, refused
 
@@ -69,3 +71,15 @@ def test_peers_run_beside_the_settings_and_leave_the_model_alone(demo, tmp_path)
 def test_peers_that_are_not_known(demo, tmp_path):
     assert "against: got 'teacache', must be one of" in refused("quality", "--model", demo, "--against", "teacache")
     assert "plot: needs --against" in refused("quality", "--model", demo, "--plot", tmp_path / "p.png")
+    assert "batch: got 4, must be 1 without --against" in refused("quality", "--model", demo, "--batch", 4)
+
+
+def test_videos_beside_peers_may_be_made_at_once(demo, tmp_path):
+    arguments = ("--model", demo, *SHORT, "--videos", 3, "--pab", "latte:fast", "--against", "taylorseer")
+    for batch in (1, 2):
+        output = pab("quality", *arguments, "--batch", batch, "--csv", tmp_path / f"{batch}.csv")
+        assert ("2 at once" in output) == (batch == 2)
+    alone, together = (list(csv.DictReader((tmp_path / f"{batch}.csv").open())) for batch in (1, 2))
+    for one, two in zip(alone[2:], together[2:], strict=True):
+        assert one["settings"] == two["settings"]
+        assert float(one["psnr"]) == pytest.approx(float(two["psnr"]), abs=0.05), "quality is of each video"
