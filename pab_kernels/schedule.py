@@ -203,7 +203,8 @@ def _plan(config: PABConfig, timesteps: Sequence[int]) -> tuple[tuple[StepVarian
     plans |= {kind: _mlp_variants(config, kind, timesteps) for kind in MLP_KINDS}
     steps = [StepVariant(**{kind: plan[i] for kind, plan in plans.items()}) for i in range(len(timesteps))]
     if config.stack_block is None:
-        steps = [replace(WHOLE, guidance=step.guidance) if step.stack else step for step in steps]
+        whole = (WHOLE, replace(WHOLE, guidance=True))
+        steps = [whole[step.guidance] if step.stack else step for step in steps]
     aheads: list[Ahead] = []
     computed: dict[tuple[str, bool, int], list[int]] = {}
     parts = _parts(config)

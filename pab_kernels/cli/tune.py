@@ -20,7 +20,7 @@ def tune(
     profile: Annotated[
         Path | None, typer.Option(help="profile.csv of a run with the same steps; by default one is made.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 8,
+    trials: Annotated[int, typer.Option(min=1, help="At most so many settings beside the named ones.")] = 16,
     model: options.Model = "demo",
     prompt: measured.Prompt = None,
     videos: measured.Videos = 8,
@@ -39,8 +39,9 @@ def tune(
 ) -> None:
     """Find settings of a wanted quality or speed, and write them as YAML for --pab.
 
-    Windows, ranges and orders of all kinds are weighed by the profile, and the likeliest tried: on half of the videos,
-    paired with the preset fast, and the best on all. Ctrl-C keeps the best so far; the same command then goes on.
+    From the preset fast on, windows, ranges, orders and blocks of all kinds are changed step by step, where the profile
+    and the trials so far promise most: on half of the videos, and on all where that is better than all before. Ctrl-C
+    keeps the best so far; the same command then goes on.
 
     Examples:
 
@@ -56,6 +57,7 @@ def tune(
     from pab_kernels.tune.frontier import Frontier
     from pab_kernels.tune.journal import Journal
     from pab_kernels.tune.results import Tuned
+    from pab_kernels.tune.search import Search
 
     with options.clean_errors():
         wanted = tuning.Target.parse(target)
@@ -79,7 +81,7 @@ def tune(
                 yardstick = trying.Yardstick(pipe, request, meter.advance)
                 if profile is not None:
                     found = profiles.Profile.from_csv(profile, yardstick.timesteps)
-                search = tuning.Search(Frontier(found, yardstick.predicted_saving), wanted)
+                search = Search(Frontier(found, yardstick.predicted_saving), wanted)
                 try_out = journal.around(meter.watch(yardstick, named, trials))
                 for trial in search.run(try_out, named, trials, few=max(2, len(request.prompts) // 2)):
                     result.add(trial)

@@ -1,4 +1,4 @@
-"""What chooses settings: profile, trials, frontier, results.
+"""What chooses settings: profile, trials, frontier, search, results.
 
 It runs pipelines and reads what comes out. A file here may import all rooms but `cli`.
 """

@@ -1,15 +1,17 @@
-"""The settings with the least predicted error for what they save.
+"""Weighs settings: the error that the profile predicts, and the time they should save; and lists those a step away.
 
 An output that is broadcast is wrong by what it would have changed since it was computed. What counts is that
-difference as a share of the residual stream that it is added to (`Profile.impact`), times how far the sampler moves by
-the call (`Profile.moves`). Repeated outputs all lag behind, so over the calls of a run their errors add up. A forecast
-is wrong by what the line misses: with a second difference of s a step (`Profile.remainder`), n steps after the last
-call that computed and d after the one before it, by ``s * n * (n + d) / 2``, now this way and now that, so squares add
-up, as they do over blocks. What an error of a kind does to the video is a factor that trials tell.
+difference as a share of the residual stream that it is added to (`Profile.impact`), times the root of how far the
+sampler moves by the call (`Profile.moves`): an early call moves little, but all later ones take up what it spoils.
+Repeated outputs all lag behind, so over the calls of a run their errors add up. A forecast is wrong by what the line
+misses: with a second difference of s a step (`Profile.remainder`), n steps after the last call that computed and d
+after the one before it, by ``s * n * (n + d) / 2``, now this way and now that, so squares add up, as they do over
+blocks. What an error of a kind does to the video is a factor that trials tell.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pab_kernels.config import MLP_KINDS, PABConfig
+from pab_kernels.config import MLP_KINDS, SWITCHES, PABConfig
 from pab_kernels.schedule import Schedule, StepVariant
 from pab_kernels.tune.profile import Profile
 
-STACK_RANGES = (2, 3, 4, 5)
-MULTIPLES = (2, 3, 4, 6)
-"""Ranges of the other kinds, in ranges of the stack: calls at which no block runs renew nothing."""
-STARTS = (1, 2, 3, 5, 0.15, 0.3, 0.5)
-ENDS = (0, 1, 2, 0.1, 0.25)
-"""Calls at either end of a run that are computed, or shares of it below 1."""
-PRICES = tuple(np.geomspace(0.02, 5.0, 7))
-"""Of the error, as a share of the one that is allowed, against the share of time that is saved."""
+SHIFTS = (-4, -2, -1, 1, 2, 4)
+"""Calls by which an end of a window moves in a step."""
+ROUNDS = (-2, -1, 1, 2)
+"""By which a range changes."""
+RANGES, STARTS, ENDS = (2, 4), (0.1, 0.3), (1, 0.25)
+"""Of a kind that is switched on: its range; calls at either end of a run that are computed, or shares of it below 1."""
 Settings = dict[str, Any]
 Rows = tuple[int, ...]
 
@@ -37,70 +37,66 @@ Rows = tuple[int, ...]
 class Candidate:
     """Settings, the errors of `Profile.parts` that are predicted, and the share of the denoising time they should save.
 
-    Errors of different kinds compare once they are multiplied by factors that trials tell.
+    Errors of different kinds compare once they are multiplied by factors that trials tell. `steps` has a number for
+    what each call does: equal numbers, equal runs.
     """
 
     config: PABConfig
     errors: tuple[float, ...]
     saving: float
+    steps: tuple[int, ...]
 
 
 class Frontier:
-    """Weighs settings, and finds those that save most for their error.
+    """Weighs settings, and those a step away.
 
     Parameters
     ----------
     profile : Profile
     saving : callable
         The share of the denoising time that a schedule should save.
-
-    Attributes
-    ----------
-    candidates : list of Candidate
-        All that have been weighed and save anything, in the order of weighing.
     """
 
     def __init__(self, profile: Profile, saving: Callable[[Schedule], float]) -> None:
-        self.candidates: list[Candidate] = []
         self._profile, self._saving = profile, saving
-        self._weighed: dict[frozenset[tuple[str, Any]], Candidate] = {}
+        self._weighed: dict[PABConfig, Candidate] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
         self._known: dict[tuple[str, Rows, tuple[str, ...]], float] = {}  # most settings share it with others
 
-    def errors(self, config: PABConfig) -> tuple[float, ...]:
-        """The error of each kind of `Profile.parts` that `config` should cause; other blocks are left out."""
-        return self._errors(Schedule(config, self._profile.timesteps))
+    def weigh(self, config: PABConfig) -> Candidate:
+        """What `config` should cost and save; errors of blocks that run are left out."""
+        if config not in self._weighed:
+            schedule = Schedule(config, self._profile.timesteps)
+            numbers = {step: self._number(config, step) for step in dict.fromkeys(schedule)}
+            steps = tuple(numbers[step] for step in schedule)
+            self._weighed[config] = Candidate(config, self._errors(schedule), self._saving(schedule), steps)
+        return self._weighed[config]
 
-    def search(self, factors: NDArray[np.float64], allowed: float) -> None:
-        """Weigh settings about those that cause the error `allowed`, by `factors` of the errors of each kind.
+    @property
+    def weighed(self) -> list[Candidate]:
+        """All that have been, in the order of weighing."""
+        return list(self._weighed.values())
 
-        A coordinate search, at several prices of the error: kind after kind takes the window, range, order and blocks
-        at which saving less price times error is most, until none changes.
+    def near(self, config: PABConfig) -> list[Candidate]:
+        """What differs from `config` in one kind, by one step: an end of its window, range, order, blocks, or whether.
+
+        Where no block runs nothing is renewed, so ranges are multiples of the stack's, and go along when that changes.
         """
-        profile, scaled = self._profile, factors / allowed
-        kinds = sorted(profile.parts, key=lambda kind: (kind != "stack", kind != "guidance"))
-        for price in PRICES:
-            chosen: dict[str, Settings] = {}
-            for _ in range(2):
-                before = dict(chosen)
-                for kind in kinds:
-                    every = chosen.get("stack", {}).get("stack_range", 1)
-                    options = [{}, *_options(profile, kind, every)]
-                    found = [self._weigh({**chosen, kind: option}) for option in options]
-                    errors = np.array([each.errors for each in found]) @ scaled
-                    chosen[kind] = options[int(np.argmax([each.saving for each in found] - price * errors))]
-                if chosen == before:
-                    break
+        parts = _parts(config)
+        every = parts.get("stack", {}).get("stack_range", 1)
+        found: dict[PABConfig, None] = {}  # in order, each once
+        for kind in self._profile.parts:
+            others = {other: part for other, part in parts.items() if other != kind}
+            for settings in _steps(self._profile, kind, parts.get(kind, {}), 1 if kind == "stack" else every):
+                now = settings["stack_range"] if kind == "stack" and settings else every
+                rest = {key: value for other, part in others.items() for key, value in _along(part, other, every, now)}
+                found[PABConfig(**rest, **settings)] = None
+        found.pop(config, None)
+        return [self.weigh(each) for each in found]
 
-    def _weigh(self, chosen: dict[str, Settings]) -> Candidate:
-        settings = {key: value for each in chosen.values() for key, value in each.items()}
-        key = frozenset(settings.items())
-        if key not in self._weighed:
-            schedule = Schedule(PABConfig(**settings), self._profile.timesteps)
-            found = Candidate(schedule.config, self._errors(schedule), self._saving(schedule))
-            self._weighed[key] = found
-            if found.saving > 0:
-                self.candidates.append(found)
-        return self._weighed[key]
+    def _number(self, config: PABConfig, step: StepVariant) -> int:
+        blocks = tuple(config.blocks(kind) for kind in step.broadcasting if kind != "guidance")
+        return self._numbers.setdefault((step, blocks), len(self._numbers))
 
     def _errors(self, schedule: Schedule) -> tuple[float, ...]:
         return tuple(self._kind_error(schedule, kind) for kind in self._profile.parts)
@@ -111,7 +107,7 @@ class Frontier:
             calls = tuple(_call(step, kind, in_stack) for step in schedule)
             if (kind, rows, calls) not in self._known:
                 at = list(rows)
-                measures = profile.impact[kind][at], profile.remainder[kind][at], profile.moves
+                measures = profile.impact[kind][at], profile.remainder[kind][at], np.sqrt(profile.moves)
                 self._known[kind, rows, calls] = _rows_error(*measures, calls)
             total += self._known[kind, rows, calls]
         return total
@@ -126,7 +122,7 @@ def _call(step: StepVariant, kind: str, in_stack: bool) -> str:
 
 
 def _rows_error(
-    impact: NDArray[np.float64], remainder: NDArray[np.float64], moves: NDArray[np.float64], calls: Sequence[str]
+    impact: NDArray[np.float64], remainder: NDArray[np.float64], weights: NDArray[np.float64], calls: Sequence[str]
 ) -> float:
     computed: list[int] = []
     forecast, lag = 0.0, np.zeros(len(impact))
@@ -136,10 +132,10 @@ def _rows_error(
         elif does == "forecasts":
             age, reach = call - computed[-1], call - computed[-2]
             # The remainder of a call looks one and two calls back: the first two have none.
-            missed = np.nanmean(remainder[:, max(computed[-1], 2) : call + 1], axis=1) * age * reach / 2 * moves[call]
+            missed = np.nanmean(remainder[:, max(computed[-1], 2) : call + 1], axis=1) * age * reach / 2 * weights[call]
             forecast += float(missed @ missed)
         elif does == "repeats":
-            lag += impact[:, computed[-1] + 1 : call + 1].sum(axis=1) * moves[call]
+            lag += impact[:, computed[-1] + 1 : call + 1].sum(axis=1) * weights[call]
     return forecast + float(lag @ lag)
 
 
@@ -160,23 +156,49 @@ def _rows(profile: Profile, config: PABConfig, kind: str) -> list[tuple[Rows, bo
     return [part for part in parts if part[0]]
 
 
-def _options(profile: Profile, kind: str, every: int) -> Iterator[Settings]:
-    """Windows, ranges, orders and blocks of a kind; `every` is the stack's range."""
-    ranges = STACK_RANGES if kind == "stack" else tuple(multiple * every for multiple in MULTIPLES)
-    if kind == "guidance" and every > 1:
-        ranges = (every, *ranges)
-    coarse = kind in ("stack", "guidance")
-    windows = [
-        _window(profile, start, end)
-        for start in (STARTS if coarse else (1, 0.15, 0.3))
-        for end in (ENDS if coarse else (1, 0.1))
-    ]
-    for window in dict.fromkeys(window for window in windows if window is not None):
-        for step in ranges:
-            for order in (0, 1):
-                settings = _settings(kind, window, step, order)
-                yield settings
-                yield from (settings | {f"{kind}_block": part} for part in _blocks(profile, kind))
+def _parts(config: PABConfig) -> dict[str, Settings]:
+    """The settings of each kind that is broadcast by a window; under "" what belongs to no kind."""
+    found: dict[str, Settings] = {}
+    for key, value in config.to_dict().items():
+        kind = next((kind for kind in SWITCHES if key.startswith(f"{kind}_")), "")
+        if not kind or (getattr(config, f"{kind}_broadcast") and getattr(config, f"{kind}_range") is not None):
+            found.setdefault(kind, {})[key] = value
+    return found
+
+
+def _along(part: Settings, kind: str, before: int, now: int) -> list[tuple[str, Any]]:
+    """The settings of a kind when the stack's range changes: its own stays as many times that."""
+    every = part.get(f"{kind}_range", 1)
+    return list((part | ({f"{kind}_range": max(every * now // before, 2)} if now != before and kind else {})).items())
+
+
+def _steps(profile: Profile, kind: str, now: Settings, every: int) -> Iterator[Settings]:
+    """Settings of a kind that are a step away from those that it has, ranges in steps of `every`.
+
+    None where it is not broadcast.
+    """
+    lo, hi = now.get(f"{kind}_threshold", (0, 0))
+    inside = [call for call, t in enumerate(profile.timesteps) if lo < int(t) < hi]
+    if not inside:
+        for start, end, times, order in itertools.product(STARTS, ENDS, RANGES, (0, 1)):
+            window = _window(profile, start, end)
+            if window is not None:
+                yield _settings(kind, window, times * every, order)
+        return
+    yield {}
+    start, end = inside[0], len(profile.timesteps) - 1 - inside[-1]
+    moved = [_window(profile, max(start + shift, 1), end) for shift in SHIFTS]
+    moved += [_window(profile, start, max(end + shift, 0)) for shift in SHIFTS]
+    for window in moved:
+        if window is not None:
+            yield now | {f"{kind}_threshold": window}
+    for change in ROUNDS:
+        longer = (now[f"{kind}_range"] // every + change) * every
+        if longer > 1:
+            yield now | {f"{kind}_range": longer}
+    yield now | {f"{kind}_order": 1 - now.get(f"{kind}_order", 0)}
+    for part in (None, *_blocks(profile, kind)):
+        yield now | ({} if kind == "guidance" else {f"{kind}_block": part})
 
 
 def _blocks(profile: Profile, kind: str) -> list[tuple[int, int]]:
@@ -191,11 +213,9 @@ def _blocks(profile: Profile, kind: str) -> list[tuple[int, int]]:
     return [(first, end) for first, end in dict.fromkeys(parts) if 0 < end - first < depth]
 
 
-def _settings(kind: str, window: tuple[int, int] | None, every: int, order: int) -> Settings:
-    if window is None:
-        return {}
-    found = {f"{kind}_broadcast": True, f"{kind}_threshold": window, f"{kind}_range": every}
-    return found | ({f"{kind}_order": order} if order else {})
+def _settings(kind: str, window: tuple[int, int], every: int, order: int) -> Settings:
+    settings = {"broadcast": True, "threshold": window, "range": every, "order": order}
+    return {f"{kind}_{key}": value for key, value in settings.items()}
 
 
 def _window(profile: Profile, start: float, end: float) -> tuple[int, int] | None:

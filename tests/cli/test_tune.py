@@ -24,7 +24,7 @@ def test_tune_writes_settings_that_load(demo, tmp_path):
     )
     assert isinstance(PABConfig.from_yaml(tmp_path / "a.yaml"), PABConfig)
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
-    assert {row["settings"] for row in rows} == {"latte", "latte:fast", "tuned 1"}
+    assert {row["settings"] for row in rows} == {"latte", "latte:fast", "tuned 1", "tuned 2"}
     assert (tmp_path / "a.png").stat().st_size > 10_000
     again = pab("tune", "--target", "speedup=1.1", *arguments, "--output", tmp_path / "b.yaml")
     assert "reached: " in again
