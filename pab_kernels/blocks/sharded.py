@@ -48,6 +48,9 @@ class Along(NamedTuple):
 class Exchanges(Protocol):
     """What moves rows between ranks: `distributed.exchange.Exchange`."""
 
+    apart: bool
+    """Whether rows should move in pieces, one beside the computation of the next."""
+
     def buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> Tensor | None:
         """Where to compute what `begin` is to move; None where that is anywhere."""
 
@@ -89,7 +92,7 @@ class Shards:
         `numbers` are those of a row. Two pieces, where there are as many sequences or rows, and each is large enough;
         the same on all ranks.
         """
-        large = batch * max(rows) * numbers >= 2 * PIECE
+        large = self.exchange.apart and batch * max(rows) * numbers >= 2 * PIECE
         groups = 2 if large and batch > 1 else 1
         count = 2 if large and batch == 1 and min(rows) > 1 else 1
         sequences = Along.of(0, near_even(batch, groups))

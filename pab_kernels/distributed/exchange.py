@@ -30,6 +30,8 @@ class Exchange:
 
     Attributes
     ----------
+    apart : bool
+        Whether rows should move in pieces, one beside the computation of the next.
     calls, sent : int
         How often rows were exchanged, and the bytes that this rank had for others; a replayed graph is not counted.
     """
@@ -39,6 +41,7 @@ class Exchange:
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
         self.calls = self.sent = 0
+        self.apart = backend != "nccl"  # whose kernels would take multiprocessors from what runs beside
         self._mover = BACKENDS[backend][1](self)
 
     def buffer(self, name: str, shape: Sequence[int], take: Along, like: Tensor) -> Tensor | None:
@@ -181,7 +184,8 @@ class Symmetric:
         if not x.is_cuda:
             self._take(handle, place, give, take, out)
         else:
-            self._stream = self._stream or torch.cuda.Stream(x.device)
+            # Of high priority: else the barrier waits until all blocks of a GEMM that is beside it have begun.
+            self._stream = self._stream or torch.cuda.Stream(x.device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(self._stream):
                 self._take(handle, place, give, take, out)

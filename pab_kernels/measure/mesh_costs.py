@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -147,7 +148,8 @@ def sent_bytes(
     batch = -(-batch // (2 if variant.guidance else rows))
     sizes = near_even(frames, mesh.frames)
     local = (batch, sizes[0], tokens, channels)
-    shards = Shards(sizes, 0, None)  # type: ignore[arg-type]  # nothing is exchanged
+    together: Any = SimpleNamespace(apart=False)  # as `LINKS` are fitted; nothing is exchanged
+    shards = Shards(sizes, 0, together)
     return [
         elements * stack.dtype.itemsize
         for branch in computed_branches(stack, schedule, variant)

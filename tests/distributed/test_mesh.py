@@ -58,6 +58,8 @@ def test_a_backend_that_cannot_serve_says_why():
 class Alone:
     """Other ranks that send nothing: this one's rows come back as if they were all."""
 
+    apart = True
+
     def buffer(self, *_):
         return None
 
