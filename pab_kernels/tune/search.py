@@ -33,6 +33,8 @@ DEPTH = 2
 """Steps from the trials that a walk goes at most: further away too little is known."""
 BEAM = 3
 """Settings from which the walk goes on at once."""
+CAUTION = math.log(10) / 20
+"""By which the logarithm of the error must be lower for every trial in a row that missed a quality: half a decibel."""
 LEAST = 0.0005
 """A hope that is worth no trial: of a share of the time, or of the logarithm of an error."""
 TINY = 1e-12
@@ -138,9 +140,9 @@ class Search:
         for name, settings in named.items():
             trials.append(try_out(name, settings, None))
             yield trials[-1]
-        anchor = trials[0]
+        anchor, misses = trials[0], 0
         for number in range(1, count + 1):
-            config = self.propose(trials)
+            config = self.propose(trials, misses)
             if config is None:
                 return
             name = f"tuned {number}"
@@ -152,11 +154,12 @@ class Search:
                     found = anchor = try_out(name, config, None)
             trials.append(found)
             yield found
+            misses = 0 if reaches(found, self._target) else misses + 1
 
-    def propose(self, trials: Sequence[Trial]) -> PABConfig | None:
-        """The settings from which most may be hoped; None where that is next to nothing.
+    def propose(self, trials: Sequence[Trial], misses: int = 0) -> PABConfig | None:
+        """The settings from which most may be hoped, after so many `misses` in a row; None where that is nothing.
 
-        The search walks from the trials to whatever near them has most hope, and on from there until nothing has more.
+        The search walks from the best trial, and from the one nearest to the target, to whatever near has most hope.
 
         Raises
         ------
@@ -165,7 +168,7 @@ class Search:
         """
         reached = [trial for trial in trials if reaches(trial, self._target)]
         tried = {self._frontier.weigh(trial.config).steps for trial in trials}
-        hopes = self._hopes(trials, reached)
+        hopes = self._hopes(trials, reached, misses)
         front = {preferred(trials, self._target).config: None, min(trials, key=self._distance).config: None}
         chosen, hope = None, -math.inf
         for _ in range(DEPTH):
@@ -183,17 +186,20 @@ class Search:
             raise ValueError(f"target: got {self._target}, must be at most speedup={most:.2f}: no more can be saved")
         return chosen.config
 
-    def _hopes(self, trials: Sequence[Trial], reached: Sequence[Trial]) -> Callable[[Sequence[Candidate]], Array]:
+    def _hopes(
+        self, trials: Sequence[Trial], reached: Sequence[Trial], misses: int
+    ) -> Callable[[Sequence[Candidate]], Array]:
         """The logarithm of what each of some candidates may bring beyond the best of the trials.
 
-        Of a quality that is the time saved, times the probability that the target is reached; of a speed, by how much
-        the logarithm of the error should be lower, and of what is too slow less than of all that is not.
+        Of a quality that is the time saved, times the probability that the target is reached, with more to spare the
+        more trials in a row have missed it: of many candidates the likeliest is one that is predicted too well. Of a
+        speed, by how much the logarithm of the error should be lower, and of what is too slow less than of all others.
         """
         predictor = Predictor(self._frontier, self._target, trials)
         speed = self._target.measure == "speedup"
         most = max((trial.predicted for trial in reached), default=0.0)
         least = min(map(self._log_error, reached or trials))
-        allowed = None if speed else math.log(error_of(self._target.value, self._target))
+        allowed = None if speed else math.log(error_of(self._target.value, self._target)) - CAUTION * misses
 
         def hopes(candidates: Sequence[Candidate]) -> Array:
             if not candidates:
