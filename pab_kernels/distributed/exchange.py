@@ -184,8 +184,7 @@ class Symmetric:
         if not x.is_cuda:
             self._take(handle, place, give, take, out)
         else:
-            # Of high priority: else the barrier waits until all blocks of a GEMM that is beside it have begun.
-            self._stream = self._stream or torch.cuda.Stream(x.device, priority=-1)
+            self._stream = self._stream or torch.cuda.Stream(x.device)
             self._stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(self._stream):
                 self._take(handle, place, give, take, out)
