@@ -117,11 +117,11 @@ def test_rows_of_other_ranks_are_not_bounded(monkeypatch):
     class Alone:
         """One rank, which exchanges with none."""
 
-        def buffer(self, name, shape, like):
-            return None
-
-        def around(self, qkv, split, width, attend):
-            return attend(qkv, None)
+        def around(self, shape, split, width, like, project, attend, finish):
+            everything = slice(None), slice(None)
+            qkv = project(everything, None)
+            assert qkv.shape == torch.Size(shape)
+            finish(everything, attend(qkv, None))
 
     x, weights = torch.randn(SHAPE).bfloat16(), self_weights("temporal")
     out = torch.full(SHAPE, float("nan")).bfloat16()
