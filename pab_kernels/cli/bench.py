@@ -110,41 +110,44 @@ def bench(
             check_ranks(gpus, str(place))
         if end_to_end and (report_folder is not None or gpus > 1):
             raise ValueError("end-to-end: got it with --report or --gpus, must be with --json or --csv alone")
-        jobs = []
-        for name in workload:
+
+        def prepared(name: str) -> tuple[Workload, PABConfig, list[str]]:
             chosen = named.workload(name)
-            settings = PABConfig.preset(chosen.family) if given is None else given
             names = contender_names(chosen.family, runs, compile_host, _no_fp8(place, number), gpus)
-            if scale == "tiny":
-                chosen = chosen.tiny()
-            if end_to_end:
-                tiny = scale == "tiny"
-                found = whole_runs(chosen, settings, names, repeats, steps, place, number, json_file, tiny, pab)
-                if csv_file is not None:
-                    append_rows(csv_file, columns, found)
-                return
-            job = benching.Job(
-                workload=chosen,
-                settings=settings,
-                names=tuple(names),
-                repeats=repeats,
-                budget=budget,
-                steps=steps,
-                compile_scope=compile_scope,
-                device=place,
-                dtype=number,
-                cache_device=cache_device,
-                command=command_line(context),
-                json_file=json_file,
-                csv_file=csv_file,
-                columns=columns,
-                report_folder=report_folder,
-                meshes=_meshes(chosen, gpus, mesh),
-                shares=shares,
-            )
+            settings = PABConfig.preset(chosen.family) if given is None else given
+            return (chosen.tiny() if scale == "tiny" else chosen), settings, names
+
+        if end_to_end:
+            tiny = scale == "tiny"
+            found = whole_runs(*prepared(workload[0]), repeats, steps, place, number, json_file, tiny, pab)
+            if csv_file is not None:
+                append_rows(csv_file, columns, found)
+            return
+        jobs = []
+        for chosen, settings, names in map(prepared, workload):
             if shares and chosen.family == "latte":
                 raise ValueError("shares: got it for latte, whose model takes no other number of frames")
-            jobs.append(job)
+            jobs.append(
+                benching.Job(
+                    workload=chosen,
+                    settings=settings,
+                    names=tuple(names),
+                    repeats=repeats,
+                    budget=budget,
+                    steps=steps,
+                    compile_scope=compile_scope,
+                    device=place,
+                    dtype=number,
+                    cache_device=cache_device,
+                    command=command_line(context),
+                    json_file=json_file,
+                    csv_file=csv_file,
+                    columns=columns,
+                    report_folder=report_folder,
+                    meshes=_meshes(chosen, gpus, mesh),
+                    shares=shares,
+                )
+            )
         code = benching.run(jobs) if gpus == 1 else launch(benching.run, jobs, ranks=gpus, device=place.type)
         if code:
             raise typer.Exit(code)

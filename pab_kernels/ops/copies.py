@@ -14,16 +14,15 @@ ROW = 2**10
 def copy_beside(to: Tensor, source: Tensor) -> None:
     """Copy `source` into `to`, both of one shape and dtype, by the copy engines if rows are long.
 
-    They leave the multiprocessors to what runs beside: on an H200 four GEMMs took 386 us, 403 us with such a copy from
-    another GPU beside them, and 641 us with one by a kernel, which took 264 us by itself.
+    They leave the multiprocessors to what runs beside: on an H200 four GEMMs took 386 to 394 us, 409 us with such a
+    copy from another GPU beside them, and 641 us with one by a kernel, which took 264 us by itself.
     """
     layout = _rows(to, source)
-    c = backends._C
-    if c is None or not hasattr(c, "copy_rows") or not to.is_cuda or layout is None or layout[0][2] < ROW:
+    if backends._C is None or not to.is_cuda or layout is None or layout[0][2] < ROW:
         copy_rows(to, source)
         return
     shape, to_strides, source_strides = layout
-    c.copy_rows(
+    backends._C.copy_rows(
         to=to.data_ptr(),
         to_strides=to_strides,
         source=source.data_ptr(),

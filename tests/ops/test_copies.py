@@ -63,8 +63,8 @@ def test_a_copy_writes_what_it_is_to_and_nothing_else(copy, name, device, monkey
 
 @pytest.mark.gpu
 def test_copy_engines_can_be_captured(device):
-    if backends._C is None or not hasattr(backends._C, "copy_rows"):
-        pytest.skip("not built")
+    if backends._C is None:
+        pytest.skip("the CUDA kernels were left out of this build")
     source = torch.randn(2, 8, 64, 1024, device=device).bfloat16()
     to = poisoned(2, 8, 32, 1024, device=device)
     graph = torch.cuda.CUDAGraph()
