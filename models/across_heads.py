@@ -10,7 +10,8 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
+from pab_kernels.blocks.branches import CrossAttention, Mlp
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.models.adapter import Adapter, WeightFuser, check_value, linear_of, plain, rms_norms_of
 
 INDEX_PADDING = 8

@@ -10,7 +10,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation
-from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
+from pab_kernels.blocks.branches import CrossAttention, Mlp
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.models.adapter import (
     Adapter,
     Call,

@@ -10,9 +10,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation
-from pab_kernels.blocks.branches import CrossAttention, Mlp, Rope, SelfAttention
+from pab_kernels.blocks.branches import CrossAttention, Mlp, Rope
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Linear
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.models.adapter import (
     Adapter,
     Call,

@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention, TextKV, text_kv
+    from pab_kernels.blocks.branches import CrossAttention, Mlp, TextKV, text_kv
     from pab_kernels.blocks.fused import Slot, fused_pab_attention
     from pab_kernels.blocks.linears import Fp8Linear, Linear
+    from pab_kernels.blocks.self_attention import SelfAttention
     from pab_kernels.config import PABConfig
     from pab_kernels.distributed.mesh import Mesh
     from pab_kernels.runtime.accelerate import accelerate
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from pab_kernels.schedule import Schedule, StepVariant
 
 _HOMES = {
-    "blocks.branches": ("CrossAttention", "Mlp", "SelfAttention", "TextKV", "text_kv"),
+    "blocks.branches": ("CrossAttention", "Mlp", "TextKV", "text_kv"),
     "blocks.fused": ("Slot", "fused_pab_attention"),
     "blocks.linears": ("Fp8Linear", "Linear"),
+    "blocks.self_attention": ("SelfAttention",),
     "config": ("PABConfig",),
     "distributed.mesh": ("Mesh",),
     "runtime.report": ("Report",),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pab_kernels import ops
-from pab_kernels.blocks.branches import CrossAttention, Rope, SelfAttention, TextKV, cross_attention, self_attention
+from pab_kernels.blocks.branches import CrossAttention, Rope, TextKV, cross_attention
 from pab_kernels.blocks.linears import Fp8Linear, Rows
+from pab_kernels.blocks.self_attention import SelfAttention, self_attention
 from pab_kernels.ops import fp8_linear as fp8_linear
 from pab_kernels.ops.checks import check_like, check_quantized, check_shape, check_tensor
 from pab_kernels.ops.quantized import Quantized

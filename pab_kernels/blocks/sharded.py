@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 PIECE = 8 * 2**20
 """Least elements of queries, keys and values that are worth an exchange of their own, beside other work."""
 Piece = tuple[slice, slice]
-"""Some sequences of the batch, and some of the rows that this rank has of them."""
+"""Some sequences of the batch, and some of the rows that this rank has of them, or its part of what is split."""
 
 
 class Along(NamedTuple):
@@ -86,6 +87,16 @@ class Shards:
         start = sum(rows[: self.rank])
         return slice(start, start + own)
 
+    def largest(self, x: Tensor) -> Callable[[], Tensor]:
+        """Of each number of x the largest of all ranks: begins to fetch theirs; the result waits for them.
+
+        To be called once, before anything else is fetched so.
+        """
+        ranks = len(self.sizes)
+        each = x.expand(ranks, 1, *x.shape)
+        come = self.exchange.begin("largest", each, Along.of(0, (1,) * ranks), Along.of(1, (1,) * ranks))
+        return lambda: come()[0].amax(0)
+
     def _pieces(self, batch: int, rows: Sequence[int], numbers: int) -> tuple[list[slice], list[Along]]:
         """The batch in parts, and the rows of all ranks in parts: of each of both a piece that moves by itself.
 
@@ -104,8 +115,9 @@ class Shards:
         split: int,
         width: int,
         like: Tensor,
+        dtype: torch.dtype,
         project: Callable[[Piece, Tensor | None], Tensor],
-        attend: Callable[[Tensor, Tensor | None], Tensor],
+        attend: Callable[[Piece, Tensor, Tensor | None], Tensor],
         finish: Callable[[Piece, Tensor], object],
     ) -> None:
         """Attention on all rows, for a part of the dimension `split`, which is attended to apart: tokens or heads.
@@ -120,13 +132,15 @@ class Shards:
         width : int
             Numbers of output for each of `split`.
         like : Tensor
-            Of their dtype, on their device.
+            Of the dtype of queries, keys and values, on their device.
+        dtype : torch.dtype
+            Of what attention gives.
         project : callable
             From a piece, some of B and of the rank's rows, to its queries, keys and values, as `shape`; the second
             argument is where to put them, None for anywhere.
         attend : callable
-            From [some of B, all rows, ...] with this rank's part of `split` to [the same, all rows, that part, width];
-            the second argument is where to put that, None for anywhere, and may be left.
+            From a piece, some of B and this rank's part of `split`, and its [some of B, all rows, ...] to [the same,
+            all rows, that part, width]; the last argument is where to put that, None for anywhere, and may be left.
         finish : callable
             Takes a piece and what attention gave for it: [some of B, some rows, all of `split`, width], contiguous.
 
@@ -143,6 +157,7 @@ class Shards:
         first, buffer, begin = sum(rows[: self.rank]), self.exchange.buffer, self.exchange.begin
         groups, pieces = self._pieces(batch, rows, math.prod(rest))
         before, after = Along.of(split, parts), Along.of(2, parts)
+        given = like.new_empty(0, dtype=dtype)
         own_rows = [slice(each.start - first, each.stop - first) for each in (p.span(self.rank) for p in pieces)]
         coming: list[list[Callable[[], Tensor]]] = []
         for group, sequences in enumerate(groups):
@@ -162,7 +177,7 @@ class Shards:
         for group, (sequences, waits) in enumerate(zip(groups, coming, strict=True)):
             qkv = [wait() for wait in waits][-1]
             name, there = f"attended {group}", (len(qkv), sum(rows), parts[self.rank], width)
-            y = attend(qkv, buffer(name, there, after, like))
+            y = attend((sequences, before.span(self.rank)), qkv, buffer(name, there, after, given))
             back += [
                 ((sequences, own), begin(name, y, piece, after, dense=True))
                 for own, piece in zip(own_rows, pieces, strict=True)
@@ -170,15 +185,16 @@ class Shards:
         for piece_of, wait in back:
             finish(piece_of, wait())
 
-    def sent(self, batch: int, rows: int, part: int, width: int) -> tuple[int, ...]:
-        """Elements that `around` sends to other ranks, of each exchange.
+    def sent(self, batch: int, rows: int, part: int, width: int, qkv_bytes: int, out_bytes: int) -> tuple[int, ...]:
+        """Bytes that `around` sends to other ranks, of each exchange.
 
-        `rows` are this rank's, `part` is the whole of what is split, each with `width` numbers of output; three times
-        as many are queries, keys and values.
+        `rows` are this rank's, `part` is the whole of what is split, each with `width` numbers of output of `out_bytes`
+        each; three times as many, of `qkv_bytes`, are queries, keys and values.
         """
         own = near_even(part, len(self.sizes))[self.rank]
         groups, pieces = self._pieces(batch, self.rows(rows), 3 * part * width)
         counts = [group.stop - group.start for group in groups]
         there = [3 * count * p.sizes[self.rank] * (part - own) * width for count in counts for p in pieces]
         others = [sum(p.sizes) - p.sizes[self.rank] for p in pieces]
-        return *there, *(count * number * own * width for count in counts for number in others)
+        back = [count * number * own * width for count in counts for number in others]
+        return *(qkv_bytes * each for each in there), *(out_bytes * each for each in back)

@@ -115,6 +115,9 @@ class AllToAll:
         self._group, self._rank = exchange.group, exchange.rank
 
     def __call__(self, name: str, x: Tensor, give: Along, take: Along, out: Tensor | None) -> Callable[[], Tensor]:
+        dtype, target = x.dtype, out
+        if x.element_size() == 1:  # gloo and NCCL know only some of the dtypes of one byte
+            x, out = x.view(torch.uint8), None if out is None else out.view(torch.uint8)
         ranks = range(len(give.sizes))
         parts = [_part(x, give, rank).movedim(take.dim, 0) for rank in ranks]
         sizes = [part.numel() for part in parts]
@@ -128,11 +131,11 @@ class AllToAll:
 
         def wait() -> Tensor:
             work.wait()
-            if out is None:
-                return received.movedim(0, take.dim)
+            if out is None or target is None:
+                return received.movedim(0, take.dim).view(dtype)
             for rank, part in zip(ranks, received.split(take.sizes), strict=True):
                 copy_rows(_part(out, take, rank), part.movedim(0, take.dim))
-            return out
+            return target
 
         return wait
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from pab_kernels import clock
-from pab_kernels.blocks.branches import SelfAttention
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.blocks.sharded import Piece, Shards, near_even
 from pab_kernels.distributed.exchange import Exchange
 from pab_kernels.measure.benchmark import Timing, over_ranks
-from pab_kernels.measure.contenders import Problem
+from pab_kernels.measure.contenders import CONTENDERS, Problem
 from pab_kernels.models import adapter_for
+from pab_kernels.ops.fp8_linear import E4M3
 
 TIMES = 8
 """So many attentions that do nothing are timed together, with the exchanges around them."""
@@ -26,15 +27,18 @@ def measure(problem: Problem, timing: Timing) -> dict[str, float]:
     """
     if timing.report is None or problem.mesh.frames == 1 or not any(timing.report.exchanges.values()):
         return {}
-    around, exchange = _around(problem)
+    around, exchange = _around(problem, CONTENDERS[timing.name].fp8)
     around()
     sent = exchange.sent  # an attention's, of which all of a step are alike
     seconds = max(over_ranks(problem, _seconds(around, problem.device)))
     return {name: nbytes / sent * seconds for name, (_, nbytes) in timing.report.exchanges.items()}
 
 
-def _around(problem: Problem) -> tuple[Callable[[], None], Exchange]:
-    """The exchanges around attention of one block, of a step that computes both halves of guidance."""
+def _around(problem: Problem, fp8: bool) -> tuple[Callable[[], None], Exchange]:
+    """The exchanges around attention of one block, of a step that computes both halves of guidance.
+
+    With `fp8` temporal attention gives e4m3, and scales are exchanged too.
+    """
     ranks = problem.mesh.join(problem.device)
     assert ranks is not None
     adapter = adapter_for(problem.host)
@@ -53,17 +57,25 @@ def _around(problem: Problem) -> tuple[Callable[[], None], Exchange]:
     shape = (batch, own, tokens) if temporal else (batch, own * tokens)
     split, width = (2, channels) if temporal else (3, channels // heads)
     made = torch.zeros(*shape, 3, heads, channels // heads, dtype=problem.dtype, device=problem.device)
+    small = fp8 and temporal
+    given, scales = E4M3 if small else problem.dtype, made.new_zeros(batch, 1, tokens, dtype=torch.float32)
 
     def project(piece: Piece, place: Tensor | None) -> Tensor:
         return made[piece] if place is None else place
 
-    def attend(x: Tensor, place: Tensor | None) -> Tensor:
-        return x.new_empty(*x.shape[:2], x.shape[split], width) if place is None else place
+    def attend(piece: Piece, x: Tensor, place: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:2], x.shape[split], width, dtype=given) if place is None else place
 
     def finish(piece: Piece, y: Tensor) -> None:
         pass
 
-    return lambda: shards.around(made.shape, split, width, made, project, attend, finish), exchange
+    def around() -> None:
+        come = shards.largest(scales) if small else None
+        shards.around(made.shape, split, width, made, given, project, attend, finish)
+        if come is not None:
+            come()
+
+    return around, exchange
 
 
 def _seconds(around: Callable[[], None], device: torch.device) -> float:

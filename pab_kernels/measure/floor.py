@@ -17,8 +17,8 @@ from functools import partial
 import torch
 
 from pab_kernels.blocks.block import Block, BlockStack, Branch
-from pab_kernels.blocks.branches import SelfAttention
 from pab_kernels.blocks.linears import Fp8Linear, Linear, linear
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.ops.fp8_linear import E4M3
 from pab_kernels.ops.quantized import Quantized
 from pab_kernels.ops.reference import quantize_ref

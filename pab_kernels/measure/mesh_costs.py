@@ -151,9 +151,9 @@ def sent_bytes(
     together: Any = SimpleNamespace(apart=False)  # as `LINKS` are fitted; nothing is exchanged
     shards = Shards(sizes, 0, together)
     return [
-        elements * stack.dtype.itemsize
+        nbytes
         for branch in computed_branches(stack, schedule, variant)
-        for elements in branch.weights.sent(local, shards)
+        for nbytes in branch.weights.sent(local, shards, stack.dtype.itemsize)
     ]
 
 

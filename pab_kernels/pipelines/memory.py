@@ -13,7 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from pab_kernels.blocks.block import BlockStack
-from pab_kernels.blocks.branches import CrossAttention, SelfAttention, Weights
+from pab_kernels.blocks.branches import CrossAttention, Weights
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.config import KINDS, PABConfig
 from pab_kernels.distributed.mesh import Mesh
 from pab_kernels.models import adapter_for, autoencoders, checkpoints

@@ -163,8 +163,8 @@ class Executor:
         for place, _ in self._places:
             key = place.key.at(variant.lane(place.key.kind, place.block.index))
             if key not in reads and not (variant.stack and key.position in self._span):
-                sent += place.branch.weights.sent(shape, self._shards)
-        return len(sent), sum(sent) * self.stack.dtype.itemsize
+                sent += place.branch.weights.sent(shape, self._shards, self.stack.dtype.itemsize)
+        return len(sent), sum(sent)
 
     def step(
         self,

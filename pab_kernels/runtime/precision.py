@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pab_kernels import ops
 from pab_kernels.blocks.block import Block, BlockStack, Branch
-from pab_kernels.blocks.branches import Mlp, SelfAttention, Weights, mlp
+from pab_kernels.blocks.branches import Mlp, Weights, mlp
 from pab_kernels.blocks.linears import Fp8Linear, Linear, Rows, balancing_factors, linear
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.distributed.mesh import Ranks
 from pab_kernels.ops.backends import no_fp8, no_hopper
 from pab_kernels.ops.fp8_linear import E4M3

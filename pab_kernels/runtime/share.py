@@ -107,7 +107,7 @@ class Share:
         )
         for block in stack.blocks:
             for branch in block.branches:
-                branch.weights.sent(share.layout.shape, shards)  # or it says that it cannot
+                branch.weights.sent(share.layout.shape, shards, 1)  # or it says that it cannot
         return share
 
     @property

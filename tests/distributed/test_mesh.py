@@ -74,29 +74,30 @@ def test_rows_are_shared_near_evenly():
     assert shards.rows(70) == (80, 70)
     assert shards.span(70) == slice(80, 150)
     # 7 frames of 10 tokens, 5 of which are this rank's: queries, keys and values of the rest, and 8 frames' outputs.
-    assert shards.sent(1, 7, 10, 3) == (3 * 7 * 5 * 3, 8 * 5 * 3)
+    assert shards.sent(1, 7, 10, 3, 2, 1) == (2 * 3 * 7 * 5 * 3, 8 * 5 * 3)
 
 
 def test_large_rows_move_in_pieces(monkeypatch):
     shards = Shards((8, 7), 1, Alone())
     monkeypatch.setattr(sharded, "PIECE", 100)
-    assert shards.sent(2, 7, 10, 3) == (3 * 7 * 5 * 3,) * 2 + (8 * 5 * 3,) * 2
+    assert shards.sent(2, 7, 10, 3, 1, 1) == (3 * 7 * 5 * 3,) * 2 + (8 * 5 * 3,) * 2
     # 4 and 3 frames of one sequence.
-    assert shards.sent(1, 7, 10, 3) == (3 * 4 * 5 * 3, 3 * 3 * 5 * 3, 4 * 5 * 3, 4 * 5 * 3)
+    assert shards.sent(1, 7, 10, 3, 1, 1) == (3 * 4 * 5 * 3, 3 * 3 * 5 * 3, 4 * 5 * 3, 4 * 5 * 3)
     assert Along.of(1, (8, 7)).divided(2) == [Along(1, (4, 4), (0, 8)), Along(1, (4, 3), (4, 12))]
 
 
 def test_what_cannot_be_split_is_named():
+    nothing: list[Any] = [lambda *_: torch.zeros(1)] * 3
     with pytest.raises(ValueError, match="frames: 2 heads cannot be split over 3 ranks"):
-        Shards((1, 1, 1), 0, Alone()).around((1, 4, 3, 2, 8), 3, 8, torch.zeros(1), *[lambda *_: torch.zeros(1)] * 3)
+        Shards((1, 1, 1), 0, Alone()).around((1, 4, 3, 2, 8), 3, 8, torch.zeros(1), torch.float32, *nothing)
 
     class Joint(Mlp):
         sent = Weights.sent  # as of a family's own branch that says nothing of ranks
 
     with pytest.raises(ValueError, match="mesh: frames=2 cannot split Joint, must be 1"):
-        object.__new__(Joint).sent((1, 4, 2, 8), Shards((2, 2), 0, Alone()))
+        object.__new__(Joint).sent((1, 4, 2, 8), Shards((2, 2), 0, Alone()), 2)
     for kind in (CrossAttention, Mlp):
-        assert object.__new__(kind).sent((1, 4, 2, 8), Shards((2, 2), 0, Alone())) == ()
+        assert object.__new__(kind).sent((1, 4, 2, 8), Shards((2, 2), 0, Alone()), 2) == ()
 
 
 class Handle:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pab_kernels.blocks.block import Block, Branch, Norm
-from pab_kernels.blocks.branches import CrossAttention, ImageKV, Mlp, SelfAttention
+from pab_kernels.blocks.branches import CrossAttention, ImageKV, Mlp
 from pab_kernels.blocks.linears import Linear
+from pab_kernels.blocks.self_attention import SelfAttention
 
 HEADS = 2
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pab_kernels.blocks.block import Block, BlockStack, Branch, Modulation, Norm
-from pab_kernels.blocks.branches import CrossAttention, Mlp, SelfAttention
+from pab_kernels.blocks.branches import CrossAttention, Mlp
 from pab_kernels.blocks.layout import Layout
 from pab_kernels.blocks.linears import Linear
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.config import PABConfig
 from pab_kernels.schedule import StepVariant
 
