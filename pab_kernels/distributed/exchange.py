@@ -187,7 +187,8 @@ class Symmetric:
         if not x.is_cuda:
             self._take(handle, place, give, take, out)
         else:
-            self._stream = self._stream or torch.cuda.Stream(x.device)
+            # First in line, or the barrier would wait for a place behind the blocks of a GEMM that runs beside.
+            self._stream = self._stream or torch.cuda.Stream(x.device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(self._stream):
                 self._take(handle, place, give, take, out)
