@@ -72,11 +72,6 @@ class Frontier:
             self._weighed[config] = Candidate(config, self._errors(schedule), self._saving(schedule), steps)
         return self._weighed[config]
 
-    @property
-    def weighed(self) -> list[Candidate]:
-        """All that have been, in the order of weighing."""
-        return list(self._weighed.values())
-
     def near(self, config: PABConfig) -> list[Candidate]:
         """What differs from `config` in one kind, by one step: an end of its window, range, order, blocks, or whether.
 

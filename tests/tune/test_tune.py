@@ -63,7 +63,7 @@ def test_few_trials_find_what_saves_most_at_the_target(target):
     chosen = best(trials, wanted)
     assert reaches(chosen, wanted)
     assert chosen.anchor is None, "it is known on all videos"
-    every = [model.try_out("", each.config) for each in model.frontier.weighed]
+    every = [model.try_out("", each.config) for each in model.frontier._weighed.values()]
     most = max(each.predicted for each in every if reaches(each, wanted))
     assert most - 0.12 < chosen.predicted <= most
 
@@ -104,7 +104,7 @@ def test_a_speed_is_chosen_for_its_quality():
     model, wanted = Model(), Target.parse("speedup=1.6")
     chosen = best(model.search("speedup=1.6"), wanted)
     assert chosen.predicted >= 1 - 1 / 1.6
-    fast = [each.config for each in model.frontier.weighed if each.saving >= 1 - 1 / 1.6]
+    fast = [each.config for each in model.frontier._weighed.values() if each.saving >= 1 - 1 / 1.6]
     assert model.psnr(chosen.config) > max(map(model.psnr, fast)) - 1
 
 
