@@ -1,10 +1,10 @@
 """Queries, keys and values in e4m3 for attention on Hopper (csrc/attention_fp8.cuh), in Triton.
 
 Three passes: over some keys and values, for their mean, some columns at a time; over queries and keys, 128 at a time;
-over values, in blocks, once for the largest and once to write, when they are in L2. Queries get a scale each. Keys have the mean taken out,
-which the softmax does not see, and get a scale for every 128. Values have theirs taken out, which attention adds to its
-result; they get a scale for a block, and are written transposed, the tokens of every 16 in the order in which the
-attention kernel's lanes hold their weights.
+over values, in blocks, once for the largest and once to write, when they are in L2. Queries get a scale each. Keys have
+the mean taken out, which the softmax does not see, and get a scale for every 128. Values have theirs taken out, which
+attention adds to its result; they get a scale for a block, and are written transposed, the tokens of every 16 in the
+order in which the attention kernel's lanes hold their weights.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def _quantize_v_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(x)))
     scale = largest / E4M3_LIMIT
     tl.store(v_scale + pair * tl.cdiv(tokens, BLOCK) + block, scale)
-    for first in range(block * BLOCK, tl.minimum((block + 1) * BLOCK, pitch), STEP):  # the attention kernel reads it all
+    for first in range(
+        block * BLOCK, tl.minimum((block + 1) * BLOCK, pitch), STEP
+    ):  # the attention kernel reads it all
         # Place 4c + u of 16 has token 2c + u % 2 + u // 2 * 8.
         place = tl.arange(0, STEP)
         token = first + place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
@@ -171,7 +173,19 @@ def quantize_qkv_triton(q: Tensor, k: Tensor, v: Tensor, every: int, results: tu
             k, v, center_k, center_v, *strides[3:], every, samples, **sizes, WIDTH=PART, STEP=SAMPLED, num_warps=8
         )
         _quantize_qk_kernel[(triton.cdiv(tokens, STEP), heads, batch)](
-            q, k, center_k, q8, k8, q_scale, k_scale, *strides[:6], tokens, **wide, STEP=STEP, COLUMNS=columns, num_warps=8
+            q,
+            k,
+            center_k,
+            q8,
+            k8,
+            q_scale,
+            k_scale,
+            *strides[:6],
+            tokens,
+            **wide,
+            STEP=STEP,
+            COLUMNS=columns,
+            num_warps=8,
         )
         _quantize_v_kernel[(triton.cdiv(tokens, BLOCK), heads, batch)](
             v, center_v, v8, v_scale, *strides[6:], tokens, v8.shape[-1], **wide, STEP=AT_ONCE, BLOCK=BLOCK, num_warps=4

@@ -69,10 +69,12 @@ class Weights(Protocol):
     def keys(self, shape: tuple[int, int, int, int], text: int) -> int:
         """How many keys each row of a stream of `shape` attends to; `text` tokens count. 0 without attention."""
 
-    def sent(self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int) -> tuple[int, ...]:
+    def sent(
+        self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int, fp8: bool = False
+    ) -> tuple[int, ...]:
         """Bytes that a rank with a stream of `shape` sends to others, of each exchange that computing this makes.
 
-        `itemsize` is that of the stream.
+        `itemsize` is that of the stream; `fp8` counts linears that can be in fp8 as if they were.
 
         Raises
         ------
@@ -122,7 +124,9 @@ class CrossAttention(Weights):
         """How many keys each row of a stream of `shape` attends to; `text` tokens count."""
         return text
 
-    def sent(self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int) -> tuple[int, ...]:
+    def sent(
+        self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int, fp8: bool = False
+    ) -> tuple[int, ...]:
         """None: each row attends to the text by itself."""
         return ()
 
@@ -156,7 +160,9 @@ class Mlp(Weights):
         """It attends to nothing."""
         return 0
 
-    def sent(self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int) -> tuple[int, ...]:
+    def sent(
+        self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int, fp8: bool = False
+    ) -> tuple[int, ...]:
         """None: each row is by itself."""
         return ()
 

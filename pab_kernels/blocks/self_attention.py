@@ -56,7 +56,9 @@ class SelfAttention(Weights):
         _, frames, tokens, _ = shape
         return {"spatial": tokens, "temporal": frames, "full": frames * tokens}[self.sequence]
 
-    def sent(self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int) -> tuple[int, ...]:
+    def sent(
+        self, shape: tuple[int, int, int, int], shards: Shards, itemsize: int, fp8: bool = False
+    ) -> tuple[int, ...]:
         """Bytes of queries, keys and values, and of what attention gives: frames for tokens, or tokens for heads.
 
         Before a projection in fp8 temporal attention gives e4m3, and the rows' largest scales are exchanged first.
@@ -66,7 +68,7 @@ class SelfAttention(Weights):
             return ()
         if self.sequence == "full":
             return shards.sent(batch, frames * tokens, self.heads, channels // self.heads, itemsize, itemsize)
-        if not isinstance(self.proj, Fp8Linear):
+        if not (fp8 or isinstance(self.proj, Fp8Linear)):
             return shards.sent(batch, frames, tokens, channels, itemsize, itemsize)
         scales = torch.float32.itemsize * batch * tokens * (len(shards.sizes) - 1)
         return scales, *shards.sent(batch, frames, tokens, channels, itemsize, fp8_linear.E4M3.itemsize)

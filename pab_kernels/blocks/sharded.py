@@ -90,7 +90,8 @@ class Shards:
     def largest(self, x: Tensor) -> Callable[[], Tensor]:
         """Of each number of x the largest of all ranks: begins to fetch theirs; the result waits for them.
 
-        To be called once, before anything else is fetched so.
+        It is to be called once. Between two of these some rank's rows must have been waited for, as `around` does:
+        till then others may still read what the first one gave.
         """
         ranks = len(self.sizes)
         each = x.expand(ranks, 1, *x.shape)

@@ -82,7 +82,7 @@ class Exchange:
         -------
         callable
             Has the current stream wait, and returns `out`, or a tensor of the size ``sum(take.sizes)`` along `take`
-            and of this rank's along `give`. To be called once, in the order of the beginnings.
+            and of this rank's along `give`. To be called once, before the same buffer is computed into again.
         """
         self.calls += 1
         self.sent += x.numel() // x.shape[give.dim] * (sum(give.sizes) - give.sizes[self.rank]) * x.element_size()

@@ -12,7 +12,7 @@ from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.blocks.sharded import Piece, Shards, near_even
 from pab_kernels.distributed.exchange import Exchange
 from pab_kernels.measure.benchmark import Timing, over_ranks
-from pab_kernels.measure.contenders import CONTENDERS, Problem
+from pab_kernels.measure.contenders import Problem
 from pab_kernels.models import adapter_for
 from pab_kernels.ops.fp8_linear import E4M3
 
@@ -27,7 +27,7 @@ def measure(problem: Problem, timing: Timing) -> dict[str, float]:
     """
     if timing.report is None or problem.mesh.frames == 1 or not any(timing.report.exchanges.values()):
         return {}
-    around, exchange = _around(problem, CONTENDERS[timing.name].fp8)
+    around, exchange = _around(problem, fp8=timing.report.fp8.get(SelfAttention.layer, 0) > 0)
     around()
     sent = exchange.sent  # an attention's, of which all of a step are alike
     seconds = max(over_ranks(problem, _seconds(around, problem.device)))

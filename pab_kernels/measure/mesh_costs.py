@@ -150,10 +150,11 @@ def sent_bytes(
     local = (batch, sizes[0], tokens, channels)
     together: Any = SimpleNamespace(apart=False)  # as `LINKS` are fitted; nothing is exchanged
     shards = Shards(sizes, 0, together)
+    fp8 = schedule.config.linear_precision is not None
     return [
         nbytes
         for branch in computed_branches(stack, schedule, variant)
-        for nbytes in branch.weights.sent(local, shards, stack.dtype.itemsize)
+        for nbytes in branch.weights.sent(local, shards, stack.dtype.itemsize, fp8)
     ]
 
 

@@ -25,6 +25,9 @@ def test_bytes_of_temporal_attention_are_those_counted_by_hand(latte):
     assert sent_bytes(Mesh(2, 2), latte, schedule, COMPUTE, shape) == [there // 2, back // 2] * 28
     assert sent_bytes(Mesh(1, 2), latte, schedule, StepVariant(temporal=True), shape) == []
     assert sent_bytes(Mesh(2, 1), latte, schedule, COMPUTE, shape) == []
+    # In fp8 a float for each token of both sequences goes first, and a byte a number comes back.
+    small = Schedule(PABConfig(linear_precision="fp8"), [500.0])
+    assert sent_bytes(Mesh(1, 2), latte, small, COMPUTE, shape) == [4 * 2 * 10, there, back // 2] * 28
 
 
 def test_full_attention_exchanges_heads():
