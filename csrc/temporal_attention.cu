@@ -55,7 +55,7 @@ template <typename Elem, int D, int kTiles, Prepare kPrepare>
 void launch_sm90(const TemporalAttentionParams& p, int multiprocessors, cudaStream_t stream) {
     using P = StreamedPlan<D, kTiles>;
     const int64_t blocks = (static_cast<int64_t>(p.batch) * p.tokens * p.heads + P::sequences - 1) / P::sequences;
-    const int grid = static_cast<int>(std::min<int64_t>(blocks, kStreamedBlocks * multiprocessors));
+    const int grid = static_cast<int>(std::min<int64_t>(blocks, P::blocks * multiprocessors));
     const auto kernel = temporal_sm90_kernel<Elem, D, kTiles, kPrepare>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::shared_bytes),
           "temporal_attention: cudaFuncSetAttribute");
@@ -69,7 +69,7 @@ void launch_sm90(const TemporalAttentionParams& p, int multiprocessors, cudaStre
 bool streams(const TemporalAttentionParams& p) {
     const bool prepared = p.cos != nullptr || p.q_weight != nullptr || p.k_weight != nullptr;
     return p.out_scale == nullptr && p.head_dim == 72 && p.frames > kTile &&
-           p.frames <= (prepared ? kStreamedWarps : 2) * kTile && p.softmax_scale > 0;
+           p.frames <= (prepared ? kStreamedTiles : 2) * kTile && p.softmax_scale > 0;
 }
 
 // `hopper`: its multiprocessors, 0 of another GPU.

@@ -7,9 +7,9 @@
 // of 8 frames start in 8 different groups of banks, so ldmatrix reads them without conflicts. Frames beyond T are
 // zeros.
 //
-// A warp owns 16 frames. It copies them, writes its prepared keys back for the others, and its output over its queries,
-// from where the copy engine stores it. A row's scores all fit in registers, so there is one maximum and nothing to
-// rescale; the rotary table of a lane's two frames stays there too.
+// A warp owns 16 frames. It writes its prepared keys back for the others, and its output over its queries, from where
+// the copy engine stores it. A row's scores all fit in registers, so there is one maximum and nothing to rescale; the
+// rotary table of a lane's two frames stays there too.
 //
 // The copy engine could bring the rows too: 5 % slower at T 60, 2 % faster at T 30.
 #pragma once
@@ -17,16 +17,19 @@
 #include "hopper.cuh"
 #include "temporal_attention.cuh"
 
-constexpr int kStreamedWarps = 4;   // a block
-constexpr int kStreamedBlocks = 4;  // a multiprocessor
+constexpr int kStreamedTiles = 4;  // a sequence, at most
 
-// `kTiles` tiles of 16 frames a sequence.
+// `kTiles` tiles of 16 frames a sequence. Neighbouring heads share a block.
 template <int D, int kTiles>
 struct StreamedPlan {
     static_assert(D / 8 % 2 == 1, "rows would start in the same banks");
-    static constexpr int words = D / 8;  // 32-bit words a lane holds of a row
+    static constexpr int sequences = 2;
+    static constexpr int warps = kTiles * sequences;
+    static constexpr int blocks = kTiles > 2 ? 2 : 4;  // a multiprocessor
+    static constexpr int words = D / 8;      // 32-bit words a lane holds of a row, and chunks of 16 bytes in one
+    static constexpr int lanes = 3 * words;  // that copy: of two sequences' queries, keys and values two chunks each
+    static_assert(sequences == 2 && lanes <= 32);
     static constexpr int pitch = 2 * D;
-    static constexpr int sequences = kStreamedWarps / kTiles;
     static constexpr int tensor_bytes = kTiles * kTile * pitch;  // queries, keys or values of a sequence
     static constexpr int stage_bytes = 3 * sequences * tensor_bytes;
     static_assert(tensor_bytes % 128 == 0 && kTile * pitch % 128 == 0, "as the copy engine wants its boxes");
@@ -130,7 +133,7 @@ struct SequencePlace {
 
 // Block (32 lanes, tiles, sequences), as many of them as the GPU holds at once. `scale_log2` is positive.
 template <typename Elem, int D, int kTiles, Prepare kPrepare>
-__global__ void __launch_bounds__(32 * kStreamedWarps, kStreamedBlocks)
+__global__ void __launch_bounds__(32 * StreamedPlan<D, kTiles>::warps, StreamedPlan<D, kTiles>::blocks)
     temporal_sm90_kernel(const __grid_constant__ CUtensorMap out_map, const TemporalAttentionParams p,
                          float scale_log2) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(32 * kStreamedWarps, kStreamedBlocks)
     extern __shared__ __align__(1024) uint8_t staged[];
     const int lane = threadIdx.x, g = lane / 4, c = lane % 4, first = kTile * threadIdx.y, z = threadIdx.z;
     const uint32_t start = shared_address(staged), weights = start + 2 * P::stage_bytes, full = weights + 8 * D;
-    const int thread = lane + 32 * (threadIdx.y + kTiles * z), threads = 32 * kTiles * P::sequences;
+    const int thread = lane + 32 * (threadIdx.y + kTiles * z), threads = 32 * P::warps;
 
     if (thread == 0) {
         barrier_init(full, threads);
@@ -173,29 +176,38 @@ __global__ void __launch_bounds__(32 * kStreamedWarps, kStreamedBlocks)
         if (at.head >= p.heads) at.head -= p.heads, ++at.token;
         while (at.token >= p.tokens) at.token -= p.tokens, ++at.batch;
     };
-    const int begin = blockIdx.x * P::sequences + z;
-    SequencePlace here{begin / p.heads / p.tokens, begin / p.heads % p.tokens, begin % p.heads};
+    const int begin = blockIdx.x * P::sequences;
+    SequencePlace here{begin / p.heads / p.tokens, begin / p.heads % p.tokens, begin % p.heads};  // of the first one
     const int step = gridDim.x * P::sequences, step_tokens = step / p.heads, step_heads = step % p.heads;
-    // A lane copies a chunk of 16 bytes of the rows of its warp's frames: of queries, keys or values.
+    // A warp copies half of its tile's frames of both sequences, a lane two chunks of 16 bytes of each frame: of
+    // queries, keys or values. Rows of neighbouring heads are one piece then: by itself each shares a sector of 32
+    // bytes with its neighbour, which would be fetched twice.
+    const int copied = first + kTile / 2 * z, count = min(kTile / 2, p.frames - copied);
     const int64_t stride_t = sizeof(Elem) * p.stride_t;
-    const char* lane_source = static_cast<const char*>(p.qkv) + sizeof(Elem) * (lane / P::words * p.stride_qkv) +
-                              16 * (lane % P::words) + first * stride_t;
-    const uint32_t lane_target =
-        start + (3 * z + lane / P::words) * P::tensor_bytes + first * P::pitch + 16 * (lane % P::words);
-    const int count = min(kTile, p.frames - first);
+    bool second[2];
+    const char* lane_source[2];
+    uint32_t lane_target[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int chunk = lane + i * P::lanes, tensor = chunk / (2 * P::words), word = chunk % P::words;
+        second[i] = chunk / P::words % 2;
+        lane_source[i] =
+            static_cast<const char*>(p.qkv) + sizeof(Elem) * tensor * p.stride_qkv + 16 * word + copied * stride_t;
+        lane_target[i] = start + (3 * second[i] + tensor) * P::tensor_bytes + copied * P::pitch + 16 * word;
+    }
     const auto bring = [&](const SequencePlace& at, int s) {
-        if (at.batch < p.batch && lane < 3 * P::words) {
-            const char* from =
-                lane_source + sizeof(Elem) * (at.batch * p.stride_b + at.token * p.stride_s + at.head * p.stride_h);
-            const uint32_t to = lane_target + s * P::stage_bytes;
-            if (count == kTile) {
+        SequencePlace next = at;
+        advance(next, 0, 1);
 #pragma unroll
-                for (int i = 0; i < kTile; ++i, from += stride_t) copy_16(to + i * P::pitch, from);
-            } else {
+        for (int i = 0; i < 2; ++i) {
+            const SequencePlace place = second[i] ? next : at;
+            if (place.batch >= p.batch || lane >= P::lanes) continue;
+            const char* from = lane_source[i] + sizeof(Elem) * (place.batch * p.stride_b + place.token * p.stride_s +
+                                                                place.head * p.stride_h);
+            const uint32_t to = lane_target[i] + s * P::stage_bytes;
 #pragma unroll
-                for (int i = 0; i < kTile; ++i, from += stride_t) {
-                    if (i < count) copy_16(to + i * P::pitch, from);
-                }
+            for (int t = 0; t < kTile / 2; ++t, from += stride_t) {
+                if (t < count) copy_16(to + t * P::pitch, from);
             }
         }
         asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + 8 * s) : "memory");
@@ -223,7 +235,8 @@ __global__ void __launch_bounds__(32 * kStreamedWarps, kStreamedBlocks)
         }
         if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
         __syncthreads();  // keys are prepared; of the other stage, all is read and stored
-        const SequencePlace current = here;
+        SequencePlace current = here;
+        if (z > 0) advance(current, 0, 1);
         advance(here, step_tokens, step_heads);
         bring(here, stage ^ 1);
 
