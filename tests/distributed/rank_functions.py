@@ -1,17 +1,24 @@
 """What ranks do in the tests of the launcher, and of what they share."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from pab_kernels import Mesh, PABConfig
+from pab_kernels.measure import exchange_times
+from pab_kernels.measure.benchmark import Timing
+from pab_kernels.measure.contenders import Problem
 from pab_kernels.models.hosts.tiles import Tiling
 from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.text import RandomText, SharedText
+from pab_kernels.workloads import WORKLOADS
 from tests.vae_tools import tiny_vae
 
 
@@ -88,6 +95,17 @@ def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, bool]:
     embeddings, mask, _ = every[0]
     assert all(torch.equal(embeddings, other) and torch.equal(mask, seen) for other, seen, _ in every)
     return embeddings, mask, [count for _, _, count in every] == [1] + [0] * (len(every) - 1)
+
+
+def exchange_times_in_fp8(nbytes: int) -> tuple[int, int, dict[str, float]]:
+    """Calls and bytes of a temporal attention whose result goes to a projection in fp8, and the time of two of them."""
+    workload = WORKLOADS["open_sora-144p-2s"].tiny()
+    made = Problem.make(workload, PABConfig(), torch.device("cpu"), torch.bfloat16, 2)
+    problem = dataclasses.replace(made, mesh=Mesh(1, 2))
+    around, exchange = exchange_times._around(problem, fp8=True)
+    around()
+    report: Any = SimpleNamespace(fp8={"qkv": 2}, exchanges={"compute": (6, 2 * nbytes), "broadcast temporal": (0, 0)})
+    return exchange.calls, exchange.sent, exchange_times.measure(problem, Timing("runtime-fp8", report=report))
 
 
 class Counts:

@@ -2,11 +2,18 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from pab_kernels.blocks.sharded import Shards, near_even
+from pab_kernels.distributed.launch import launch
 from pab_kernels.measure import report, result_files
+from pab_kernels.models import adapter_for
+from pab_kernels.workloads import WORKLOADS
 from tests.cli_tools import pab, refused
+from tests.distributed.rank_functions import exchange_times_in_fp8
 
 JOB = ("bench", "--workload", "open_sora-144p-2s", "--scale", "tiny", "--device", "cpu", "--repeats", 1)
 MESHES = ("guidance=2,frames=1", "guidance=1,frames=2")
@@ -53,6 +60,20 @@ def test_exchanges_are_where_temporal_attention_is_computed(made):
         assert (calls, sent > 0) == ((0, False) if broadcast else (4, True))  # two blocks, there and back
         assert (split["exchange_seconds"][variant] == 0) == broadcast
     assert all(not rows[name]["exchange_seconds"] for name in rows if "frames=2" not in name)
+
+
+def test_exchanges_before_a_projection_in_fp8_are_timed_as_they_are():
+    workload = WORKLOADS["open_sora-144p-2s"].tiny()
+    adapter = adapter_for(workload.host(torch.device("cpu"), torch.bfloat16))
+    weights = next(branch.weights for branch in adapter.stack.blocks[1].branches if branch.kind == "temporal")
+    frames, tokens = workload.grid
+    rows = near_even(frames, 2)
+    shards = Shards(rows, 0, SimpleNamespace(apart=False))  # type: ignore[arg-type]
+    sent = weights.sent((2, rows[0], tokens, adapter.stack.channels), shards, 2, fp8=True)
+    calls, nbytes, seconds = launch(exchange_times_in_fp8, sum(sent), ranks=2, device="cpu")
+    assert (calls, nbytes) == (3, sum(sent))
+    assert seconds["compute"] > 0
+    assert seconds["broadcast temporal"] == 0
 
 
 def test_the_tables_have_columns_for_it(made):
