@@ -3,6 +3,7 @@
 import csv
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_exchanges_before_a_projection_in_fp8_are_timed_as_they_are():
     weights = next(branch.weights for branch in adapter.stack.blocks[1].branches if branch.kind == "temporal")
     frames, tokens = workload.grid
     rows = near_even(frames, 2)
-    shards = Shards(rows, 0, SimpleNamespace(apart=False))  # type: ignore[arg-type]
+    together: Any = SimpleNamespace(apart=False)
+    shards = Shards(rows, 0, together)
     sent = weights.sent((2, rows[0], tokens, adapter.stack.channels), shards, 2, fp8=True)
     calls, nbytes, seconds = launch(exchange_times_in_fp8, sum(sent), ranks=2, device="cpu")
     assert (calls, nbytes) == (3, sum(sent))
