@@ -39,14 +39,14 @@ void check_arguments(const TemporalAttentionParams& p, const std::string& dtype)
     }
 }
 
-// Of the output as [batch, frame, token, head, column], in boxes of a tile's frames of two heads.
+// Of the output as [batch, frame, token, head, column], in boxes of a warp's frames of one head.
 CUtensorMap output_map(const TemporalAttentionParams& p) {
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.heads),
                                 static_cast<cuuint64_t>(p.tokens), static_cast<cuuint64_t>(p.frames),
                                 static_cast<cuuint64_t>(p.batch)};
     cuuint64_t strides[4] = {2 * sizes[0]};
     for (int i = 1; i < 4; ++i) strides[i] = strides[i - 1] * sizes[i];
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(p.head_dim), 2, 1, kTile, 1};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(p.head_dim), 1, 1, kTile, 1};
     return encode_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, p.out, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE,
                              CU_TENSOR_MAP_L2_PROMOTION_NONE);
 }

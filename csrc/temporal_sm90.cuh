@@ -30,12 +30,9 @@ struct StreamedPlan {
     static constexpr int lanes = 3 * words;  // that copy: of two sequences' queries, keys and values two chunks each
     static_assert(sequences == 2 && lanes <= 32);
     static constexpr int pitch = 2 * D;
-    static constexpr int tile_bytes = kTile * pitch;
-    static constexpr int tensor_bytes = kTiles * tile_bytes;  // queries, keys or values of a sequence
-    // Queries tile by tile, of both sequences each, and the outputs of both in their place; then keys and values.
-    static constexpr int keys = sequences * tensor_bytes;
+    static constexpr int tensor_bytes = kTiles * kTile * pitch;  // queries, keys or values of a sequence
     static constexpr int stage_bytes = 3 * sequences * tensor_bytes;
-    static_assert(tile_bytes % 128 == 0, "as the copy engine wants its boxes");
+    static_assert(tensor_bytes % 128 == 0 && kTile * pitch % 128 == 0, "as the copy engine wants its boxes");
     static constexpr int shared_bytes = 2 * stage_bytes + 2 * 4 * D + 2 * 8;  // then weights of norms, and barriers
 };
 
@@ -196,9 +193,7 @@ __global__ void __launch_bounds__(32 * StreamedPlan<D, kTiles>::warps, StreamedP
         second[i] = chunk / P::words % 2;
         lane_source[i] =
             static_cast<const char*>(p.qkv) + sizeof(Elem) * tensor * p.stride_qkv + 16 * word + copied * stride_t;
-        const int tile = tensor == 0 ? (P::sequences * threadIdx.y + second[i]) * P::tile_bytes
-                                     : P::keys + (2 * second[i] + tensor - 1) * P::tensor_bytes + first * P::pitch;
-        lane_target[i] = start + tile + kTile / 2 * z * P::pitch + 16 * word;
+        lane_target[i] = start + (3 * second[i] + tensor) * P::tensor_bytes + copied * P::pitch + 16 * word;
     }
     const auto bring = [&](const SequencePlace& at, int s) {
         SequencePlace next = at;
@@ -223,25 +218,25 @@ __global__ void __launch_bounds__(32 * StreamedPlan<D, kTiles>::warps, StreamedP
     const int64_t sequences = static_cast<int64_t>(p.batch) * p.tokens * p.heads;
     uint32_t stage = 0, phase = 0;
     for (int64_t index = blockIdx.x * P::sequences; index < sequences; index += step) {
-        const uint32_t here_start = start + stage * P::stage_bytes;
-        const uint32_t pair = here_start + P::sequences * threadIdx.y * P::tile_bytes;
-        const uint32_t keys = here_start + P::keys + 2 * z * P::tensor_bytes + row;
+        const uint32_t base = start + stage * P::stage_bytes + 3 * z * P::tensor_bytes + row;
+        const uint32_t own = base + first * P::pitch;
         barrier_wait(full + 8 * stage, phase);
 
         uint32_t q[2][P::words];
         if constexpr (kPrepare != Prepare::nothing) {
             uint32_t k[2][P::words];
-            load_tile<P::words, false>(k, keys + first * P::pitch);
+            load_tile<P::words, false>(k, own + P::tensor_bytes);
             prepare_rows<Elem, D, kPrepare>(k, rotation, weights + 4 * D + 8 * c, p.k_weight != nullptr, p.eps, g);
-            store_tile<P::words>(k, keys + first * P::pitch);
+            store_tile<P::words>(k, own + P::tensor_bytes);
         }
-        load_tile<P::words, false>(q, pair + z * P::tile_bytes + row);
+        load_tile<P::words, false>(q, own);
         if constexpr (kPrepare != Prepare::nothing) {
             prepare_rows<Elem, D, kPrepare>(q, rotation, weights + 8 * c, p.q_weight != nullptr, p.eps, g);
         }
         if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        __syncthreads();  // keys are prepared, queries read; of the other stage, all is read and stored
-        const SequencePlace current = here;
+        __syncthreads();  // keys are prepared; of the other stage, all is read and stored
+        SequencePlace current = here;
+        if (z > 0) advance(current, 0, 1);
         advance(here, step_tokens, step_heads);
         bring(here, stage ^ 1);
 
@@ -250,7 +245,7 @@ __global__ void __launch_bounds__(32 * StreamedPlan<D, kTiles>::warps, StreamedP
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
             uint32_t k[2][P::words];
-            load_tile<P::words, false>(k, keys + n * P::tile_bytes);
+            load_tile<P::words, false>(k, base + P::tensor_bytes + n * kTile * P::pitch);
 #pragma unroll
             for (int i = 0; i < 8; ++i) scores[n][i / 4][i % 4] = 0.f;
             multiply_rows<Elem, D>(scores[n], q, k);
@@ -267,7 +262,7 @@ __global__ void __launch_bounds__(32 * StreamedPlan<D, kTiles>::warps, StreamedP
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
             uint32_t v[2][P::words], a[4];
-            load_tile<P::words, true>(v, keys + P::tensor_bytes + n * P::tile_bytes);
+            load_tile<P::words, true>(v, base + 2 * P::tensor_bytes + n * kTile * P::pitch);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float(&s)[4] = scores[n][i / 2];
@@ -287,16 +282,11 @@ __global__ void __launch_bounds__(32 * StreamedPlan<D, kTiles>::warps, StreamedP
             q[0][w] = pack<Elem>(out[w][0] * inverse[0], out[w][1] * inverse[0]);
             q[1][w] = pack<Elem>(out[w][2] * inverse[1], out[w][3] * inverse[1]);
         }
-        store_tile<P::words>(q, pair + (lane % 16 * P::sequences + z) * P::pitch + lane / 16 * 16);
+        store_tile<P::words>(q, own);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.y), "n"(32 * P::sequences) : "memory");
-        if (lane == 0 && z == 0) {
-            store_box(out_map, pair, current.head, current.token, first, current.batch);
-            if (current.head + 1 == p.heads) {  // then it is of the next token's first head, beside one that is none
-                SequencePlace next = current;
-                advance(next, 0, 1);
-                if (next.batch < p.batch) store_box(out_map, pair, -1, next.token, first, next.batch);
-            }
+        __syncwarp();
+        if (lane == 0 && current.batch < p.batch) {
+            store_box(out_map, own, current.head, current.token, first, current.batch);
         }
         stage ^= 1;
         phase ^= stage == 0;
