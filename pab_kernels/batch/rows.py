@@ -72,6 +72,8 @@ def read_rows(path: Path) -> list[Mapping[str, Any] | str]:
         raise ValueError(f"prompts: got {path.name!r}, must end in {', '.join(SUFFIXES)}")
     if not path.exists():
         raise FileNotFoundError(f"prompts: {path} is not there")
+    if path.is_dir():
+        raise ValueError(f"prompts: got {path}, must be a file")
     try:
         if path.suffix == ".jsonl":
             with path.open("rb") as lines:

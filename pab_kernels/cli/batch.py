@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -110,6 +111,8 @@ def batch(
         assert prompts is not None
         given = rows.read_rows(prompts)
         source = Source(resolve_model(model, size), weights, text_encoder, vae, random_weights, latents_only)
+        if video_format not in ("mp4", "gif"):
+            raise ValueError(f"format: got {video_format!r}, must be mp4 or gif")
         outputs.check_output(Path(f"video.{video_format}"), source)
         family = source.family
         if offload_text:
@@ -140,6 +143,9 @@ def batch(
         if store.folder is not None:
             check_outputs({"output": [store.folder / manifest.NAME]}, inputs=(prompts, model, weights, pab))
         ray = ray or bool(os.environ.get("RAY_ADDRESS"))
+        for name, value in (("workers", workers), ("timeout", timeout)):
+            if value is not None and not ray:
+                raise ValueError(f"{name}: got {value:g}, must be left out without --ray or RAY_ADDRESS")
         if ray:
             stack.enter_context(on_ray.cluster())
             place = device or ("cuda" if on_ray.gpus() else "cpu")
@@ -222,14 +228,16 @@ def _status(store: Any, place: str) -> dict[str, Any]:
     """How far a batch is, by its manifest: the driver may be at work on another machine."""
     from pab_kernels.batch import manifest
 
+    if store.folder is not None and store.folder.exists() and not store.folder.is_dir():
+        raise ValueError(f"status: got {place}, must be a folder")
     records = manifest.read(store)
     if not records:
         raise FileNotFoundError(f"status: {place} has no {manifest.NAME}")
-    seconds = sorted(each["seconds"] for each in records if each["seconds"] is not None)
+    seconds = [each["seconds"] for each in records if each["seconds"] is not None]
     return {
         "output": place,
         "counts": manifest.counts(records),
-        "median_seconds": seconds[len(seconds) // 2] if seconds else None,
+        "median_seconds": statistics.median(seconds) if seconds else None,
         **_failures(records),
     }
 

@@ -102,9 +102,10 @@ def _print_memory(
     from pab_kernels.pipelines.sizes import family_size, model_size
 
     family = resolve_model(model, size)
-    video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
-    if video is None:
+    if family not in memory.TEXT_LENGTHS:
         raise ValueError(f"model: got {model!r}, must be one of {', '.join(memory.TEXT_LENGTHS)}")
+    video = family_size(family, resolution=resolution, duration=duration, aspect=aspect, size=size)
+    assert video is not None
     config = generation.pab_settings(pab or family, **small) or PABConfig()
     on_host = options.on_host(cache_device)
     run = memory.PlannedRun.of(
@@ -117,6 +118,7 @@ def _print_memory(
         cache_on_host=on_host,
     )
     shape = memory.ModelShape.of(family, **run.model)
+    mesh_costs.parse_mesh(mesh, gpus)
     costs = mesh_costs.costs_of(run, shape, gpus, mesh, steps) if gpus > 1 else []
     if costs:
         run = dataclasses.replace(run, mesh=costs[0].mesh)
@@ -159,7 +161,9 @@ def _print_memory(
 
 def _print_costs(costs: list[MeshCost], alone: MeshCost) -> None:
     """Of each mesh what it is predicted to take, against one GPU."""
-    table = Table("mesh", "seconds, predicted", "exchanges, s", "MB sent a step", "x one GPU")
+    table = Table("mesh", "seconds", "exchanges, s", "MB a step", "x one GPU")
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(len(str(cost.mesh)) for cost in costs)
     for cost in [*costs, alone]:
         sent = f"{cost.nbytes / cost.steps / 1e6:.1f}"
         times = f"{cost.seconds:.2f}", f"{cost.exchanges:.3f}"
@@ -192,7 +196,8 @@ def _print_fp8(run: PlannedRun) -> None:
     console = options.console()
     trials = memory.fp8_trials(run)
     if isinstance(trials, str):
-        console.print(f"No linears in fp8: {trials}", soft_wrap=True)
+        said = "Which linears gain in fp8 is timed on the GPU that runs them; memory and predictions are of all in fp8"
+        console.print(f"{said}. Not timed here: {trials}", soft_wrap=True)
         return
     table = Table("layer", "rows", "channels", "features", str(run.dtype), "fp8", "runs in fp8")
     for shape, trial in trials.items():

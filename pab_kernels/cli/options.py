@@ -35,7 +35,15 @@ CACHE_DEVICES = ("cpu", "cuda")
 
 
 class Command(TyperCommand):
-    """A command whose numbers are finite: a range lets nan through, and most let infinity."""
+    """A command whose numbers are finite: a range lets nan through, and most let infinity.
+
+    Ctrl-C, SIGTERM and SIGHUP end it as an exception, so that no temporary file stays, and with 128 plus their number.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer's."""
+        with _signals_raise():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer's; exit code 2 naming the option."""
@@ -51,12 +59,11 @@ class Command(TyperCommand):
 def clean_errors() -> Iterator[None]:
     """A wrong option or file ends with its message and exit code 2; lack of memory or disk with exit code 1.
 
-    Ctrl-C, SIGTERM and SIGHUP end the command as an exception, so that no temporary file stays, and with 128 plus their
-    number. Anything else is a bug and keeps its traceback; with PAB_DEBUG=1 in the environment everything does.
+    Ctrl-C ends with 130. Anything else is a bug and keeps its traceback; with PAB_DEBUG=1 in the environment everything
+    does.
     """
     try:
-        with _signals_raise():
-            yield
+        yield
     except KeyboardInterrupt:
         print_error("interrupted")
         raise typer.Exit(INTERRUPTED) from None
@@ -91,15 +98,33 @@ def _exit_code(error: Exception) -> int | None:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP, unless they are ignored or handled already, raise SystemExit."""
+    """SIGTERM and SIGHUP, unless they are ignored or handled already, raise SystemExit.
+
+    What a signal raises while an object is being deleted, Python drops: then the signal is sent again.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python lets no other thread do this
         for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):
             if signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, _end)
+    report = sys.unraisablehook
+
+    def send_again(dropped: Any) -> None:
+        error = dropped.exc_value
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "code", None)
+        number = code - 128 if isinstance(code, int) else None
+        if number not in (signal.SIGINT, *before):
+            report(dropped)
+            return
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # later, when the deletion is over
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -63,6 +63,8 @@ def tune(
         wanted = tuning.Target.parse(target)
         check_outputs({"output": Tuned.files(output)}, inputs=(profile, *measured.inputs(context.params)))
         if profile is not None:
+            if not profile.is_file():
+                raise FileNotFoundError(f"profile: there is no file {profile}")
             profiles.read_rows(profile)  # that it is one shall be known before the work
         pipe, request = measured.load(context.params)
         if wanted.measure != "speedup" and len(request.prompts) < 2:

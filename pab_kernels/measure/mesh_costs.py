@@ -217,13 +217,18 @@ def parse_mesh(text: str | None, gpus: int) -> Mesh | None:
     Raises
     ------
     ValueError
-        Something else, or a mesh of another number of ranks.
+        Something else, an axis twice, or a mesh of another number of ranks.
     """
     if text is None:
         return None
-    axes = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
+    parts = text.replace(" ", "").split(",")
+    axes = dict(part.partition("=")[::2] for part in parts)
     backend = axes.pop("backend", None)
-    if not axes.keys() <= set(AXES) or not all(value.isdecimal() for value in axes.values()):
+    if (
+        len(axes) + (backend is not None) < len(parts)
+        or not axes.keys() <= set(AXES)
+        or not all(value.isdecimal() for value in axes.values())
+    ):
         raise ValueError(f"mesh: got {text!r}, must be such as guidance=2,frames={max(1, gpus // 2)}")
     mesh = Mesh(int(axes.get("guidance", 1)), int(axes.get("frames", 1)), backend)
     if mesh.size != gpus:

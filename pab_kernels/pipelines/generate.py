@@ -143,7 +143,11 @@ def pab_settings(text: str, **given: str | None) -> PABConfig | None:
         return PABConfig(**changes) if changes else None
     family, _, variant = text.partition(":")
     if family in PRESETS:
-        return dataclasses.replace(PABConfig.preset(family, variant or None), **changes)
+        try:
+            preset = PABConfig.preset(family, variant or None)
+        except ValueError as error:
+            raise ValueError(f"pab: got {text!r}: {error}") from error
+        return dataclasses.replace(preset, **changes)
     if Path(text).is_file():
         return dataclasses.replace(PABConfig.from_yaml(text), **changes)
     raise ValueError(f"pab: got {text!r}, must be off, a YAML file, or a preset: {', '.join(PRESETS)}")

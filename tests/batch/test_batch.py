@@ -259,8 +259,15 @@ def test_wrong_options_end_before_the_model_is_loaded(prompts, demo, tmp_path, m
     end = ("--model", demo, "--device", "cpu", "--output", tmp_path / "out")
     assert "got both or neither" in refused("batch")
     assert "must end in .jsonl" in refused("batch", tmp_path / "a.txt", *end)
-    assert "must end in .mp4 or .gif" in refused("batch", path, "--format", "avi", *end)
+    assert "format: got 'avi', must be mp4 or gif" in refused("batch", path, "--format", "avi", *end)
     assert "pab: got 'none'" in refused("batch", path, "--pab", "none", *end)
+    assert "pab: got 'latte:fsat': variant: got 'fsat', must" in refused("batch", path, "--pab", "latte:fsat", *end)
+    for option in ("workers", "timeout"):
+        assert f"{option}: got 3, must be left out without --ray" in refused("batch", path, f"--{option}", 3, *end)
+    assert "must be a folder" in refused("batch", "--status", path)
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    assert f"prompts: got {folder}, must be a file" in refused("batch", folder, *end)
     assert "none of 1 rows can be made; row 1: seed" in refused("batch", prompts({"prompt": "a", "seed": "x"}), *end)
     (tmp_path / "file").write_text("")
     assert "output" in refused("batch", prompts(), "--model", demo, "--device", "cpu", "--output", tmp_path / "file")

@@ -1,5 +1,7 @@
 """fused_pab_attention: one branch on its own, computed and broadcast."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 
 from pab_kernels import CrossAttention, Linear, SelfAttention, Slot, fused_pab_attention, text_kv
 
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 B, T, S, H, D = 2, 3, 5, 2, 8
 C = H * D
 
@@ -116,3 +119,12 @@ def test_bad_arguments(change, error, match):
     } | change
     with pytest.raises(error, match=match):
         fused_pab_attention(**arguments)
+
+
+def test_the_example_of_the_page_runs():
+    code = re.search(r"## fused_pab_attention.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    assert names["slot"].valid
+    assert names["x"].isfinite().all()

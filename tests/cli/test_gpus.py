@@ -68,6 +68,7 @@ def test_info_tells_a_ranks_memory_and_the_predicted_time():
     assert "not measured" in " ".join(eight.split())
     assert "guidance=1,frames=2" in pab(*job, "--gpus", 2, "--mesh", "frames=2")
     assert "gpus: got 2 without --model" in refused("info", "--gpus", 2)
+    assert "which are 2 ranks, must be 1" in refused(*job, "--mesh", "frames=2")
 
 
 def test_info_tells_where_attention_would_run_in_fp8():

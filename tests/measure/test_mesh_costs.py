@@ -74,6 +74,9 @@ def test_what_mesh_says():
     assert parse_mesh("guidance=2, frames=4", 8) == Mesh(2, 4)
     assert parse_mesh("frames=2,backend=gloo", 2) == Mesh(1, 2, "gloo")
     assert parse_mesh(None, 8) is None
+    for text in ("guidance=2,guidance=1", "frames=2,frames=2", "backend=gloo,backend=nccl"):
+        with pytest.raises(ValueError, match=r"mesh: got .*, must be such as guidance=2,frames=1"):
+            parse_mesh(text, 2)
 
 
 def test_costs_are_of_the_runs_dtype(latte):
