@@ -12,16 +12,25 @@ import pytest
 from pab_kernels.files import append, check_outputs, replaced
 
 WRITER = """
-import sys, time, typer
+import os, sys, time, typer
 from pab_kernels.cli import options
 from pab_kernels.files import replaced
-def command(path: str) -> None:
+class Deleted:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(0.01)
+def command(path: str, number: int) -> None:
     with options.clean_errors(), replaced(path) as partial:
         partial.write_text("half")
         print("ready", flush=True)
+        if number:
+            Deleted()
         time.sleep(60)
-typer.run(command)
+app = typer.Typer()
+app.command(cls=options.Command)(command)
+app()
 """
+"""Waits to be killed; with a number it sends itself that signal while an object is deleted."""
 
 
 def names(folder):
@@ -107,7 +116,7 @@ def test_pipes_devices_and_folders_stay_what_they_are(tmp_path, pipe):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_nothing_or_the_next_run_clears_it(tmp_path, number):
     path = tmp_path / "a.txt"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), "0"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     write(path, "ours")
@@ -118,6 +127,17 @@ def test_a_signal_leaves_nothing_or_the_next_run_clears_it(tmp_path, number):
     assert (len(names(tmp_path)) == 2) == (number == signal.SIGKILL)
     write(path, "ours again")
     assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_an_object_is_deleted_is_not_lost(tmp_path, number):
+    """Python drops what is raised in a `__del__`, as some packages have that a command imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path / "a.txt"), str(int(number))], capture_output=True, timeout=40
+    )
+    assert (done.returncode, done.stdout) == (128 + number, b"ready\n")
+    assert b"Traceback" not in done.stderr
+    assert not names(tmp_path)
 
 
 def test_only_left_overs_are_cleared(tmp_path, pipe):
