@@ -7,8 +7,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from pab_kernels.cli import app
 from pab_kernels.files import LEFT_OVER
-from tests.cli_tools import pab, refused
+from tests.cli_tools import RUNNER, pab, refused
 
 
 def test_two_ranks_make_the_video_of_one_process(demo, tmp_path, capfd):
@@ -69,6 +70,8 @@ def test_info_tells_a_ranks_memory_and_the_predicted_time():
     assert "guidance=1,frames=2" in pab(*job, "--gpus", 2, "--mesh", "frames=2")
     assert "gpus: got 2 without --model" in refused("info", "--gpus", 2)
     assert "which are 2 ranks, must be 1" in refused(*job, "--mesh", "frames=2")
+    narrow = RUNNER.invoke(app, [*job, "--gpus", "8"], env={"COLUMNS": "40"}).output
+    assert all(f" {mesh} " in narrow for mesh in rows), "names are not cut"
 
 
 def test_info_tells_where_attention_would_run_in_fp8():

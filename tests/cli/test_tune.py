@@ -80,7 +80,7 @@ def test_tune_interrupted_before_the_first_trial_writes_nothing(demo, tmp_path, 
     [
         (["--target", "psnr"], "target: got 'psnr', must be psnr=DB"),
         (["--target", "psnr=30", "--videos", "1"], "videos: got 1, must be at least 2"),
-        (["--target", "psnr=30", "--profile", "nowhere.csv"], "nowhere.csv"),
+        (["--target", "psnr=30", "--profile", "nowhere.csv"], "profile: there is no file nowhere.csv"),
         (["--target", "psnr=30", "--model", "open_sora"], "hpcai-tech/OpenSora-STDiT-v3 is not a file"),
         (["--target", "psnr=30", "--output", "t.csv"], "output: got 't.csv', must end in .yaml"),
         (["--target", "psnr=30", "--output", "/proc/self/t.yaml"], "output: got '/proc/self/t.yaml', must be in a"),
