@@ -73,9 +73,9 @@ void launch(const Fp8AttentionParams& p, int multiprocessors, cudaStream_t strea
 template <typename Out>
 void launch_for(const Fp8AttentionParams& p, int multiprocessors, cudaStream_t stream) {
     if (p.head_dim == 96) {
-        launch<Fp8Plan<Out, 96, 3>>(p, multiprocessors, stream);
+        launch<Fp8Plan<Out, 96>>(p, multiprocessors, stream);
     } else {
-        launch<Fp8Plan<Out, 128, 2>>(p, multiprocessors, stream);
+        launch<Fp8Plan<Out, 128>>(p, multiprocessors, stream);
     }
 }
 

@@ -1,30 +1,31 @@
-// Self-attention on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh, overlapped, without turns, but:
+// Self-attention on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh without turns, but:
 //   - Rows come quantised (triton_ops/quantize_qkv.py): a scale for each query, for the keys of a step and for the
 //     values of a block of steps. Those of queries and keys go into the factor of the scores. What was taken out of all
 //     values is added to the result.
+//   - Scores are summed up in float16, which holds them, and so are weights until they are rounded: half the
+//     instructions and half the registers of float32. So there are registers for three consumers, whose softmax is
+//     waited for less. Their queries stay in shared memory: a product with registers on its left side keeps its
+//     warpgroup until it is nearly done.
 //   - wgmma wants values as [D, keys]. They come transposed, and the keys of every 16 in the order in which a lane has
 //     its weights: 0, 1, 8, 9, 2, 3, 10, 11 and so on.
 //   - The tensor cores add e4m3 products with some 14 bits. Sums of many keys would lose what is small beside them, so
 //     those of each block are added up in float32, in shared memory, multiplied by the scale of its values.
-//   - Weights must be at most 448. They start at 4 at most; where a lane's sum of a step's weights shows that one could
-//     be too large, all are made smaller, with what they are added to.
+//   - Weights must be at most 448. They start at 8 at most, in each row; where a lane's sum of a step's weights shows
+//     that one may be too large, the step's are computed again, with an offset that makes the largest 8.
 #pragma once
 
 #include "attention_plan.cuh"
 #include "attention_queries.cuh"
-#include "attention_softmax.cuh"
 #include "mma.cuh"
 #include "wgmma.cuh"
 
 // `Out`: what the result is rounded to.
-template <typename Out_, int D_, int kConsumers>
+template <typename Out_, int D_>
 struct Fp8Plan {
-    using Elem = __nv_fp8_e4m3;
     using Out = Out_;
-    static constexpr int D = D_, keys = 128, stages = 3, consumers = kConsumers;
+    static constexpr int D = D_, keys = 128, stages = D > 96 ? 3 : 4, consumers = 3;
     static constexpr int threads = 128 * (consumers + 1);
-    static constexpr int consumer_registers = consumers == 2 ? 240 : 160, producer_registers = consumers == 2 ? 24 : 32;
-    static constexpr bool loads_queries = consumers == 2;  // three have no registers for them
+    static constexpr int consumer_registers = 160, producer_registers = 32;
     static constexpr int group_rows = 64, rows = group_rows * consumers;
     static constexpr int k_steps = (D + 31) / 32;
     // A row of q or k is a box of 128 columns, zeros where there are fewer; a row of v the 128 keys of a step.
@@ -40,52 +41,84 @@ template <typename P>
 struct Fp8Producer {
     const AttentionArgs& args;
     const Shared<P>& shared;
-    Cursor<P::stages> cursor{};
+    Cursor<P::stages> k_cursor{}, v_cursor{};
     uint32_t q_phase = 1;
 
+    __device__ __forceinline__ void bring_keys(const Tile& tile, int step) {
+        const int s = k_cursor.stage;
+        barrier_wait(shared.k_empty(s), k_cursor.phase ^ 1);
+        if (threadIdx.x == 0) {
+            barrier_expect(shared.k_full(s), P::k_bytes);
+            load_box(shared.k(s), args.k, shared.k_full(s), 0, tile.head, step * P::keys, tile.batch);
+        }
+        k_cursor.advance();
+        __syncwarp();  // no lane may be a phase behind
+    }
+    __device__ __forceinline__ void bring_values(const Tile& tile, int step) {
+        const int s = v_cursor.stage;
+        barrier_wait(shared.v_empty(s), v_cursor.phase ^ 1);
+        if (threadIdx.x == 0) {
+            barrier_expect(shared.v_full(s), P::v_bytes);
+            load_box(shared.v(s), args.v, shared.v_full(s), step * P::keys, tile.head, 0, tile.batch);
+        }
+        v_cursor.advance();
+        __syncwarp();
+    }
     __device__ __forceinline__ void bring(const Tile& tile) {
-        const bool leader = threadIdx.x == 0;
         barrier_wait(shared.q_empty(), q_phase);
         q_phase ^= 1;
-        if (leader) {
+        if (threadIdx.x == 0) {
             barrier_expect(shared.q_full(), P::q_bytes);
             load_box(shared.q, args.q, shared.q_full(), 0, tile.head, tile.row, tile.batch);
         }
+        __syncwarp();
+        bring_keys(tile, tile.steps - 1);
         for (int step = tile.steps - 1; step >= 0; --step) {
-            const int s = cursor.stage;
-            barrier_wait(shared.k_empty(s), cursor.phase ^ 1);
-            if (leader) {
-                barrier_expect(shared.k_full(s), P::k_bytes);
-                load_box(shared.k(s), args.k, shared.k_full(s), 0, tile.head, step * P::keys, tile.batch);
-            }
-            barrier_wait(shared.v_empty(s), cursor.phase ^ 1);
-            if (leader) {
-                barrier_expect(shared.v_full(s), P::v_bytes);
-                load_box(shared.v(s), args.v, shared.v_full(s), step * P::keys, tile.head, 0, tile.batch);
-            }
-            cursor.advance();
-            __syncwarp();  // no lane may be a phase behind
+            if (step > 0) bring_keys(tile, step - 1);  // wanted before these values
+            bring_values(tile, step);
         }
-    }
-
-    __device__ __forceinline__ void run(bool again) {
-        for_tiles(args, shared, again, [&](const Tile& tile, int) { bring(tile); });
     }
 };
 
+// Two weights from their exponents.
+__device__ __forceinline__ uint32_t exp2_halves(uint32_t x) {
+    uint32_t y;  // ex2.approx.f16x2 would put the two together for each use
+    asm("{\n.reg .b16 a, b;\n.reg .b32 low, high;\nmov.b32 {a, b}, %1;\n"
+        "ex2.approx.f16 a, a;\nex2.approx.f16 b, b;\ncvt.u32.u16 low, a;\ncvt.u32.u16 high, b;\n"
+        "prmt.b32 %0, low, high, 0x5410;\n}"
+        : "=r"(y)
+        : "r"(x));
+    return y;
+}
+__device__ __forceinline__ __half2 as_halves(uint32_t x) {
+    return *reinterpret_cast<const __half2*>(&x);
+}
+__device__ __forceinline__ uint32_t as_word(__half2 x) {
+    return *reinterpret_cast<const uint32_t*>(&x);
+}
+// Four values in e4m3, the first in the lowest byte.
+__device__ __forceinline__ uint32_t pack_e4m3(uint32_t low, uint32_t high) {
+    uint16_t a, b;
+    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(a) : "r"(low));
+    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(b) : "r"(high));
+    return static_cast<uint32_t>(b) << 16 | a;
+}
+
 template <typename P>
 struct Fp8Consumer {
-    using Elem = typename P::Elem;
+    using Elem = __nv_fp8_e4m3;
     using Out = typename P::Out;
-    using Queries = uint32_t[P::k_steps][4];
-    using Sums = float[P::D / 2];
-    using Weights = uint32_t[P::keys / 32][4];
     static constexpr int N = P::keys;
-    static constexpr float top = 2.f;  // weights start at 2^top at most
+    using Scores = uint32_t[N / 4];  // float16: of 8 columns two of row g, then two of row g + 8
+    using Sums = float[P::D / 2];
+    using Weights = uint32_t[N / 32][4];
+    using Pair = __half2[2];              // of rows g and g + 8
+    static constexpr float most = 448.f;  // of e4m3
+    static constexpr float top = 3.f;     // weights start at 2^top at most: a lane's 32 of a row are less than `most`
     const AttentionArgs& args;
     const Shared<P>& shared;
     const int group;
-    Cursor<P::stages> cursor{};
+    Cursor<P::stages> k_cursor{}, v_cursor{};
     uint32_t q_phase = 0;
 
     // All lanes must have seen what they waited for, or a late one could miss that phase.
@@ -93,33 +126,30 @@ struct Fp8Consumer {
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
     }
-    __device__ __forceinline__ void load(Queries& q) const {
-        const int lane = threadIdx.x % 32;
-        const int row = group * P::group_rows + threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-        for (int i = 0; i < P::k_steps; ++i)
-            load_matrices(q[i], shared.q + swizzled(row, 128, i * 32 + lane / 16 * 16));
-    }
 
     // Starts scores = q @ k^T.
-    __device__ __forceinline__ void multiply_keys(float (&scores)[N / 2], const Queries& q) const {
-        const Matrix k = matrix<128>(shared.k(cursor.stage));
-        const Matrix rows = matrix<128>(shared.q + group * P::group_rows * 128);
+    __device__ __forceinline__ void start_scores(Scores& scores) const {
+        barrier_wait(shared.k_full(k_cursor.stage), k_cursor.phase);
+        const Matrix q = matrix<128>(shared.q + group * P::group_rows * 128);
+        const Matrix k = matrix<128>(shared.k(k_cursor.stage));
         pin_registers(scores);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < P::k_steps; ++i) {
-            if constexpr (P::loads_queries) {
-                wgmma<Elem, N, 0>(scores, q[i], k.at(i * 32), i > 0);
-            } else {
-                wgmma_shared(scores, rows.at(i * 32), k.at(i * 32), i > 0);
-            }
-        }
+        for (int i = 0; i < P::k_steps; ++i) wgmma_half(scores, q.at(i * 32), k.at(i * 32), i > 0);
         wgmma_commit();
     }
+    // When all but the last `pending` products are done.
+    template <int pending>
+    __device__ __forceinline__ void finish_scores(Scores& scores) {
+        wgmma_wait<pending>();
+        pin_registers(scores);
+        release(shared.k_empty(k_cursor.stage));
+        k_cursor.advance();
+    }
     // Starts sums += weights @ v, or sums = weights @ v of the first step of a block.
-    __device__ __forceinline__ void multiply_values(Sums& sums, Weights& weights, int stage, bool first) const {
-        const Matrix v = matrix<128>(shared.v(stage));
+    __device__ __forceinline__ void start_sums(Sums& sums, Weights& weights, bool first) const {
+        barrier_wait(shared.v_full(v_cursor.stage), v_cursor.phase);
+        const Matrix v = matrix<128>(shared.v(v_cursor.stage));
         pin_registers(sums);
 #pragma unroll
         for (int i = 0; i < N / 32; ++i) pin_registers(weights[i]);
@@ -128,77 +158,57 @@ struct Fp8Consumer {
         for (int i = 0; i < N / 32; ++i) wgmma<Elem, P::D, 0>(sums, weights[i], v.at(i * 32), i > 0 || !first);
         wgmma_commit();
     }
-    __device__ __forceinline__ void finish_values(Sums& sums, Weights& weights, int stage) const {
+    __device__ __forceinline__ void finish_sums(Sums& sums, Weights& weights) {
         wgmma_wait();
         pin_registers(sums);
 #pragma unroll
         for (int i = 0; i < N / 32; ++i) pin_registers(weights[i]);
-        release(shared.v_empty(stage));
+        release(shared.v_empty(v_cursor.stage));
+        v_cursor.advance();
     }
 
-    // Scores to exponents of the weights, with an offset that follows the largest score.
-    static __device__ __forceinline__ void follow_scores(float (&scores)[N / 2], Softmax& softmax, float (&decay)[2],
-                                                         const float (&scale)[2]) {
-        constexpr float slack = 6.f;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float largest = scores[2 * r];
-#pragma unroll
-            for (int i = 2 * r; i < N / 2; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
-            largest = quad_max(largest) * scale[r] - top;
-            decay[r] = 1.f;
-            if (largest - softmax.offset[r] > slack) {
-                decay[r] = exp2_approx(softmax.offset[r] - largest);
-                softmax.offset[r] = largest;
-            }
-        }
-        shift_scores(scores, softmax, scale);
+    // The factor of a step's scores, a float16 value that is not zero. Scores are at most 65025
+    // (triton_ops/quantize_qkv.py); so that float16 holds an offset to 0.5, exponents are kept below 2048.
+    static __device__ __forceinline__ float factor(float q_scale, float k_scale) {
+        return __half2float(__float2half_rn(fminf(fmaxf(q_scale * k_scale, 0x1p-24f), 0x1p-5f)));
     }
-    static __device__ __forceinline__ void shift_scores(float (&scores)[N / 2], const Softmax& softmax,
-                                                        const float (&scale)[2]) {
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) scores[i] = fmaf(scores[i], scale[i / 2 % 2], -softmax.offset[i / 2 % 2]);
-    }
-    // Exponents to weights in float32; `norm` is their sum, of this step alone.
-    static __device__ __forceinline__ void exponentiate(float (&scores)[N / 2], float (&norm)[2][2]) {
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            scores[i] = exp2_approx(scores[i]);
-            float& sum = norm[i / 2 % 2][i % 2];
-            sum = i < 4 ? scores[i] : sum + scores[i];
-        }
-    }
-    static __device__ __forceinline__ bool are_large(const float (&norm)[2][2]) {
-        const float most = fmaxf(fmaxf(norm[0][0], norm[0][1]), fmaxf(norm[1][0], norm[1][1]));
-        return __any_sync(0xffffffffu, most > 448.f);
-    }
-    // Divides the weights of rows that have one above 448 / 4, and the sums of weights, so that 2^top is the largest.
-    static __device__ __forceinline__ void shrink(float (&scores)[N / 2], float (&norm)[2][2], Softmax& softmax,
+    // Raises the offsets, float16 values, where a weight is above 2^top; `decay` is what follows for sums.
+    static __device__ __forceinline__ void follow(const Scores& scores, const float (&scale)[2], float (&offset)[2],
                                                   float (&decay)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float most = 0.f;
+            __half2 x = as_halves(scores[r]);
 #pragma unroll
-            for (int i = 2 * r; i < N / 2; i += 4) most = fmaxf(most, fmaxf(scores[i], scores[i + 1]));
-            most = quad_max(most);
-            const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 127;
-            const int excess = most > 112.f ? min(exponent - static_cast<int>(top), 126) : 0;
-            decay[r] = __int_as_float((127 - excess) << 23);
-            softmax.offset[r] += excess;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) norm[r][i] *= decay[r], softmax.norm[r][i] *= decay[r];
+            for (int i = r + 2; i < N / 4; i += 2) x = __hmax2(x, as_halves(scores[i]));
+            const float largest = quad_max(fmaxf(__low2float(x), __high2float(x))) * scale[r] - top;
+            const float raised = fmaxf(offset[r], __half2float(__float2half_rn(largest)));
+            decay[r] = exp2_approx(offset[r] - raised);
+            offset[r] = raised;
         }
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) scores[i] *= decay[i / 2 % 2];
     }
-    static __device__ __forceinline__ void round(const float (&scores)[N / 2], Weights& weights) {
+    // Weights of a step; `norm` is this lane's share of their sum.
+    static __device__ __forceinline__ void weigh(const Scores& scores, const float (&scale)[2],
+                                                 const float (&offset)[2], Weights& weights, float (&norm)[2]) {
+        const Pair by{__float2half2_rn(scale[0]), __float2half2_rn(scale[1])};
+        const Pair shift{__float2half2_rn(-offset[0]), __float2half2_rn(-offset[1])};
+        Pair sums[2];  // in two parts, for few digits are lost in sums of few
 #pragma unroll
-        for (int i = 0; i < N / 16; ++i) {  // of 16 keys
+        for (int i = 0; i < N / 16; ++i) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float* s = scores + 8 * i + 2 * r;
-                weights[i / 2][i % 2 * 2 + r] = pack_e4m3(s[0], s[1], s[4], s[5]);
+                const auto weigh = [&](uint32_t x) {
+                    return exp2_halves(as_word(__hfma2(as_halves(x), by[r], shift[r])));
+                };
+                const uint32_t a = weigh(scores[4 * i + r]), b = weigh(scores[4 * i + 2 + r]);
+                const __half2 both = __hadd2(as_halves(a), as_halves(b));
+                sums[i % 2][r] = i < 2 ? both : __hadd2(sums[i % 2][r], both);
+                weights[i / 2][i % 2 * 2 + r] = pack_e4m3(a, b);
             }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const __half2 sum = __hadd2(sums[0][r], sums[1][r]);
+            norm[r] = __low2float(sum) + __high2float(sum);
         }
     }
 
@@ -227,94 +237,113 @@ struct Fp8Consumer {
         }
     }
 
-    template <bool follow>
-    __device__ __forceinline__ void attend(const Tile& tile, Sums& sums, Softmax& softmax) {
-        float scores[N / 2], decay[2], scale[2], q_scale[2], norm[2][2];
-        Weights weights;
-        Queries q;
-        const int pair = tile.batch * args.heads + tile.head, steps = (args.keys + N - 1) / N;
-        const int last_block = steps - 1 >> args.block_log2, within_block = (1 << args.block_log2) - 1;
-        const auto k_scale = [&](int step) { return __ldg(args.k_scale + (pair * steps + step)); };
-        const auto v_scale = [&](int block) { return __ldg(args.v_scale + (pair * (last_block + 1) + block)); };
+    // What the steps of a tile share. They go from the last keys to the first.
+    struct Progress {
+        float offset[2] = {-INFINITY, -INFINITY};  // of the softmax, taken off every exponent of the row
+        float norm[2] = {};                        // this lane's share of the sum of weights
+        float q_scale[2];
+        const float *k_scale, *v_scale;  // of this head
+        int step, last, block_log2, last_block;
         // Of the values of a step: whether their product starts a block's sums, and whether sums were kept before them.
-        const auto first = [&](int step) { return step == steps - 1 || (step + 1 & within_block) == 0; };
-        const auto any = [&](int step) { return step >> args.block_log2 < last_block; };
+        __device__ __forceinline__ bool first(int step) const {
+            return step == last || (step + 1 & (1 << block_log2) - 1) == 0;
+        }
+        __device__ __forceinline__ bool any(int step) const {
+            return step >> block_log2 < last_block;
+        }
+    };
+
+    // A step but the last one, beside the product of the weights before.
+    __device__ __forceinline__ void attend_step(Scores& scores, Weights& before, Weights& weights, Sums& sums,
+                                                Progress& at) {
+        float scale[2], decay[2], norm[2];
+        const int step = at.step;
+        const float by = __ldg(at.v_scale + (step + 1 >> at.block_log2)), k_scale = __ldg(at.k_scale + step);
+        start_scores(scores);
+        start_sums(sums, before, at.first(step + 1));
+        finish_scores<1>(scores);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) scale[r] = factor(at.q_scale[r], k_scale);
+        weigh(scores, scale, at.offset, weights, norm);
+        const bool changed = __any_sync(0xffffffffu, fmaxf(norm[0], norm[1]) > most);  // a weight may be
+        if (changed) {
+            follow(scores, scale, at.offset, decay);
+            weigh(scores, scale, at.offset, weights, norm);
+        }
+        finish_sums(sums, before);
+        if (changed) {
+            multiply_sums(sums, decay, at.any(step + 1));
+            at.norm[0] *= decay[0], at.norm[1] *= decay[1];
+        }
+        at.norm[0] += norm[0], at.norm[1] += norm[1];
+        if (at.first(step)) {
+#pragma unroll
+            for (int i = 0; i < P::D / 2; i += 4) store_shared(kept(i), added(sums, i, by, at.any(step + 1)));
+        }
+        --at.step;
+    }
+
+    // What is left of a tile: the product of its last weights.
+    __device__ __forceinline__ void end(Weights& weights, Sums& sums, const Progress& at) {
+        start_sums(sums, weights, at.first(0));
+        finish_sums(sums, weights);
+        const float by = __ldg(at.v_scale);
+#pragma unroll
+        for (int i = 0; i < P::D / 2; i += 4) {
+            const float4 x = added(sums, i, by, at.any(0));
+            sums[i] = x.x, sums[i + 1] = x.y, sums[i + 2] = x.z, sums[i + 3] = x.w;
+        }
+    }
+
+    __device__ __forceinline__ void attend(const Tile& tile, Sums& sums, Progress& at) {
+        Scores scores;
+        Weights even_weights, odd_weights;
+        const int pair = tile.batch * args.heads + tile.head;
+        at.last = tile.steps - 1;
+        at.block_log2 = args.block_log2;
+        at.last_block = at.last >> args.block_log2;
+        at.k_scale = args.k_scale + static_cast<int64_t>(pair) * tile.steps;
+        at.v_scale = args.v_scale + static_cast<int64_t>(pair) * (at.last_block + 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = min(first_row(tile) + 8 * r, args.queries - 1);
-            q_scale[r] = args.scale_log2 * __ldg(args.q_scale + (static_cast<int64_t>(pair) * args.queries + row));
+            at.q_scale[r] = args.scale_log2 * __ldg(args.q_scale + (static_cast<int64_t>(pair) * args.queries + row));
         }
         barrier_wait(shared.q_full(), q_phase);
         q_phase ^= 1;
-        if constexpr (P::loads_queries) {
-            load(q);
-            fence_async();
-            release(shared.q_empty());
-        }
-        barrier_wait(shared.k_full(cursor.stage), cursor.phase);
-        multiply_keys(scores, q);
-        float factor = k_scale(steps - 1);
-        wgmma_wait();
-        pin_registers(scores);
-        release(shared.k_empty(cursor.stage));
-        const int valid = args.keys - (steps - 1) * N;
-        if (valid < N) mask_scores<N>(scores, valid);
-        scale[0] = q_scale[0] * factor, scale[1] = q_scale[1] * factor;
-        follow_scores(scores, softmax, decay, scale);
-        exponentiate(scores, softmax.norm);
-        round(scores, weights);
-        factor = k_scale(max(steps - 2, 0));
+        at.step = at.last;
+        start_scores(scores);
+        float scale[2], decay[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) scale[r] = factor(at.q_scale[r], __ldg(at.k_scale + at.last));
+        finish_scores<0>(scores);
+        const int valid = args.keys - at.last * N;
+        if (valid < N) mask_scores(scores, valid);
+        follow(scores, scale, at.offset, decay);
+        weigh(scores, scale, at.offset, even_weights, at.norm);
+        --at.step;
 #pragma unroll 1
-        for (int step = steps - 2; step >= 0; --step) {
-            const int stage = cursor.stage;
-            const uint32_t phase = cursor.phase;
-            cursor.advance();
-            // Scales that are needed later: those of this step's values and the next step's keys.
-            const float by = v_scale(step + 1 >> args.block_log2), next = k_scale(max(step - 1, 0));
-            barrier_wait(shared.k_full(cursor.stage), cursor.phase);
-            multiply_keys(scores, q);
-            barrier_wait(shared.v_full(stage), phase);
-            multiply_values(sums, weights, stage, first(step + 1));
-            wgmma_wait<1>();
-            pin_registers(scores);
-            release(shared.k_empty(cursor.stage));
-            scale[0] = q_scale[0] * factor, scale[1] = q_scale[1] * factor;
-            factor = next;
-            bool changed;
-            if constexpr (follow) {
-                follow_scores(scores, softmax, decay, scale);
-                changed = __any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] *= decay[i / 2];
-            } else {
-                shift_scores(scores, softmax, scale);
-            }
-            exponentiate(scores, norm);
-            pin_registers(scores);
-            if constexpr (!follow) {
-                changed = are_large(norm);
-                if (changed) shrink(scores, norm, softmax, decay);
-            }
-            finish_values(sums, weights, stage);
-            if (changed) multiply_sums(sums, decay, any(step + 1));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) softmax.norm[i / 2][i % 2] += norm[i / 2][i % 2];
-            round(scores, weights);
-            if (first(step)) {
-#pragma unroll
-                for (int i = 0; i < P::D / 2; i += 4) store_shared(kept(i), added(sums, i, by, any(step + 1)));
-            }
+        while (at.step >= 1) {
+            attend_step(scores, even_weights, odd_weights, sums, at);
+            attend_step(scores, odd_weights, even_weights, sums, at);
         }
-        if constexpr (!P::loads_queries) release(shared.q_empty());
-        barrier_wait(shared.v_full(cursor.stage), cursor.phase);
-        multiply_values(sums, weights, cursor.stage, first(0));
-        finish_values(sums, weights, cursor.stage);
-        cursor.advance();
-        const float by = v_scale(0);
+        if (at.step == 0) {
+            attend_step(scores, even_weights, odd_weights, sums, at);
+            end(odd_weights, sums, at);
+        } else {
+            end(even_weights, sums, at);
+        }
+        release(shared.q_empty());
+    }
+
+    // Keys from `valid` on do not count.
+    static __device__ __forceinline__ void mask_scores(Scores& scores, int valid) {
+        constexpr uint32_t minus_infinity = 0xfc00;
+        const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
-        for (int i = 0; i < P::D / 2; i += 4) {
-            const float4 x = added(sums, i, by, any(0));
-            sums[i] = x.x, sums[i + 1] = x.y, sums[i + 2] = x.z, sums[i + 3] = x.w;
+        for (int i = 0; i < N / 4; ++i) {
+            if (column + i / 2 * 8 >= valid) scores[i] = scores[i] & 0xffff0000u | minus_infinity;
+            if (column + i / 2 * 8 + 1 >= valid) scores[i] = scores[i] & 0xffffu | minus_infinity << 16;
         }
     }
 
@@ -322,13 +351,13 @@ struct Fp8Consumer {
         return tile.row + group * P::group_rows + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     }
 
-    __device__ __forceinline__ void store(const Tile& tile, const Sums& sums, const Softmax& softmax) const {
+    __device__ __forceinline__ void store(const Tile& tile, const Sums& sums, const Progress& at) const {
         const int c = threadIdx.x % 4;
         const float* center =
             args.v_center + (static_cast<int64_t>(tile.batch) * args.heads + tile.head) * P::D + 2 * c;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float inverse = __fdividef(1.f, quad_sum(softmax.norm[r][0] + softmax.norm[r][1]));
+            const float inverse = __fdividef(1.f, quad_sum(at.norm[r]));
             const int row = first_row(tile) + 8 * r;
             const int64_t token = static_cast<int64_t>(tile.batch) * args.queries + row;
             Out* target = static_cast<Out*>(args.out) + (token * args.heads + tile.head) * P::D;
@@ -351,23 +380,12 @@ struct Fp8Consumer {
         }
     }
 
-    template <bool follow>
-    __device__ __forceinline__ void run(bool again) {
-        cursor.stage = uniform(cursor.stage);  // as in attention_sm90.cuh
-        cursor.phase = uniform(cursor.phase);
-        for_tiles(args, shared, again, [&](const Tile& tile, int number) {
+    __device__ __forceinline__ void run() {
+        for_tiles(args, shared, false, [&](const Tile& tile, int) {
             Sums sums;
-            Softmax softmax;
-            attend<follow>(tile, sums, softmax);
-            if constexpr (!follow) {
-                // A weight that was infinite has made its row's offset useless.
-                float norm = 0.f;
-                for (int i = 0; i < 4; ++i) norm += softmax.norm[i / 2][i % 2];
-                if (!__all_sync(0xffffffffu, norm < INFINITY) && threadIdx.x % 32 == 0) {
-                    or_shared(shared.again(number), 1u << number % 32);
-                }
-            }
-            store(tile, sums, softmax);
+            Progress at;
+            attend(tile, sums, at);
+            store(tile, sums, at);
         });
     }
 };
@@ -382,17 +400,12 @@ __global__ void __launch_bounds__(P::threads, 1) attention_fp8_kernel(const __gr
         shrink_registers<P::producer_registers>();
         if (uniform(threadIdx.x / 32) == 0) {
             Fp8Producer<P> producer{args, shared};
-            producer.run(false);
-            barrier_wait(shared.said(), 0);
-            producer.run(true);
+            for_tiles(args, shared, false, [&](const Tile& tile, int) { producer.bring(tile); });
         }
     } else {
         grow_registers<P::consumer_registers>();
         Fp8Consumer<P> consumer{args, shared, uniform(threadIdx.x / 128) - 1};
-        consumer.template run<false>(false);
-        consumer.release(shared.said());
-        barrier_wait(shared.said(), 0);
-        consumer.template run<true>(true);
+        consumer.run();
     }
 #else
     __trap();  // code for another architecture; the launch checks that it is not asked for

@@ -90,14 +90,17 @@ __device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t next_box = 1
         PAB_WGMMA_TYPED(n, 32, "e4m3", D, A, B, P, "", __VA_ARGS__);     \
     }
 
-// d[64, 128] (+)= a[64, 32] @ b[32, 128] in e4m3 with both in shared memory; a lies as b does.
-__device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+// d[64, 128] (+)= a[64, 32] @ b[32, 128] in e4m3 with both in shared memory, where a lies as b does. Sums are in
+// float16, two of a row in a register.
+#define PAB_H4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+__device__ __forceinline__ void wgmma_half(uint32_t (&d)[32], uint64_t a, uint64_t b, int accumulate) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" PAB_PTX_64 "}, %64, %65, p, 1, 1;\n}"
-        : PAB_D_64
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3 {" PAB_PTX_32 "}, %32, %33, p, 1, 1;\n}"
+        : PAB_H4(0), PAB_H4(4), PAB_H4(8), PAB_H4(12), PAB_H4(16), PAB_H4(20), PAB_H4(24), PAB_H4(28)
         : "l"(a), "l"(b), "r"(accumulate));
 }
+#undef PAB_H4
 
 // b is [N, K] in shared memory, or [K, N] where it is transposed, which only 16 bits can be. d is overwritten where
 // `accumulate` is 0.

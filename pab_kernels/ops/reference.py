@@ -5,7 +5,7 @@ All of them compute in at least float32 and round once, to the dtype of their ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -213,18 +213,26 @@ def fp8_attention_ref(q: Tensor, k: Tensor, v: Tensor, every: int, softmax_scale
     """
     e4m3 = torch.float8_e4m3fn
 
-    def rounded(x: Tensor, tokens: int) -> Tensor:
-        """[B, H, N, D] with a scale for so many tokens."""
+    def rounded(x: Tensor, tokens: int, size: Callable[[Tensor], Tensor], limit: float) -> Tensor:
+        """[B, H, N, D] with a scale for so many tokens, by which the largest size of a row becomes `limit` at most."""
         padded = F.pad(x, (0, 0, 0, -x.shape[2] % tokens)).unflatten(2, (-1, tokens))
-        scale = padded.abs().amax((-1, -2), keepdim=True).clamp(min=TINY) / LIMITS[e4m3]
+        scale = size(padded).amax(-1)[..., None, None].clamp(min=TINY) / limit
         return ((padded / scale).to(e4m3).to(x.dtype) * scale).flatten(2, 3)[:, :, : x.shape[2]]
+
+    def norms(x: Tensor) -> Tensor:
+        return x.norm(dim=-1)
+
+    def magnitudes(x: Tensor) -> Tensor:
+        return x.abs().amax(-1)
 
     q, k, v = (_wide(x).transpose(1, 2) for x in (q, k, v))
     middle_k, middle_v = (x[:, :, ::every].mean(2, keepdim=True) for x in (k, v))
-    scores = rounded(q, 1) @ rounded(k - middle_k, 128).mT * softmax_scale
+    scores = rounded(q, 1, norms, 240) @ rounded(k - middle_k, 128, norms, 240).mT * softmax_scale
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    sums = (4 * weights).to(e4m3).to(v.dtype) / 4 @ rounded(v - middle_v, 1024)
-    return (sums / weights.sum(-1, keepdim=True) + middle_v).transpose(1, 2).flatten(2)
+    values = rounded(v - middle_v, 1024, magnitudes, LIMITS[e4m3])
+    sums = (8 * weights).to(e4m3).to(v.dtype) / 8 @ values
+    added = (v - values).mean(2, keepdim=True)  # the middle, and the mean of what rounding took
+    return (sums / weights.sum(-1, keepdim=True) + added).transpose(1, 2).flatten(2)
 
 
 def attention_ref(

@@ -68,8 +68,8 @@ def test_quantized_rows(tokens, head_dim, monkeypatch):
     scales = [torch.full((2, 3, count), float("nan")) for count in (tokens, steps, blocks)]
     centers = [torch.full((2, 3, head_dim), float("nan")) for _ in "kv"]
     quantize_qkv_triton(q, k, v, 3, (*centers, q8, k8, v8, *scales))
-    for center, x in zip(centers, (k, v), strict=True):
-        torch.testing.assert_close(center, x[:, ::3].float().mean(1))
+    middle_k, middle_v = (x[:, ::3].float().mean(1) for x in (k, v))
+    torch.testing.assert_close(centers[0], middle_k)
     assert (q8[..., head_dim:].float() == 0).all()
     assert (k8[..., head_dim:].float() == 0).all()
     wide_q = q8[..., :head_dim].float() * scales[0].transpose(1, 2)[..., None]
@@ -81,9 +81,11 @@ def test_quantized_rows(tokens, head_dim, monkeypatch):
     wide_v = wide_v.flatten(-2)
     assert (wide_v[..., tokens:] == 0).all()
     wide_v = wide_v[..., :tokens] * scales[2].repeat_interleave(1024, 2)[:, :, None, :tokens]
-    wanted_k, wanted_v = (x - center[:, None] for x, center in zip((k, v), centers, strict=True))
+    wanted_k, wanted_v = k - middle_k[:, None], v - middle_v[:, None]
+    # What rounding took from the values on average is given back.
+    torch.testing.assert_close(centers[1], v.float().mean(1) - wide_v.mean(-1), rtol=0, atol=1e-4)
     for got, wanted in ((wide_q, q.float()), (wide_k, wanted_k), (wide_v.permute(0, 3, 1, 2), wanted_v)):
-        torch.testing.assert_close(got, wanted, rtol=0.0626, atol=wanted.abs().max().item() * 2**-17)
+        torch.testing.assert_close(got, wanted, rtol=0.0626, atol=wanted.norm(dim=-1).max().item() * 2**-17)
 
 
 def test_bad_arguments():
