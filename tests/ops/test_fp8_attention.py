@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +89,23 @@ def test_quantized_rows(tokens, head_dim, monkeypatch):
         torch.testing.assert_close(got, wanted, rtol=0.0626, atol=wanted.norm(dim=-1).max().item() * 2**-17)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_rows_that_are_not_finite_have_such_scales(bad, monkeypatch):
+    """Or are too large for their norm. Rounding to e4m3 would make a number of an infinity."""
+    interpret_e4m3(monkeypatch)
+    q, k, v = (x.clone() for x in draw("plain", 1, 200, 2, 72, "cpu"))
+    q[0, 7, 1, 3] = k[0, 150, 0, 4] = bad
+    q8, k8 = (torch.zeros(1, 200, 2, 80).to(E4M3) for _ in "qk")
+    scales = [torch.zeros(1, 2, count) for count in (200, 2, 1)]
+    centers = [torch.zeros(1, 2, 72) for _ in "kv"]
+    with np.errstate(all="ignore"):
+        quantize_qkv_triton(q, k, v, 100, (*centers, q8, k8, torch.zeros(1, 2, 72, 256).to(E4M3), *scales))
+    assert scales[0].isnan().nonzero().tolist() == [[0, 1, 7]]
+    assert scales[1].isnan().nonzero().tolist() == [[0, 0, 1]]
+    assert q8[0, 7, 1].float().isnan()[:72].all()
+    assert k8[0, 128:, 0].float().isnan()[:, :72].all()
+
+
 def test_bad_arguments():
     q, k, v = draw("plain", 1, 20, 2, 72, "cpu")
     with pytest.raises(ValueError, match="softmax_scale: got -1"):
@@ -125,12 +143,57 @@ def test_errs_no_more_than_its_rounding(tokens, head_dim, kind, hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_scores_far_above_those_of_the_first_step(head_dim, hopper):
-    """Weights infinite by the first offset: the tile is computed again."""
+    """Weights infinite by the first offset: such a step is weighed again."""
     q, k, v = (x.clone() for x in draw("plain", 1, 900, 2, head_dim, hopper))
     k[:, 3] *= 30
     q[:, 500:520] = 10 * k[:, 3:4]
     wanted = expected(q, k, v)
     assert error(ops.fp8_attention(q, k, v, backend="cuda"), wanted) <= 1.2 * error(simulated(q, k, v), wanted) + 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("reach", [40, 400, -400])
+def test_scores_that_rise_from_step_to_step(head_dim, reach, hopper):
+    """The kernel goes from the last keys to the first: each step has the largest weights so far, or none that count."""
+    tokens = 3300
+    q, k, v = (x.clone() for x in draw("plain", 1, tokens, 2, head_dim, hopper))
+    along = torch.nn.functional.normalize(torch.randn(head_dim, device=hopper), dim=0)
+    q += 8 * along
+    k += torch.linspace(reach, 0, tokens, device=hopper)[:, None, None] * along * head_dim**0.5 / 8
+    wanted = expected(q, k, v)
+    y = ops.fp8_attention(q, k, v, backend="cuda")
+    assert error(y, wanted) <= 1.15 * error(simulated(q, k, v), wanted) + 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-3, 300.0, 1e12])
+def test_rows_of_any_size(head_dim, size, hopper):
+    """Tiny scores give the mean of the values, huge ones the value of one key."""
+    q, k, v = (x.clone() for x in draw("plain", 1, 1300, 2, head_dim, hopper))
+    k = (
+        torch.eye(head_dim, device=hopper, dtype=k.dtype)
+        .repeat(-(-1300 // head_dim), 1)[:1300, None]
+        .repeat(1, 2, 1)[None]
+    )
+    q = size * (k + 0.01 * q)
+    wanted = expected(q, k, v)
+    assert error(ops.fp8_attention(q, k, v, backend="cuda"), wanted) <= 0.08
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_visible(head_dim, bad, hopper):
+    q, k, v = draw("plain", 1, 700, 2, head_dim, hopper)
+    for which in range(3):
+        inputs = [x.clone() for x in (q, k, v)]
+        inputs[which][0, 311, 1, 5] = bad
+        y = ops.fp8_attention(*inputs, backend="cuda").unflatten(-1, (2, head_dim))
+        assert torch.isfinite(y[:, :, 0]).all()
+        touched = [y[0, 311, 1], y[0, :, 1], y[0, :, 1, 5]][which]
+        assert touched.isnan().all(), "qkv"[which]
 
 
 @pytest.mark.gpu
