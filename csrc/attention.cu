@@ -119,10 +119,13 @@ void launch(const AttentionParams& p, int multiprocessors, cudaStream_t stream) 
 }
 
 // Of the plans that were timed, the best. At head_dim 72 two boxes of v in 64 columns, the second mostly padding, came
-// faster than three in 32, and three consumers than two with overlap; at 96 and 128 it is the other way round.
+// faster than three in 32, and three consumers than two with overlap; at 96 and 128 it is the other way round. Three
+// with overlap are faster where keys have factors, and many steps.
 template <typename Elem, bool kNorm, bool kE4m3>
 void launch_best(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
-    if (p.head_dim == 72) {
+    if (p.head_dim == 72 && kNorm && p.keys > 640) {
+        launch<Plan<Elem, 72, 3, 64, kNorm, kNorm, kE4m3>>(p, multiprocessors, stream);
+    } else if (p.head_dim == 72) {
         launch<Plan<Elem, 72, 3, 64, false, kNorm, kE4m3>>(p, multiprocessors, stream);
     } else if (p.head_dim == 96) {
         launch<Plan<Elem, 96, 2, 32, true, kNorm, kE4m3>>(p, multiprocessors, stream);

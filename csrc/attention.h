@@ -38,7 +38,7 @@ struct Fp8AttentionParams {
     const float* q_scale;   // [batch, heads, tokens]
     const float* k_scale;   // [batch, heads, steps] of 128 tokens
     const float* v_scale;   // [batch, heads, blocks] of `block` tokens
-    const float* v_center;  // [batch, heads, head_dim], taken out of the values
+    const float* v_center;  // [batch, heads, head_dim], added to the result
     int batch, tokens, heads, head_dim;
     int columns, pitch;
     int block;  // 128 times a power of two

@@ -10,12 +10,11 @@
 //     its weights: 0, 1, 8, 9, 2, 3, 10, 11 and so on.
 //   - The tensor cores add e4m3 products with some 14 bits. Sums of many keys would lose what is small beside them, so
 //     those of each block are added up in float32, in shared memory, multiplied by the scale of its values.
-//   - Weights must be at most 448. They start at 8 at most, in each row; where a lane's sum of a step's weights shows
-//     that one may be too large, the step's are computed again, with an offset that makes the largest 8.
+//   - Weights must be at most 448. A row's start at about 8 at most; where a lane's sum of a step's weights shows that
+//     one may be too large, the step's are computed again, with an offset that makes the largest about 8.
 #pragma once
 
 #include "attention_plan.cuh"
-#include "attention_queries.cuh"
 #include "mma.cuh"
 #include "wgmma.cuh"
 
@@ -65,6 +64,7 @@ struct Fp8Producer {
         __syncwarp();
     }
     __device__ __forceinline__ void bring(const Tile& tile) {
+        bring_keys(tile, tile.steps - 1);  // those of the tile before are not as long in use as its queries
         barrier_wait(shared.q_empty(), q_phase);
         q_phase ^= 1;
         if (threadIdx.x == 0) {
@@ -72,7 +72,6 @@ struct Fp8Producer {
             load_box(shared.q, args.q, shared.q_full(), 0, tile.head, tile.row, tile.batch);
         }
         __syncwarp();
-        bring_keys(tile, tile.steps - 1);
         for (int step = tile.steps - 1; step >= 0; --step) {
             if (step > 0) bring_keys(tile, step - 1);  // wanted before these values
             bring_values(tile, step);
@@ -114,7 +113,23 @@ struct Fp8Consumer {
     using Weights = uint32_t[N / 32][4];
     using Pair = __half2[2];              // of rows g and g + 8
     static constexpr float most = 448.f;  // of e4m3
-    static constexpr float top = 3.f;     // weights start at 2^top at most: a lane's 32 of a row are less than `most`
+    static constexpr float top = 3.f;     // weights start at about 2^top: a lane's 32 of a row are less than `most`
+    // What the steps of a tile share. They go from the last keys to the first.
+    struct Progress {
+        float offset[2] = {-INFINITY, -INFINITY};  // of the softmax, taken off every exponent of the row
+        float norm[2] = {};                        // this lane's share of the sum of weights
+        float q_scale[2];
+        const float *k_scale, *v_scale;  // of this head
+        int step, last, block_log2, last_block;
+        // Of the values of a step: whether their product starts a block's sums, and whether sums were kept before them.
+        __device__ __forceinline__ bool first(int step) const {
+            return step == last || (step + 1 & (1 << block_log2) - 1) == 0;
+        }
+        __device__ __forceinline__ bool any(int step) const {
+            return step >> block_log2 < last_block;
+        }
+    };
+
     const AttentionArgs& args;
     const Shared<P>& shared;
     const int group;
@@ -167,10 +182,20 @@ struct Fp8Consumer {
         v_cursor.advance();
     }
 
-    // The factor of a step's scores, a float16 value that is not zero. Scores are at most 65025
-    // (triton_ops/quantize_qkv.py); so that float16 holds an offset to 0.5, exponents are kept below 2048.
+    // The factor of a step's scores, a float16 value that is not zero.
     static __device__ __forceinline__ float factor(float q_scale, float k_scale) {
-        return __half2float(__float2half_rn(fminf(fmaxf(q_scale * k_scale, 0x1p-24f), 0x1p-5f)));
+        return __half2float(__float2half_rn(fmaxf(q_scale * k_scale, 0x1p-24f)));
+    }
+    // Scores are at most 65025 (triton_ops/quantize_qkv.py). Where float16 would hold a row's offset to more than 4,
+    // the row's scores are all made smaller: `q_scale` is, by what the largest scale of keys says.
+    __device__ __forceinline__ void limit(Progress& at) const {
+        float largest = 0.f;
+        for (int step = threadIdx.x % 32; step <= at.last; step += 32)
+            largest = fmaxf(largest, __ldg(at.k_scale + step));
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, i));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) at.q_scale[r] = fminf(at.q_scale[r], 0.25f / largest);
     }
     // Raises the offsets, float16 values, where a weight is above 2^top; `decay` is what follows for sums.
     static __device__ __forceinline__ void follow(const Scores& scores, const float (&scale)[2], float (&offset)[2],
@@ -237,22 +262,6 @@ struct Fp8Consumer {
         }
     }
 
-    // What the steps of a tile share. They go from the last keys to the first.
-    struct Progress {
-        float offset[2] = {-INFINITY, -INFINITY};  // of the softmax, taken off every exponent of the row
-        float norm[2] = {};                        // this lane's share of the sum of weights
-        float q_scale[2];
-        const float *k_scale, *v_scale;  // of this head
-        int step, last, block_log2, last_block;
-        // Of the values of a step: whether their product starts a block's sums, and whether sums were kept before them.
-        __device__ __forceinline__ bool first(int step) const {
-            return step == last || (step + 1 & (1 << block_log2) - 1) == 0;
-        }
-        __device__ __forceinline__ bool any(int step) const {
-            return step >> block_log2 < last_block;
-        }
-    };
-
     // A step but the last one, beside the product of the weights before.
     __device__ __forceinline__ void attend_step(Scores& scores, Weights& before, Weights& weights, Sums& sums,
                                                 Progress& at) {
@@ -262,6 +271,7 @@ struct Fp8Consumer {
         start_scores(scores);
         start_sums(sums, before, at.first(step + 1));
         finish_scores<1>(scores);
+        if (step == 0) release(shared.q_empty());
 #pragma unroll
         for (int r = 0; r < 2; ++r) scale[r] = factor(at.q_scale[r], k_scale);
         weigh(scores, scale, at.offset, weights, norm);
@@ -309,6 +319,7 @@ struct Fp8Consumer {
             const int row = min(first_row(tile) + 8 * r, args.queries - 1);
             at.q_scale[r] = args.scale_log2 * __ldg(args.q_scale + (static_cast<int64_t>(pair) * args.queries + row));
         }
+        limit(at);
         barrier_wait(shared.q_full(), q_phase);
         q_phase ^= 1;
         at.step = at.last;
@@ -317,6 +328,7 @@ struct Fp8Consumer {
 #pragma unroll
         for (int r = 0; r < 2; ++r) scale[r] = factor(at.q_scale[r], __ldg(at.k_scale + at.last));
         finish_scores<0>(scores);
+        if (at.last == 0) release(shared.q_empty());
         const int valid = args.keys - at.last * N;
         if (valid < N) mask_scores(scores, valid);
         follow(scores, scale, at.offset, decay);
@@ -333,7 +345,6 @@ struct Fp8Consumer {
         } else {
             end(even_weights, sums, at);
         }
-        release(shared.q_empty());
     }
 
     // Keys from `valid` on do not count.

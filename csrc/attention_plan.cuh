@@ -16,8 +16,10 @@ constexpr int again_words = 32;
 template <typename Elem_, int D_, int kConsumers, int kValueWidth, bool kOverlapped, bool kNorm, bool kE4m3>
 struct Plan {
     using Elem = Elem_;
-    static constexpr int D = D_, keys = 128, stages = 2, consumers = kConsumers;
     static constexpr bool overlapped = kOverlapped, norm = kNorm, e4m3 = kE4m3;
+    static constexpr int D = D_, consumers = kConsumers;
+    static constexpr int keys = overlapped && consumers == 3 ? 96 : 128;  // of a step: what there are registers for
+    static constexpr int stages = keys == 96 ? 3 : 2;
     // The first step's offset of the softmax for all; bfloat16 has the range of float32.
     static constexpr bool fixed_offset = std::is_same_v<Elem, __nv_bfloat16>;
 
@@ -60,7 +62,7 @@ struct AttentionArgs {
     // Of e4m3 (attention_fp8.cuh): scales [B, H, Lq] of queries, [B, H, steps] of keys, [B, H, blocks of steps] of
     // values.
     const float *q_scale, *k_scale, *v_scale;
-    const float* v_center;  // [B, H, D], taken out of the values
+    const float* v_center;  // [B, H, D], to be added to the result
     int block_log2;         // of the steps of a block
     float eps;              // of the RMSNorm
     int queries, keys, heads;

@@ -1,5 +1,5 @@
-// wgmma of sm_90a: a warpgroup's asynchronous product d[64, N] (+)= a[64, K] @ b[K, N], float32 sums. K is 16 for
-// elements of 16 bits and 32 for those of 8.
+// wgmma of sm_90a: a warpgroup's asynchronous product d[64, N] (+)= a[64, K] @ b[K, N], a in registers and sums in
+// float32, but for `wgmma_half`. K is 16 for elements of 16 bits and 32 for those of 8.
 //
 // Fragments: warp w of the warpgroup has rows 16w to 16w + 15. With lane = 4 * g + c, it holds of d, for each 8
 // columns, row g of columns 2c, 2c + 1, then row g + 8 of the same; and of a what mma_k16 (mma.cuh) takes, or of 8 bits
