@@ -197,7 +197,7 @@ def batch(
 
 
 def _run(kept: Any, how: Callable[..., Any], max_failures: int | None, quiet: bool) -> dict[str, Any]:
-    """Run with a bar on stderr: videos done, failed, videos an hour, time left."""
+    """Run with a bar on stderr, if there is anything to do: videos done, failed, videos an hour, time left."""
     import time
 
     from pab_kernels.batch import run
@@ -210,7 +210,7 @@ def _run(kept: Any, how: Callable[..., Any], max_failures: int | None, quiet: bo
         TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=options.console(stderr=True),
-        disable=quiet,
+        disable=quiet or not kept.todo,
     ) as bar:
         task = bar.add_task("", total=len(kept.todo), said="")
         tally: Counter[str] = Counter()

@@ -68,6 +68,16 @@ def test_the_second_run_makes_only_what_is_missing(batch, prompts, tmp_path):
     assert same == set(before) - {gone.name, cut.name}
 
 
+def test_there_is_a_bar_where_there_is_something_to_do(demo, prompts, tmp_path):
+    path, out = prompts({"prompt": "a red star", "steps": 2}), tmp_path / "out"
+    first, second = (
+        invoke("batch", path, "--output", out, "--model", demo, "--device", "cpu", "--format", "gif") for _ in range(2)
+    )
+    assert "1/1" in first.stderr
+    assert (second.exit_code, second.stderr) == (0, "")
+    assert "0 made" in second.stdout
+
+
 def test_a_bad_row_fails_and_the_rest_goes_on(batch, prompts, tmp_path):
     rows = [{"prompt": "a red star", "steps": 2}, {"prompt": "a red unicorn"}, {"prompt": "a blue star", "steps": -1}]
     summary = batch(prompts(*rows), code=1)
