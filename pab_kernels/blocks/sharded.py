@@ -154,7 +154,8 @@ class Shards:
         rows, parts = self.rows(own), near_even(shape[split], len(self.sizes))
         if min(parts) < 1:
             what = "heads" if split > 2 else "tokens of a frame"
-            raise ValueError(f"frames: {shape[split]} {what} cannot be split over {len(parts)} ranks")
+            most = f"must be at most {shape[split]}"
+            raise ValueError(f"frames: {shape[split]} {what} cannot be split over {len(parts)} ranks, {most}")
         first, buffer, begin = sum(rows[: self.rank]), self.exchange.buffer, self.exchange.begin
         groups, pieces = self._pieces(batch, rows, math.prod(rest))
         before, after = Along.of(split, parts), Along.of(2, parts)

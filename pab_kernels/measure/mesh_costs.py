@@ -85,7 +85,10 @@ def meshes(gpus: int, shape: Sequence[int], guided: bool) -> list[Mesh]:
     found = [Mesh(count, gpus // count) for count in halves if gpus // count <= shape[1]]
     if not found:
         halved = "two halves of guidance" if guided else "no guidance"
-        raise ValueError(f"gpus: got {gpus}, over which {shape[1]} latent frames and {halved} cannot be split")
+        fit = f"at most {shape[1]}" + (f", or even and at most {2 * shape[1]}" if guided else "")
+        raise ValueError(
+            f"gpus: got {gpus}, over which {shape[1]} latent frames and {halved} cannot be split, must be {fit}"
+        )
     return found
 
 

@@ -88,7 +88,7 @@ def test_large_rows_move_in_pieces(monkeypatch):
 
 def test_what_cannot_be_split_is_named():
     nothing: list[Any] = [lambda *_: torch.zeros(1)] * 3
-    with pytest.raises(ValueError, match="frames: 2 heads cannot be split over 3 ranks"):
+    with pytest.raises(ValueError, match="frames: 2 heads cannot be split over 3 ranks, must be at most 2"):
         Shards((1, 1, 1), 0, Alone()).around((1, 4, 3, 2, 8), 3, 8, torch.zeros(1), torch.float32, *nothing)
 
     class Joint(Mlp):

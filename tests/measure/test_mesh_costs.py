@@ -66,8 +66,12 @@ def test_meshes_of_a_number_of_gpus():
     assert meshes(4, (2, 15, 10, 8), True) == [Mesh(2, 2), Mesh(1, 4)]
     assert meshes(3, (2, 15, 10, 8), True) == [Mesh(1, 3)]
     assert meshes(4, (1, 3, 10, 8), True) == [Mesh(2, 2)]
-    with pytest.raises(ValueError, match="gpus: got 16, over which 7 latent frames"):
-        meshes(16, (2, 7, 10, 8), True)
+    assert all(meshes(gpus, (2, 7, 10, 8), True) for gpus in (*range(1, 8), 8, 10, 12, 14))
+    for gpus in (9, 11, 13, 15, 16):
+        with pytest.raises(ValueError, match=rf"got {gpus}, over which 7 latent .* at most 7, or even and at most 14$"):
+            meshes(gpus, (2, 7, 10, 8), True)
+    with pytest.raises(ValueError, match=r"must be at most 7$"):
+        meshes(8, (2, 7, 10, 8), False)
 
 
 def test_what_mesh_says():
