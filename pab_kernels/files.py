@@ -89,6 +89,22 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
+def check_input(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse what is no file, before it is read; the message begins with the `name` of the argument.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{name}: got {str(path)!r}, a folder, must be a file")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: there is no file {path}")
+
+
 def check_outputs(
     outputs: Mapping[str, Iterable[str | os.PathLike[str] | None]],
     inputs: Iterable[str | os.PathLike[str] | None] = (),

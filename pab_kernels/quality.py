@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from pab_kernels.files import check_input
+
 if TYPE_CHECKING:
     import torch
 
@@ -115,10 +117,9 @@ def load_video(path: Path) -> Frames:
     FileNotFoundError
         There is no such file.
     ValueError
-        It is no video that can be read.
+        It is a folder, or no video that can be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"video: there is no file {path}")
+    check_input("video", path)
     try:
         frames = _read(path)
     except Exception as error:  # each of imageio's plugins has errors of its own

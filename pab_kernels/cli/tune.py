@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pab_kernels.cli import measured, options
-from pab_kernels.files import check_outputs
+from pab_kernels.files import check_input, check_outputs
 
 
 def tune(
@@ -63,8 +63,7 @@ def tune(
         wanted = tuning.Target.parse(target)
         check_outputs({"output": Tuned.files(output)}, inputs=(profile, *measured.inputs(context.params)))
         if profile is not None:
-            if not profile.is_file():
-                raise FileNotFoundError(f"profile: there is no file {profile}")
+            check_input("profile", profile)
             profiles.read_rows(profile)  # that it is one shall be known before the work
         pipe, request = measured.load(context.params)
         if wanted.measure != "speedup" and len(request.prompts) < 2:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pab_kernels.files import check_input
 from pab_kernels.models import weight_files
 
 
@@ -35,11 +36,10 @@ class RecordingFile:
         FileNotFoundError
             There is no such file.
         ValueError
-            It is no .safetensors file, or lacks keys.
+            It is a folder, no .safetensors file, or lacks keys.
         """
+        check_input("recording", path)
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
                 found = cls(path, file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pab_kernels.files import check_input
 from pab_kernels.pipelines.decoding import VideoDecoder
 from pab_kernels.pipelines.sizes import VideoSize
 from pab_kernels.quality import Frames, load_video
@@ -33,10 +34,9 @@ def load_image(path: str | Path) -> Frames:
     FileNotFoundError
         There is no such file.
     ValueError
-        It is no image that can be read.
+        It is a folder, or no image that can be read.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"image: there is no file {path}")
+    check_input("image", path)
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))[None]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from pab_kernels.files import replaced
+from pab_kernels.files import check_input, replaced
 from pab_kernels.pipelines.sizes import VideoSize
 from pab_kernels.quality import Frames
 
@@ -45,11 +45,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:
     FileNotFoundError
         There is no such file.
     ValueError
-        It was not written by `save`.
+        It is a folder, or was not written by `save`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_input("latents", path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}

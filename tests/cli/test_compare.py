@@ -42,6 +42,7 @@ def test_compare_refuses(tmp_path):
     figures.save_video(grey([50, 90, 70]), tmp_path / "b.gif")
     (tmp_path / "c.mp4").write_text("no video")
     assert "there is no file" in refused("compare", tmp_path / "a.gif", tmp_path / "x.gif")
+    assert f"got '{tmp_path}', a folder, must be a file" in refused("compare", tmp_path / "a.gif", tmp_path)
     assert "must be (3, 256, 256, 3)" in refused("compare", tmp_path / "a.gif", tmp_path / "b.gif")
     assert "cannot be read as a video" in refused("compare", tmp_path / "a.gif", tmp_path / "c.mp4")
 

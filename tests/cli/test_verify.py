@@ -7,7 +7,8 @@ from tests.cli_tools import refused
 
 
 def test_verify_refuses_what_is_no_recording(tmp_path):
-    assert "no such file" in refused("verify", tmp_path / "absent.safetensors")
+    assert "recording: there is no file" in refused("verify", tmp_path / "absent.safetensors")
+    assert "a folder, must be a file" in refused("verify", tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert "not a recording" in refused("verify", tmp_path / "x.safetensors")
     assert "tolerance: got 0.0" in refused("verify", tmp_path / "x.safetensors", "--tolerance", "0")

@@ -44,7 +44,7 @@ def test_nan_is_an_infinite_error():
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda path: path.unlink(), "no such file"),
+        (lambda path: path.unlink(), "there is no file"),
         (lambda path: path.write_bytes(b"nonsense"), "not a safetensors file"),
         (lambda path: save_file(load_file(path), path), "has no model"),
     ],

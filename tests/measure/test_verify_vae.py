@@ -83,5 +83,5 @@ def test_bad_recordings(tmp_path, spoil, match):
     with pytest.raises(ValueError, match=match):
         list(replay(VaeRecording.load(path)))
     assert CliRunner().invoke(app, ["verify", str(path)]).exit_code == 2
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         VaeRecording.load(tmp_path / "nowhere")

@@ -298,6 +298,8 @@ def test_a_video_goes_on_from_its_last_frames(tmp_path):
         given.load_frames(tmp_path / "no.mp4", None)
     with pytest.raises(FileNotFoundError, match="image: there is no file"):
         given.load_image(tmp_path / "no.png")
+    with pytest.raises(ValueError, match=r"image: got .*, a folder, must be a file"):
+        given.load_image(tmp_path)
     (tmp_path / "no.png").write_text("nothing")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         given.load_image(tmp_path / "no.png")

@@ -13,7 +13,7 @@ def test_latents_come_back_with_their_metadata(tmp_path):
     assert torch.equal(loaded, hidden)
     assert metadata == {"prompt": "a cat", "scale": [1.0, 2.0], "pab": None}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.safetensors"]
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         latents.load(tmp_path / "y.safetensors")
     (tmp_path / "z.safetensors").write_text("nothing")
     with pytest.raises(ValueError, match="not a file of latents"):
