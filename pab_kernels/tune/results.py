@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from pab_kernels import figures
 from pab_kernels.config import KINDS, SWITCHES, PABConfig
@@ -47,26 +48,28 @@ def ranges(config: PABConfig) -> str:
     return ", ".join(parts)
 
 
-def table(trials: Sequence[Trial]) -> Table:
-    """A row a trial, as Markdown: quality against no PAB, mean over videos, and the time saved."""
+def table(trials: Sequence[Trial]) -> Group:
+    """A row a trial, as Markdown: quality against no PAB, mean over videos, and the time saved; below, their ranges.
+
+    Those may be as long as a line: in a cell they leave a terminal of 80 columns no room for the figures.
+    """
     found = Table(box=box.MARKDOWN)
     found.add_column("settings", no_wrap=True)
-    found.add_column("ranges", overflow="fold")
     names = measures(trials[0])
     columns = [HEADINGS[name] for name in names] + ["worst video, dB", "worst frame, dB", "time saved", "predicted"]
     for column in columns:
-        found.add_column(column, justify="right")
+        found.add_column(column, justify="right", overflow="fold")
     for trial in trials:
         found.add_row(
             trial.name,
-            ranges(trial.config),
             *(format(statistics.fmean(values), FORMATS[name]) for name, values in measures(trial).items()),
             format(min(trial.values("psnr")), ".2f"),
             format(min(trial.values("worst_frame")), ".2f"),
             f"{trial.measured:.1%}",
             f"{trial.predicted:.1%}",
         )
-    return found
+    said = [(trial.name, ranges(trial.config)) for trial in trials]
+    return Group(found, *(Text(f"{name}: {text}") for name, text in said if text))
 
 
 def write_csv(trials: Sequence[Trial], path: Path) -> None:

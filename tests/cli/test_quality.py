@@ -13,8 +13,8 @@ def test_quality_of_settings(demo, tmp_path):
     PABConfig.preset("latte", "469").to_yaml(tmp_path / "mine.yaml")
     arguments = ("--model", demo, *SHORT, "--videos", 2, "--pab", "latte:347", "--pab", tmp_path / "mine.yaml")
     output = pab("quality", *arguments, "--csv", tmp_path / "q.csv")
-    assert re.search(r"\| latte:347 \| 3/4/7 in 100 to 800 +\| +\d+\.\d\d", output)
-    assert re.search(r"\| mine.yaml \| 4/6/9 in 100 to 800 +\|", output)
+    assert re.search(r"\| latte:347 +\| +\d+\.\d\d", output)
+    assert {"latte:347: 3/4/7 in 100 to 800", "mine.yaml: 4/6/9 in 100 to 800"} <= set(output.splitlines())
     rows = list(csv.DictReader((tmp_path / "q.csv").open()))
     assert [(row["settings"], row["video"]) for row in rows] == [
         ("latte:347", "0"), ("latte:347", "1"), ("mine.yaml", "0"), ("mine.yaml", "1"),
@@ -50,7 +50,7 @@ def test_quality_takes_what_generate_takes(demo, tmp_path):
     settings.to_yaml(tmp_path / "pab.yaml")
     pab("generate", "--model", demo, *SHORT, "--pab", tmp_path / "pab.yaml", "--output", tmp_path / "v.gif")
     output = pab("quality", "--model", demo, *SHORT, "--videos", 1, "--pab", tmp_path / "pab.yaml")
-    assert re.search(r"\| pab.yaml \| +\| +\d+\.\d\d \|", output)
+    assert re.search(r"\| pab.yaml +\| +\d+\.\d\d \|", output)
 
 
 def test_peers_run_beside_the_settings_and_leave_the_model_alone(demo, tmp_path):

@@ -4,10 +4,12 @@ import csv
 import re
 
 import pytest
+from rich.console import Console
 
 from pab_kernels import quality
-from pab_kernels.config import PABConfig
-from pab_kernels.tune.trials import Yardstick
+from pab_kernels.config import PABConfig, named_settings
+from pab_kernels.tune import results
+from pab_kernels.tune.trials import Trial, Yardstick
 from tests.cli_tools import SHORT, pab, refused
 
 
@@ -29,6 +31,20 @@ def test_tune_writes_settings_that_load(demo, tmp_path):
     again = pab("tune", "--target", "speedup=1.1", *arguments, "--output", tmp_path / "b.yaml")
     assert "reached: " in again
     assert PABConfig.from_yaml(tmp_path / "b.yaml") == PABConfig.from_yaml(tmp_path / "a.yaml")
+
+
+def test_a_trial_is_one_row_in_80_columns():
+    """And nothing is cut."""
+    found = (quality.Quality(31.23, 0.912, 28.5, 0.051),) * 2
+    trials = [Trial(name, config, found, 0.387, 0.412) for name, config in named_settings("latte").items()]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(results.table(trials))
+    table, below = capture.get().strip().split("\n" + " " * 80 + "\n")
+    figures = r" +31\.23 \| 0\.912 \| 0\.051 \| +31\.23 \| +28\.50 \| +41\.2% \| +38\.7% \|"
+    for line, trial in zip(table.splitlines()[-len(trials) :], trials, strict=True):
+        assert re.fullmatch(rf"\| {trial.name} +\|{figures}", line)
+    assert below.splitlines() == [f"{trial.name}: {results.ranges(trial.config)}" for trial in trials]
 
 
 def test_tune_says_what_it_does_not_reach(demo, tmp_path, monkeypatch):
