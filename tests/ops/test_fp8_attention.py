@@ -168,7 +168,8 @@ def test_scores_far_above_those_of_the_first_step(head_dim, hopper):
 def test_scores_that_rise_from_step_to_step(head_dim, rise, hopper):
     """The kernel goes from the last keys to the first: each step has the largest weights so far, or none that count.
 
-    Along one channel, whose numbers e4m3 holds: so the error is that of the values, and of the weights.
+    Along one channel, whose numbers e4m3 holds, and weights that are alike: what is left is the error of values, and of
+    a weight, which all keys of a step share: up to 2**-4 of what the result is from the middle.
     """
     tokens = 3300
     q, k, v = (torch.zeros(1, tokens, 2, head_dim, device=hopper, dtype=torch.bfloat16) for _ in "qkv")
@@ -176,10 +177,10 @@ def test_scores_that_rise_from_step_to_step(head_dim, rise, hopper):
     q[..., 0] = head_dim**0.5
     steps = (tokens - 1) // 128 - torch.arange(tokens, device=hopper) // 128
     k[..., 0] = (rise * steps)[:, None].to(k.dtype)
-    wanted = expected(q, k, v)
-    y, rounded = ops.fp8_attention(q, k, v, backend="cuda"), simulated(q, k, v)
-    assert error(y, wanted) <= 1.15 * error(rounded, wanted) + 5e-3
-    assert worst(y, wanted) <= 2 * worst(rounded, wanted) + 0.05
+    middle = v.double().mean(1, keepdim=True).flatten(2)
+    y, wanted = ops.fp8_attention(q, k, v, backend="cuda").double() - middle, expected(q, k, v) - middle
+    assert error(y, wanted) <= 0.065
+    assert worst(y, wanted) <= 0.1
 
 
 @pytest.mark.gpu
