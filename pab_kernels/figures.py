@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager
@@ -281,6 +282,13 @@ def save_frame(frame: Frames, path: Path, least_size: int = 256) -> None:
 def _enlarged(frames: Frames, least_size: int) -> Frames:
     factor = max(1, least_size // min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def check_picture(name: str, path: Path) -> None:
+    """Refuse, naming the option, a file with a suffix that `save_figure` knows no format for."""
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise ValueError(f"{name}: got {str(path)!r}, must end in one of .{', .'.join(sorted(formats))}")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

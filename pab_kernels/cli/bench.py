@@ -160,7 +160,7 @@ def _meshes(chosen: Workload, gpus: int, texts: list[str] | None) -> tuple[Mesh,
     asked = tuple(filter(None, (parse_mesh(text, gpus) for text in texts or ())))
     if gpus == 1:
         return ()
-    return asked or tuple(meshes(gpus, (2, *chosen.grid), guided=True))
+    return asked or tuple(meshes(gpus, chosen.grid[0], guided=True))
 
 
 def command_line(context: typer.Context) -> str:

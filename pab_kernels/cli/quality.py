@@ -70,6 +70,10 @@ def quality(
             raise ValueError("plot: needs --against, which measures the times that it shows")
         if batch > 1 and not against:
             raise ValueError(f"batch: got {batch}, must be 1 without --against: trials are of one video at a time")
+        if plot is not None:
+            from pab_kernels import figures
+
+            figures.check_picture("plot", plot)
         check_outputs({"csv": [csv_file], "plot": [plot]}, inputs=(*(pab or ()), *measured.inputs(context.params)))
         settings = {name: generate.pab_settings(text) for name, text in _names(pab or ()).items()}
         if None in settings.values():

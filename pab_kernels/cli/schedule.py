@@ -17,7 +17,9 @@ def schedule(
         str | None, typer.Option(help="A family, with a variant if wanted: latte, open_sora:579.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of PAB settings.")] = None,
-    family: Annotated[str, typer.Option(help="Whose sampler gives the timesteps, with --config.")] = "latte",
+    family: Annotated[
+        str | None, typer.Option(help="Whose sampler gives the timesteps, with --config: by default latte's.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     plot: Annotated[Path | None, typer.Option(help="Also draw it as a picture.")] = None,
 ) -> None:
@@ -38,11 +40,15 @@ def schedule(
         if (preset is None) == (config is None):
             raise ValueError(f"give one of --preset ({', '.join(PRESETS)}) and --config")
         if config is not None:
-            settings, name = PABConfig.from_yaml(config), config.name
+            settings, name, family = PABConfig.from_yaml(config), config.name, family or "latte"
+        elif family is not None:
+            raise ValueError(f"family: got {family!r} beside --preset, which names one, must go with --config")
         else:
             family, _, variant = str(preset).partition(":")
             settings, name = PABConfig.preset(family, variant or None), str(preset)
         check_outputs({"plot": [plot]}, inputs=[config])
+        if plot is not None:
+            figures.check_picture("plot", plot)
         plan = Schedule(settings, family_timesteps(family, steps))
         console.print(figures.schedule_table(plan))
         console.print(f"{len(plan)} calls for {steps} steps of {family}; {figures.shares(plan)}")

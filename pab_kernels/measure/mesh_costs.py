@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pab_kernels.blocks.block import BlockStack
+from pab_kernels.blocks.self_attention import SelfAttention
 from pab_kernels.blocks.sharded import Shards, near_even
 from pab_kernels.config import PABConfig
 from pab_kernels.distributed.mesh import AXES, Mesh
@@ -73,8 +74,22 @@ class MeshCost:
         return self.compute + self.exchanges
 
 
-def meshes(gpus: int, shape: Sequence[int], guided: bool) -> list[Mesh]:
-    """All meshes of `gpus` ranks for a stream of `shape` (B, T, S, C), guidance first.
+def most_parts(stack: BlockStack, shape: Sequence[int]) -> int:
+    """Over how many ranks the frames of a stream of `shape` (B, T, S, C) can be split.
+
+    Ranks that share a sequence split what is attended to apart: tokens of a frame, or heads.
+    """
+    most = shape[1]
+    for block in stack.blocks:
+        for branch in block.branches:
+            weights = branch.weights
+            if isinstance(weights, SelfAttention) and weights.sequence != "spatial":
+                most = min(most, weights.heads if weights.sequence == "full" else shape[2])
+    return most
+
+
+def meshes(gpus: int, most: int, guided: bool) -> list[Mesh]:
+    """All meshes of `gpus` ranks for a stream whose frames at most so many can share, guidance first.
 
     Raises
     ------
@@ -82,13 +97,11 @@ def meshes(gpus: int, shape: Sequence[int], guided: bool) -> list[Mesh]:
         There is none.
     """
     halves = [count for count in (2, 1) if gpus % count == 0 and (guided or count == 1)]
-    found = [Mesh(count, gpus // count) for count in halves if gpus // count <= shape[1]]
+    found = [Mesh(count, gpus // count) for count in halves if gpus // count <= most]
     if not found:
         halved = "two halves of guidance" if guided else "no guidance"
-        fit = f"at most {shape[1]}" + (f", or even and at most {2 * shape[1]}" if guided else "")
-        raise ValueError(
-            f"gpus: got {gpus}, over which {shape[1]} latent frames and {halved} cannot be split, must be {fit}"
-        )
+        fit = f"at most {most}" + (f", or even and at most {2 * most}" if guided else "")
+        raise ValueError(f"gpus: got {gpus}, over which frames and {halved} cannot be split, must be {fit}")
     return found
 
 
@@ -167,7 +180,7 @@ def chosen_mesh(source: Source, request: Request, config: PABConfig | None, gpus
     Raises
     ------
     ValueError
-        As `parse_mesh`, or there is no mesh of so many ranks.
+        As `parse_mesh`, or there is no mesh of so many ranks, or the frames cannot be split as asked.
     """
     if gpus == 1:
         return parse_mesh(text, gpus) or Mesh()
@@ -202,14 +215,17 @@ def costs_of(
     Raises
     ------
     ValueError
-        As `parse_mesh`, or there is no mesh of so many ranks.
+        As `parse_mesh`, or there is no mesh of so many ranks, or the frames cannot be split as asked.
     """
     steps = steps or (DEFAULTS[run.family].steps if run.family in DEFAULTS else 50)
     schedule = Schedule(run.config, [1000 * (1 - i / steps) for i in range(steps)])
     batch, frames, tokens, channels = model.shape(dataclasses.replace(run, mesh=Mesh()))
     shape = (batch * run.forwards, frames, tokens, channels)
     asked = parse_mesh(text, gpus)
-    found = meshes(gpus, shape, guided) if asked is None else [asked]
+    most = most_parts(model.stack, shape)
+    if asked is not None and asked.frames > most:
+        raise ValueError(f"mesh: got frames={asked.frames}, must be at most {most} for this model and size")
+    found = meshes(gpus, most, guided) if asked is None else [asked]
     costs = [run_cost(mesh, model.stack, schedule, shape, TEXT_LENGTHS.get(run.family, 16)) for mesh in found]
     return sorted(costs, key=lambda cost: cost.seconds)
 

@@ -70,6 +70,8 @@ def test_peers_run_beside_the_settings_and_leave_the_model_alone(demo, tmp_path)
 
 def test_peers_that_are_not_known(demo, tmp_path):
     assert "against: got 'teacache', must be one of" in refused("quality", "--model", demo, "--against", "teacache")
+    job = ("quality", "--model", demo, "--against", "pab-hook")
+    assert "plot: got 'x.foo', must end in one of" in refused(*job, "--plot", "x.foo")
     assert "plot: needs --against" in refused("quality", "--model", demo, "--plot", tmp_path / "p.png")
     assert "batch: got 4, must be 1 without --against" in refused("quality", "--model", demo, "--batch", 4)
 

@@ -29,6 +29,8 @@ def test_schedule_reads_a_file_and_plots(tmp_path):
         (["--preset", "sora"], "preset: got 'sora'"),
         (["--preset", "latte:999"], "variant: got '999'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--preset", "latte", "--family", "wan_2_1"], "family: got 'wan_2_1' beside --preset"),
+        (["--preset", "latte", "--plot", "x.foo"], "plot: got 'x.foo', must end in one of "),
     ],
 )
 def test_schedule_refuses(arguments, message):

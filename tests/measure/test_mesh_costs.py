@@ -5,7 +5,7 @@ import torch
 
 from pab_kernels import Mesh, PABConfig, Schedule, StepVariant
 from pab_kernels.measure.floor import Ceilings
-from pab_kernels.measure.mesh_costs import Link, meshes, parse_mesh, run_cost, sent_bytes
+from pab_kernels.measure.mesh_costs import Link, meshes, most_parts, parse_mesh, run_cost, sent_bytes
 from pab_kernels.pipelines.memory import ModelShape
 
 COMPUTE = StepVariant()
@@ -63,15 +63,23 @@ def test_broadcast_guidance_leaves_a_half_idle(latte):
 
 
 def test_meshes_of_a_number_of_gpus():
-    assert meshes(4, (2, 15, 10, 8), True) == [Mesh(2, 2), Mesh(1, 4)]
-    assert meshes(3, (2, 15, 10, 8), True) == [Mesh(1, 3)]
-    assert meshes(4, (1, 3, 10, 8), True) == [Mesh(2, 2)]
-    assert all(meshes(gpus, (2, 7, 10, 8), True) for gpus in (*range(1, 8), 8, 10, 12, 14))
+    assert meshes(4, 15, True) == [Mesh(2, 2), Mesh(1, 4)]
+    assert meshes(3, 15, True) == [Mesh(1, 3)]
+    assert meshes(4, 3, True) == [Mesh(2, 2)]
+    assert all(meshes(gpus, 7, True) for gpus in (*range(1, 8), 8, 10, 12, 14))
     for gpus in (9, 11, 13, 15, 16):
-        with pytest.raises(ValueError, match=rf"got {gpus}, over which 7 latent .* at most 7, or even and at most 14$"):
-            meshes(gpus, (2, 7, 10, 8), True)
+        with pytest.raises(ValueError, match=rf"got {gpus}, over which .* at most 7, or even and at most 14$"):
+            meshes(gpus, 7, True)
     with pytest.raises(ValueError, match=r"must be at most 7$"):
-        meshes(8, (2, 7, 10, 8), False)
+        meshes(8, 7, False)
+
+
+def test_how_many_ranks_can_share_the_frames(latte):
+    """Latte's temporal attention splits tokens, Wan's over everything splits heads."""
+    wan = ModelShape.of("wan_2_1", num_attention_heads=2, attention_head_dim=12, num_layers=3, ffn_dim=40).stack
+    assert most_parts(latte, (2, 15, 10, 1152)) == 10
+    assert most_parts(latte, (2, 15, 64, 1152)) == 15
+    assert most_parts(wan, (1, 5, 10, 24)) == 2
 
 
 def test_what_mesh_says():
