@@ -1,11 +1,10 @@
 // Self-attention on Hopper (sm_90a) with both products in e4m3: attention_sm90.cuh without turns, but:
 //   - Rows come quantised (triton_ops/quantize_qkv.py): a scale for each query, for the keys of a step and for the
 //     values of a block of steps. Those of queries and keys go into the factor of the scores. What was taken out of all
-//     values is added to the result.
+//     values is added to the result, with the mean of what rounding took.
 //   - Scores are summed up in float16, which holds them, and so are weights until they are rounded: half the
-//     instructions and half the registers of float32. So there are registers for three consumers, whose softmax is
-//     waited for less. Their queries stay in shared memory: a product with registers on its left side keeps its
-//     warpgroup until it is nearly done.
+//     instructions and half the registers of float32. So there are registers for three consumers, which hide the
+//     latency of each other's softmax, but none for their queries, which stay in shared memory.
 //   - wgmma wants values as [D, keys]. They come transposed, and the keys of every 16 in the order in which a lane has
 //     its weights: 0, 1, 8, 9, 2, 3, 10, 11 and so on.
 //   - The tensor cores add e4m3 products with some 14 bits. Sums of many keys would lose what is small beside them, so
@@ -14,70 +13,9 @@
 //     one may be too large, the step's are computed again, with an offset that makes the largest about 8.
 #pragma once
 
-#include "attention_plan.cuh"
+#include "attention_fp8_plan.cuh"
 #include "mma.cuh"
 #include "wgmma.cuh"
-
-// `Out`: what the result is rounded to.
-template <typename Out_, int D_>
-struct Fp8Plan {
-    using Out = Out_;
-    static constexpr int D = D_, keys = 128, stages = D > 96 ? 3 : 4, consumers = 3;
-    static constexpr int threads = 128 * (consumers + 1);
-    static constexpr int consumer_registers = 160, producer_registers = 32;
-    static constexpr int group_rows = 64, rows = group_rows * consumers;
-    static constexpr int k_steps = (D + 31) / 32;
-    // A row of q or k is a box of 128 columns, zeros where there are fewer; a row of v the 128 keys of a step.
-    static constexpr int q_bytes = rows * 128, k_bytes = keys * 128, v_bytes = D * 128;
-    static constexpr int factors_bytes = 0;
-    static constexpr int sums_bytes = 4 * rows * D;
-    static constexpr int shared_bytes =
-        1024 + q_bytes + stages * (k_bytes + v_bytes) + 8 * (3 + 4 * stages) + 4 * again_words + sums_bytes;
-};
-
-// One warp, of which one thread works.
-template <typename P>
-struct Fp8Producer {
-    const AttentionArgs& args;
-    const Shared<P>& shared;
-    Cursor<P::stages> k_cursor{}, v_cursor{};
-    uint32_t q_phase = 1;
-
-    __device__ __forceinline__ void bring_keys(const Tile& tile, int step) {
-        const int s = k_cursor.stage;
-        barrier_wait(shared.k_empty(s), k_cursor.phase ^ 1);
-        if (threadIdx.x == 0) {
-            barrier_expect(shared.k_full(s), P::k_bytes);
-            load_box(shared.k(s), args.k, shared.k_full(s), 0, tile.head, step * P::keys, tile.batch);
-        }
-        k_cursor.advance();
-        __syncwarp();  // no lane may be a phase behind
-    }
-    __device__ __forceinline__ void bring_values(const Tile& tile, int step) {
-        const int s = v_cursor.stage;
-        barrier_wait(shared.v_empty(s), v_cursor.phase ^ 1);
-        if (threadIdx.x == 0) {
-            barrier_expect(shared.v_full(s), P::v_bytes);
-            load_box(shared.v(s), args.v, shared.v_full(s), step * P::keys, tile.head, 0, tile.batch);
-        }
-        v_cursor.advance();
-        __syncwarp();
-    }
-    __device__ __forceinline__ void bring(const Tile& tile) {
-        bring_keys(tile, tile.steps - 1);  // those of the tile before are not as long in use as its queries
-        barrier_wait(shared.q_empty(), q_phase);
-        q_phase ^= 1;
-        if (threadIdx.x == 0) {
-            barrier_expect(shared.q_full(), P::q_bytes);
-            load_box(shared.q, args.q, shared.q_full(), 0, tile.head, tile.row, tile.batch);
-        }
-        __syncwarp();
-        for (int step = tile.steps - 1; step >= 0; --step) {
-            if (step > 0) bring_keys(tile, step - 1);  // wanted before these values
-            bring_values(tile, step);
-        }
-    }
-};
 
 // Two weights from their exponents.
 __device__ __forceinline__ uint32_t exp2_halves(uint32_t x) {

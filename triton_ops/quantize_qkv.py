@@ -96,7 +96,7 @@ def _quantize_qk_kernel(
     q,  # [B, N, H, D]
     k,
     center_k,  # [B, H, D] float32, contiguous: what is taken out of the keys
-    center_v,  # the same of values, to which their error's mean is added here
+    center_v,  # [B, H, D] float32: of the values; their error's mean is added here
     v_error,  # [B, H, blocks, D] float32
     q8,  # [B, N, H, COLUMNS] e4m3, contiguous, like all results
     k8,
@@ -142,7 +142,8 @@ def _quantize_qk_kernel(
                 tl.load(v_error + (pair * blocks + block[:, None]) * HEAD_DIM + column, mask=mask, other=0.0), 0
             )
         center = center_v + pair * HEAD_DIM + column
-        tl.store(center, tl.load(center, mask=column < HEAD_DIM) + total / tokens, mask=column < HEAD_DIM)
+        value = tl.load(center, mask=column < HEAD_DIM, other=0.0) + total / tokens
+        tl.store(center, value, mask=column < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["tokens", "pitch"])
