@@ -141,9 +141,9 @@ def _quantize_qk_kernel(
             total += tl.sum(
                 tl.load(v_error + (pair * blocks + block[:, None]) * HEAD_DIM + column, mask=mask, other=0.0), 0
             )
-        center = center_v + pair * HEAD_DIM + column
-        value = tl.load(center, mask=column < HEAD_DIM, other=0.0) + total / tokens
-        tl.store(center, value, mask=column < HEAD_DIM)
+        place, exists = pair * HEAD_DIM + column, column < HEAD_DIM
+        center = tl.load(center_v + place, mask=exists, other=0.0)
+        tl.store(center_v + place, center + total / tokens, mask=exists)
 
 
 @triton.jit(do_not_specialize=["tokens", "pitch"])
